@@ -1,0 +1,101 @@
+"""Operators of the cascade: score tokens, select the hard ones, gather their rows, scatter results back.
+
+Every operator has one contract (``schema.py``), a plain torch body (``reference.py``) and faster bodies picked by
+``backends.py``. ``backend`` is ``"auto"`` or a name of :data:`BACKENDS`; a name that cannot run is an error.
+
+Shape legend: N rows (tokens), B independent selections, D hidden size, K selected rows.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cascade_fast.ops import schema  # noqa: F401  (declares the operators)
+from cascade_fast.ops.backends import BACKENDS, OPS, choose, why_not
+
+__all__ = ["BACKENDS", "OPS", "choose", "cosine_score", "gather_rows", "scatter_rows", "select_hard", "why_not"]
+
+
+def cosine_score(h_in_ND: Tensor, h_out_ND: Tensor, *, backend: str = "auto") -> Tensor:
+    """Cosine similarity of each row pair, ``<a, b> / (|a| |b| + 1e-8)``, accumulated in float32.
+
+    Low means the model changed the token a lot: hard. A zero row scores 0.
+
+    Args:
+        h_in_ND, h_out_ND: ``(N, D)``, one dtype of float32, float16, bfloat16; any strides.
+
+    Returns:
+        ``(N,)`` float32. Differentiable in both inputs.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match; names the argument.
+        RuntimeError: ``backend`` asked for by name cannot run here.
+    """
+    return torch.ops.cascade_fast.cosine_score(h_in_ND, h_out_ND, backend=backend)
+
+
+def select_hard(scores: Tensor, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The indices of the ``k`` smallest scores, in ascending order of index; exact and deterministic.
+
+    Among equal scores the lowest index is taken first (-0.0 equals 0.0); NaN counts as larger than +inf.
+
+    Args:
+        scores: ``(N,)`` or ``(B, N)`` float32, N < 2^31; with B rows each row is selected for itself.
+        k: how many, ``0 <= k <= N``; known on the host, so nothing waits for the device.
+
+    Returns:
+        ``index``: ``(k,)`` or ``(B, k)`` int64, strictly ascending.
+        ``bounds``: ``(2,)`` or ``(B, 2)`` float32, the k-th and the (k+1)-th smallest score: every threshold
+        ``t`` with ``bounds[0] <= t < bounds[1]`` selects the same tokens when no tie crosses the boundary.
+        -inf where there is no k-th (k = 0), +inf where there is no (k+1)-th (k = N).
+
+    Raises:
+        ValueError: a bad shape or dtype, or ``k`` out of range.
+    """
+    if scores.dim() == 1:
+        index_1K, bounds_12 = torch.ops.cascade_fast.select_hard(scores.unsqueeze(0), k, backend=backend)
+        return index_1K.squeeze(0), bounds_12.squeeze(0)
+    return torch.ops.cascade_fast.select_hard(scores, k, backend=backend)
+
+
+def gather_rows(
+    hidden_ND: Tensor, index_K: Tensor, carried: Sequence[Tensor] = (), *, backend: str = "auto"
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Rows ``index_K`` of ``hidden_ND``, and the same entries of the small arrays that travel with them.
+
+    Args:
+        hidden_ND: ``(N, D)`` float32, float16 or bfloat16; any strides.
+        index_K: ``(K,)`` int64 in ``[0, N)``, no index twice (the backward pass writes each row once).
+        carried: ``(N,)`` arrays of any dtype (labels, positions, ...); no gradient flows through them.
+
+    Returns:
+        ``hidden_KD`` (differentiable; its backward is :func:`scatter_rows`) and the gathered arrays.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match.
+        IndexError: on the CPU, an index outside ``[0, N)``. Undefined on a GPU, as checking would wait for it.
+    """
+    hidden_KD, gathered = torch.ops.cascade_fast.gather_rows(hidden_ND, index_K, list(carried), backend=backend)
+    return hidden_KD, tuple(gathered)
+
+
+def scatter_rows(
+    rows_KD: Tensor, index_K: Tensor, into_ND: Tensor, *, add: bool = False, backend: str = "auto"
+) -> Tensor:
+    """A copy of ``into_ND`` with ``rows_KD`` put back at ``index_K`` (or, with ``add``, added there).
+
+    Args:
+        rows_KD: ``(K, D)``, dtype and device of ``into_ND``; any strides.
+        index_K: ``(K,)`` int64 in ``[0, N)``, no index twice.
+        into_ND: ``(N, D)``; not modified.
+        add: add in float32 and round once, instead of replacing.
+
+    Returns:
+        ``(N, D)``, contiguous. Differentiable in ``rows_KD`` and in ``into_ND`` (a replaced row gets no gradient).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match.
+        IndexError: on the CPU, an index outside ``[0, N)``. Undefined on a GPU.
+    """
+    return torch.ops.cascade_fast.scatter_rows(rows_KD, index_K, into_ND, add=add, backend=backend)

@@ -1,0 +1,206 @@
+"""The contract of every operator, stated once: schema, argument rules, fake (shapes) and autograd.
+
+Bodies live elsewhere (``reference.py``, ``csrc/``, ``kernels/``) and all obey what is written here; ``backends.py``
+picks one per call. ``backend`` is part of each schema, so that a choice made by name survives ``torch.compile``
+and reaches the backward pass.
+
+Shape legend: N rows (tokens), B independent selections, D hidden size, K selected rows.
+"""
+
+import torch
+from torch import Tensor
+
+from cascade_fast.ops import backends, reference
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_ROWS = 2**31 - 1
+
+_LIB = torch.library.Library("cascade_fast", "DEF")
+_LIB.define("cosine_score(Tensor h_in, Tensor h_out, *, str backend='auto') -> Tensor")
+_LIB.define("select_hard(Tensor scores, SymInt k, *, str backend='auto') -> (Tensor, Tensor)")
+_LIB.define("gather_rows(Tensor hidden, Tensor index, Tensor[] carried, *, str backend='auto') -> (Tensor, Tensor[])")
+_LIB.define(
+    "scatter_rows(Tensor rows, Tensor index, Tensor into, *, bool add=False, str backend='auto') -> Tensor"
+)
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _shape(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
+
+
+# --- argument rules: the only statement of what each op accepts, run by the fakes and before every body -------------
+
+
+def _check_cosine_score(h_in: Tensor, h_out: Tensor) -> None:
+    _check(h_in.dim() == 2, f"h_in: {_shape(h_in)}; must have 2 dimensions (N, D)")
+    _check(h_in.shape == h_out.shape, f"h_out: {_shape(h_out)}; must have the shape of h_in, {tuple(h_in.shape)}")
+    _check(h_in.dtype in FLOAT_DTYPES, f"h_in: {_shape(h_in)}; must be float32, float16 or bfloat16")
+    _check(h_out.dtype == h_in.dtype, f"h_out: {_shape(h_out)}; must have the dtype of h_in, {h_in.dtype}")
+    _check(h_out.device == h_in.device, f"h_out: {_shape(h_out)}; must be on the device of h_in, {h_in.device}")
+    _check(h_in.shape[0] <= MAX_ROWS, f"h_in: {_shape(h_in)}; must have at most 2^31 - 1 rows")
+
+
+def _check_select_hard(scores: Tensor, k: int) -> None:
+    _check(scores.dim() == 2, f"scores: {_shape(scores)}; must have 2 dimensions (B, N)")
+    _check(scores.dtype == torch.float32, f"scores: {_shape(scores)}; must be float32")
+    _check(scores.shape[1] <= MAX_ROWS, f"scores: {_shape(scores)}; must have at most 2^31 - 1 scores in a row")
+    _check(0 <= k <= scores.shape[1], f"k: {k}; must be between 0 and the number of scores, {scores.shape[1]}")
+
+
+def _check_index(index: Tensor, rows: Tensor, name: str) -> None:
+    _check(index.dim() == 1, f"index: {_shape(index)}; must have 1 dimension (K,)")
+    _check(index.dtype == torch.int64, f"index: {_shape(index)}; must be int64")
+    _check(index.device == rows.device, f"index: {_shape(index)}; must be on the device of {name}, {rows.device}")
+
+
+def _check_gather_rows(hidden: Tensor, index: Tensor, carried: list[Tensor]) -> None:
+    _check(hidden.dim() == 2, f"hidden: {_shape(hidden)}; must have 2 dimensions (N, D)")
+    _check(hidden.dtype in FLOAT_DTYPES, f"hidden: {_shape(hidden)}; must be float32, float16 or bfloat16")
+    _check_index(index, hidden, "hidden")
+    for i, array in enumerate(carried):
+        _check(array.shape == hidden.shape[:1], f"carried[{i}]: {_shape(array)}; must have shape ({hidden.shape[0]},)")
+        _check(array.device == hidden.device, f"carried[{i}]: {_shape(array)}; must be on {hidden.device}")
+
+
+def _check_scatter_rows(rows: Tensor, index: Tensor, into: Tensor) -> None:
+    _check(into.dim() == 2, f"into: {_shape(into)}; must have 2 dimensions (N, D)")
+    _check(into.dtype in FLOAT_DTYPES, f"into: {_shape(into)}; must be float32, float16 or bfloat16")
+    _check_index(index, into, "into")
+    wanted = (index.shape[0], into.shape[1])
+    _check(tuple(rows.shape) == wanted, f"rows: {_shape(rows)}; must have shape {wanted}, (K, D) of index and into")
+    _check(rows.dtype == into.dtype, f"rows: {_shape(rows)}; must have the dtype of into, {into.dtype}")
+    _check(rows.device == into.device, f"rows: {_shape(rows)}; must be on the device of into, {into.device}")
+
+
+# --- fakes: shapes and dtypes of the results -------------------------------------------------------------------------
+
+
+@torch.library.register_fake("cascade_fast::cosine_score", lib=_LIB)
+def _(h_in, h_out, *, backend="auto"):
+    _check_cosine_score(h_in, h_out)
+    return h_in.new_empty(h_in.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("cascade_fast::select_hard", lib=_LIB)
+def _(scores, k, *, backend="auto"):
+    _check_select_hard(scores, k)
+    batch = scores.shape[0]
+    return scores.new_empty(batch, k, dtype=torch.int64), scores.new_empty(batch, 2)
+
+
+@torch.library.register_fake("cascade_fast::gather_rows", lib=_LIB)
+def _(hidden, index, carried, *, backend="auto"):
+    _check_gather_rows(hidden, index, carried)
+    k = index.shape[0]
+    return hidden.new_empty(k, hidden.shape[1]), [array.new_empty(k) for array in carried]
+
+
+@torch.library.register_fake("cascade_fast::scatter_rows", lib=_LIB)
+def _(rows, index, into, *, add=False, backend="auto"):
+    _check_scatter_rows(rows, index, into)
+    return into.new_empty(into.shape)
+
+
+# --- bodies: checked, then handed to whoever serves this device ------------------------------------------------------
+
+
+def _cosine_score(h_in: Tensor, h_out: Tensor, *, backend: str = "auto") -> Tensor:
+    _check_cosine_score(h_in, h_out)
+    return backends.body("cosine_score", h_in.device, backend)(h_in, h_out)
+
+
+def _select_hard(scores: Tensor, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    _check_select_hard(scores, k)
+    return backends.body("select_hard", scores.device, backend)(scores, k)
+
+
+def _gather_rows(
+    hidden: Tensor, index: Tensor, carried: list[Tensor], *, backend: str = "auto"
+) -> tuple[Tensor, list[Tensor]]:
+    _check_gather_rows(hidden, index, carried)
+    return backends.body("gather_rows", hidden.device, backend)(hidden, index, carried)
+
+
+def _scatter_rows(
+    rows: Tensor, index: Tensor, into: Tensor, *, add: bool = False, backend: str = "auto"
+) -> Tensor:
+    _check_scatter_rows(rows, index, into)
+    return backends.body("scatter_rows", into.device, backend)(rows, index, into, add)
+
+
+_LIB.impl("cosine_score", _cosine_score, "CompositeExplicitAutograd")
+_LIB.impl("select_hard", _select_hard, "CompositeExplicitAutograd")
+_LIB.impl("gather_rows", _gather_rows, "CompositeExplicitAutograd")
+_LIB.impl("scatter_rows", _scatter_rows, "CompositeExplicitAutograd")
+
+
+# --- autograd: gather and scatter are each other's backward; a selection has no gradient -----------------------------
+
+
+def _cosine_score_setup(ctx, inputs, keyword_only_inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _cosine_score_backward(ctx, grad_N):
+    return reference.cosine_score_backward(grad_N, *ctx.saved_tensors)
+
+
+def _select_hard_setup(ctx, inputs, keyword_only_inputs, output):
+    ctx.mark_non_differentiable(*output)
+
+
+def _select_hard_backward(ctx, *grads):
+    return None, None
+
+
+def _gather_rows_setup(ctx, inputs, keyword_only_inputs, output):
+    hidden, index, carried = inputs
+    ctx.save_for_backward(index)
+    ctx.shape, ctx.carried, ctx.backend = hidden.shape, len(carried), keyword_only_inputs["backend"]
+    ctx.mark_non_differentiable(*output[1])
+
+
+def _gather_rows_backward(ctx, grad_KD, _carried_grads):
+    (index_K,) = ctx.saved_tensors
+    zeros_ND = grad_KD.new_zeros(ctx.shape)
+    grad_ND = torch.ops.cascade_fast.scatter_rows(grad_KD, index_K, zeros_ND, add=False, backend=ctx.backend)
+    return grad_ND, None, [None] * ctx.carried
+
+
+def _scatter_rows_setup(ctx, inputs, keyword_only_inputs, output):
+    ctx.save_for_backward(inputs[1])
+    ctx.add, ctx.backend = keyword_only_inputs["add"], keyword_only_inputs["backend"]
+
+
+def _scatter_rows_backward(ctx, grad_ND):
+    (index_K,) = ctx.saved_tensors
+    grad_rows_KD = grad_into_ND = None
+    if ctx.needs_input_grad[0]:
+        grad_rows_KD, _ = torch.ops.cascade_fast.gather_rows(grad_ND, index_K, [], backend=ctx.backend)
+    if ctx.needs_input_grad[2]:
+        grad_into_ND = grad_ND
+        if not ctx.add:  # a replaced row of `into` reaches no output
+            zeros_KD = grad_ND.new_zeros(index_K.shape[0], grad_ND.shape[1])
+            grad_into_ND = torch.ops.cascade_fast.scatter_rows(
+                zeros_KD, index_K, grad_ND, add=False, backend=ctx.backend
+            )
+    return grad_rows_KD, None, grad_into_ND
+
+
+torch.library.register_autograd(
+    "cascade_fast::cosine_score", _cosine_score_backward, setup_context=_cosine_score_setup, lib=_LIB
+)
+torch.library.register_autograd(
+    "cascade_fast::select_hard", _select_hard_backward, setup_context=_select_hard_setup, lib=_LIB
+)
+torch.library.register_autograd(
+    "cascade_fast::gather_rows", _gather_rows_backward, setup_context=_gather_rows_setup, lib=_LIB
+)
+torch.library.register_autograd(
+    "cascade_fast::scatter_rows", _scatter_rows_backward, setup_context=_scatter_rows_setup, lib=_LIB
+)

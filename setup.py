@@ -1,0 +1,69 @@
+"""Builds the extension ``cascade_fast._C``; everything else about the package is in ``pyproject.toml``.
+
+The extension uses LibTorch's stable ABI and Python's limited API: one ``.so`` serves every Python >= 3.10 and
+torch >= 2.10. Environment:
+
+- ``CASCADE_FAST_NO_EXT=1``: do not build it; the package then runs on its plain torch bodies.
+- ``CASCADE_FAST_REQUIRE_EXT=1``: a build that fails is an error (default: it says why and installs without).
+- ``CASCADE_FAST_CUDA=0|1``: leave the CUDA part out, or insist on it (default: when torch has CUDA and a toolkit
+  is found; a GPU is never probed for, as machines that build often have none).
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from torch.utils import cpp_extension
+
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10: the oldest torch the .so runs on
+MACROS = ["-DPy_LIMITED_API=0x030a0000", TORCH_TARGET]
+
+
+def flag(name: str) -> bool | None:
+    value = os.environ.get(name)
+    return None if value in (None, "") else value != "0"
+
+
+def wants_cuda() -> bool:
+    asked = flag("CASCADE_FAST_CUDA")
+    if asked is not None:
+        return asked
+    import torch
+
+    return torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+
+
+def extension():
+    sources = ["csrc/module.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
+    cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", *MACROS]
+    if not wants_cuda():
+        return cpp_extension.CppExtension(
+            "cascade_fast._C", sources, extra_compile_args={"cxx": cxx}, py_limited_api=True, optional=True
+        )
+    sources += sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;9.0+PTX")
+    nvcc = ["-O3", "-std=c++20", "-DUSE_CUDA", *MACROS]
+    return cpp_extension.CUDAExtension(
+        "cascade_fast._C", sources, extra_compile_args={"cxx": cxx, "nvcc": nvcc}, py_limited_api=True, optional=True
+    )
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """No compiler is not an error: say why and install without the extension, unless it is required."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except (Exception, SystemExit) as error:
+            if flag("CASCADE_FAST_REQUIRE_EXT"):
+                raise
+            print(f"cascade_fast: installed WITHOUT its extension, which did not build: {error}", file=sys.stderr)
+            self.extensions = []
+
+
+setup(
+    ext_modules=[] if flag("CASCADE_FAST_NO_EXT") else [extension()],
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
