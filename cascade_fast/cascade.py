@@ -1,0 +1,326 @@
+"""The whole run: train a cascade as spec'd - base pass, then select, train, keep or stop, advance, stage by stage.
+
+The algorithm is :meth:`CascadeRun.train`; what surrounds it (what is said and written) stands below it and in
+``run_folder.py``.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cascade_fast import ops
+from cascade_fast.base_model import BaseModel, cache_folder, find_base
+from cascade_fast.base_pass import BasePass, base_pass
+from cascade_fast.config import RunConfig
+from cascade_fast.data import TokenBlocks, load_blocks
+from cascade_fast.exits import (
+    TOKENS_AT_ONCE,
+    ExitEvaluation,
+    ExitStage,
+    evaluate_exits,
+    handed_on_dtype,
+    run_stage,
+)
+from cascade_fast.hardware import choose_device, choose_dtype
+from cascade_fast.hidden_store import HiddenStore, StoreError
+from cascade_fast.metrics import MetricsLog, Progress, format_count, peak_rss_bytes, say, say_table
+from cascade_fast.run_folder import RunFolder
+from cascade_fast.selection import check_finite, select_below, select_hardest
+from cascade_fast.stage import Stage, StageConfig
+from cascade_fast.stage_trainer import HardTokens, StageTrainer, StageTraining
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training diverged; the run has been finished with what was good before."""
+
+
+@dataclass
+class CascadeRun:
+    """A run under way. ``stages`` are those kept so far."""
+
+    config: RunConfig
+    folder: RunFolder
+    base: BaseModel
+    base_pass: BasePass
+    device: torch.device
+    dtype: torch.dtype
+    log: MetricsLog
+    deadline: float | None
+    stages: list[ExitStage] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)  # of each stage trained, kept or not
+
+    def train(self) -> None:
+        """Steps 3 to 6 of the algorithm, for each stage."""
+        config = self.config
+        train, val = self.base_pass.stores["train"], self.base_pass.stores["val"]
+        perplexity = self._all_tokens("val").perplexity
+        for number in range(1, config.num_stages + 1):
+            check_finite(train["score"])
+            selection = select_hardest(train["score"], config.hard_ratio)
+            hard = HardTokens(train, selection.index_K)
+            hard_val = self._hard_validation_tokens(val, selection.threshold)
+            if len(hard_val) == 0:
+                say(f"stage {number}: no validation token is hard at threshold {selection.threshold:.4f}; stopping here")
+                break
+            record = self._stage(number, selection.threshold, hard, hard_val, perplexity)
+            if not record["accepted"] or record["stopped"] in ("time is up", "non-finite loss"):
+                break
+            perplexity = record["all_token_val_ppl"]
+            if number < config.num_stages:
+                train, val = self._advance(number, hard, "train"), self._advance(number, hard_val, "val")
+
+    def _hard_validation_tokens(self, val: HiddenStore, threshold: float) -> HardTokens:
+        """By the training threshold, as inference must; or, as the seed did, by validation's own quantile."""
+        if self.config.val_selection == "quantile":
+            return HardTokens(val, select_hardest(val["score"], self.config.hard_ratio).index_K)
+        return HardTokens(val, select_below(val["score"], threshold))
+
+    def _new_stage(self, number: int) -> Stage:
+        config = self.config
+        shape = StageConfig.from_base(
+            self.base.config, layers=config.layers_per_stage, init=config.init, head=config.head, reads=config.reads
+        )
+        shared = self.base_pass.head_VD if config.head == "shared" else None
+        norm_D = self.stages[-1].stage.norm.weight if self.stages else self.base_pass.norm_D
+        return Stage(shape, head_VD=shared, norm_D=norm_D, seed=config.seed + number)
+
+    def _stage(
+        self, number: int, threshold: float, hard: HardTokens, hard_val: HardTokens, perplexity: float
+    ) -> dict[str, Any]:
+        """Trains stage ``number``, keeps it if it is worth it, and leaves its record; or finds all that done."""
+        stage = self._new_stage(number)
+        done = self.folder.stage_record(number)
+        if done is not None:
+            self.records.append(done)
+            if done["accepted"]:
+                self.stages.append(
+                    ExitStage.load(self.folder.stage(number), stage.config, threshold, self.base_pass.head_VD)
+                )
+                self.stages[-1].stage.to(self.device)
+            return done
+        n, total = len(hard), len(hard.store)
+        say(
+            f"stage {number}/{self.config.num_stages}: threshold {threshold:.4f}, "
+            f"training hard tokens {n:,} / {total:,} ({n / total:.1%}), validation hard tokens {len(hard_val):,}, "
+            f"added parameters {format_count(stage.parameter_count())}"
+        )
+        training = self._train_stage(stage, number, hard, hard_val)
+        entry = ExitStage(stage.eval(), threshold)
+        evaluation = self._all_tokens("val", [*self.stages, entry]) if training.best_epoch else None
+        accepted, verdict = self._judge(training, evaluation, perplexity)
+        record = {
+            "stage": number,
+            "threshold": threshold,
+            "train_hard": n,
+            "train_total": total,
+            "val_hard": len(hard_val),
+            "added_parameters": stage.parameter_count(),
+            "trainable_parameters": sum(p.numel() for p in stage.parameters() if p.requires_grad),
+            "epochs": training.epochs,
+            "best_epoch": training.best_epoch,
+            "best_val_ppl": training.best_val_ppl if training.best_epoch else None,
+            "seconds": sum(e["seconds"] for e in training.epochs),
+            "accepted": accepted,
+            "verdict": verdict,
+            "stopped": training.stopped,
+            "all_token_val_ppl": evaluation.perplexity if evaluation else None,
+            "exit_share": evaluation.shares(len(self.stages) + 1) if evaluation else {},
+        }
+        if accepted:
+            self.stages.append(entry)
+            self.folder.keep_stage(number, entry, criterion=self.config.criterion)
+        self.records.append(record)
+        self.log.write("stage", **{k: v for k, v in record.items() if k != "epochs"})
+        self.folder.write_stage_record(number, record, self.log.size())
+        _say_stage(record)
+        return record
+
+    def _train_stage(self, stage: Stage, number: int, hard: HardTokens, hard_val: HardTokens) -> StageTraining:
+        trainer = StageTrainer(
+            stage,
+            hard,
+            hard_val,
+            self.config,
+            number=number,
+            folder=self.folder.training(number),
+            device=self.device,
+            dtype=self.dtype,
+            log=self.log,
+            log_size=self.folder.metrics_before(number),
+            deadline=self.deadline,
+        )
+        return trainer.run()
+
+    def _judge(
+        self, training: StageTraining, evaluation: ExitEvaluation | None, before: float
+    ) -> tuple[bool, str]:
+        """Whether the stage is kept, and the sentence that says why."""
+        if evaluation is None:
+            return False, f"rejected: no epoch ended with a finite loss ({training.stopped})"
+        after = evaluation.perplexity
+        change = f"all-token validation perplexity {before:.4f} -> {after:.4f} ({after / before - 1:+.2%})"
+        if self.config.accept == "always":
+            return True, f"kept, as the preset keeps every stage: {change}"
+        margin = self.config.min_improvement
+        if after < before * (1 - margin):
+            return True, f"kept: {change}"
+        return False, f"rejected, the cascade ends before it: {change}, and {margin:.2%} less is asked (min_improvement)"
+
+    def _all_tokens(self, split: str, stages: list[ExitStage] | None = None) -> ExitEvaluation:
+        """The cascade so far (or the one of ``stages``) over every token of a split, each at its own exit."""
+        return evaluate_exits(self.stages if stages is None else stages, self.base_pass.stores[split], **self._how)
+
+    def _advance(self, number: int, hard: HardTokens, split: str) -> HiddenStore:
+        """The hard tokens after stage ``number``: the store of the next stage. Order, positions, labels are kept."""
+        folder, source = self.folder.hidden(number, split), hard.store
+        try:
+            return HiddenStore.open(folder)
+        except StoreError:
+            pass  # not there yet, or half-written by a run that was killed: made anew, the same bits
+        meta = {"stage": number, "split": split}
+        store = HiddenStore.create(
+            folder, len(hard), source.hidden.shape[1], handed_on_dtype(source), with_loss=True, meta=meta
+        )
+        with Progress(f"{split} tokens through stage {number}", len(hard)) as progress:
+            for first in range(0, len(hard), TOKENS_AT_ONCE):
+                rows = slice(first, min(first + TOKENS_AT_ONCE, len(hard)))
+                carried = (source["label"], source["sequence"], source["position"])
+                hidden_KD, (label_K, sequence_K, position_K) = ops.gather_rows(
+                    source.hidden, hard.index_K[rows], carried
+                )
+                result = run_stage(self.stages[-1].stage, hidden_KD, label_K, **self._how)
+                store["hidden"][rows] = result.hidden_KD.to(store.hidden.dtype)
+                store["label"][rows], store["sequence"][rows], store["position"][rows] = label_K, sequence_K, position_K
+                store["score"][rows], store["loss"][rows] = result.score_K, result.loss_K
+                progress.advance(len(label_K))
+        return store.finish()
+
+    # --- results -----------------------------------------------------------------------------------------------------
+
+    def results(self, started: float) -> dict[str, Any]:
+        """``results.json``: looks at the test blocks, for the only time."""
+        test, stores, last = self.base_pass.stores["test"], self.base_pass.stores, self.config.num_stages
+        have_test = len(test) > 0
+        final = self._all_tokens("val")
+        return {
+            "base": {
+                "name": self.base.name,
+                "source": self.base.source,
+                "parameters": self.base_pass.parameters,
+                "layers": self.base.layers,
+                "val_ppl": self._all_tokens("val", []).perplexity,
+            },
+            "tokens": {split: len(stores[split]) for split in ("train", "val", "test")},
+            "settings": self.config.to_dict(),
+            "stages": self.records,
+            "final": {
+                "all_token_val_ppl": final.perplexity,
+                "all_token_test_ppl": self._all_tokens("test").perplexity if have_test else None,
+                "base_test_ppl": self._all_tokens("test", []).perplexity if have_test else None,
+                "exit_share": final.shares(len(self.stages)),
+                "stages_kept": len(self.stages),
+                "stages_asked": last,
+                "total_parameters": self.base_pass.parameters + sum(s.stage.parameter_count() for s in self.stages),
+                "base_pass_seconds": self.base_pass.seconds,
+                "base_pass_reused": self.base_pass.reused,
+                "seconds": time.monotonic() - started,
+                "peak_rss_bytes": peak_rss_bytes(),
+            },
+        }
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"criterion": self.config.criterion, "device": self.device, "dtype": self.dtype}
+
+
+def run_cascade(config: RunConfig) -> RunFolder:
+    """Trains a cascade and writes everything about it into its folder; the whole of ``python -m cascade_fast.train``.
+
+    Raises:
+        ConfigError: a setting that cannot work, before anything is trained or written.
+        Interrupted: Ctrl-C or SIGTERM; ``resume`` goes on from there.
+        NonFiniteLoss: training diverged; results and report of what was good are written first.
+    """
+    started = time.monotonic()
+    deadline = None if config.max_minutes is None else started + 60 * config.max_minutes
+    device = choose_device(config.device)
+    dtype, reason = choose_dtype(device, config.dtype)
+    base = find_base(config)
+    blocks = load_blocks(config, base.tokenizer())
+    with RunFolder.open(config, base.fingerprint, blocks.fingerprint(), device=device, dtype=dtype) as folder:
+        if folder.finished:
+            folder.clean()
+            say(f"finished already: {folder.report}")
+            return folder
+        _say_start(config, folder, base, blocks, device, dtype, reason)
+        passed = base_pass(base, blocks, config, device, dtype, cache_folder(config))
+        _say_base_pass(passed)
+        run = CascadeRun(config, folder, base, passed, device, dtype, folder.log, deadline)
+        run.train()
+        results = run.results(started)
+        folder.finish(results, run.stages, base)
+        _say_summary(results, folder)
+        if results["stages"] and results["stages"][-1]["stopped"] == "non-finite loss":
+            raise NonFiniteLoss(
+                f"training of stage {len(results['stages'])} stopped: the loss is not finite. The best before it is "
+                f"kept in {folder.path}. Try a lower --lr, --warmup-steps 100, --grad-clip 1, or --dtype float32"
+            )
+        return folder
+
+
+def _say_start(
+    config: RunConfig, folder: RunFolder, base: BaseModel, blocks: TokenBlocks, device: torch.device, dtype: torch.dtype, reason: str
+) -> None:
+    sizes = ", ".join(f"{len(ids):,} {split}" for split, ids in blocks.ids.items())
+    say(f"cascade_fast {config.preset}: {folder.path}")
+    say(f"base {base.source}, {base.layers} layers")
+    say(f"data {blocks.source}: {sizes} blocks of {config.seq_len} tokens")
+    say(f"computing on {device} in {str(dtype).removeprefix('torch.')} ({reason})")
+    served = sorted({ops.choose(op, device) for op in ops.OPS})
+    say(f"selection operators: {', '.join(served)}")
+
+
+def _say_base_pass(passed: BasePass) -> None:
+    tokens = sum(len(s) for s in passed.stores.values())
+    if passed.reused:
+        say(f"base pass: reused, {tokens:,} tokens")
+    else:
+        say(f"base pass: {tokens:,} tokens in {passed.seconds:.1f} s")
+
+
+def _say_stage(record: dict[str, Any]) -> None:
+    shares = record["exit_share"].items()
+    say_table(
+        f"stage {record['stage']}",
+        ["best epoch", "best val ppl (hard)", "all-token val ppl", *(f"exit {name}" for name, _ in shares), "seconds"],
+        [
+            [
+                str(record["best_epoch"]),
+                _number(record["best_val_ppl"]),
+                _number(record["all_token_val_ppl"]),
+                *(f"{share:.1%}" for _, share in shares),
+                f"{record['seconds']:.1f}",
+            ]
+        ],
+    )
+    say(f"  {record['verdict']}")
+
+
+def _say_summary(results: dict[str, Any], folder: RunFolder) -> None:
+    base, final = results["base"], results["final"]
+    rows = [["validation", _number(base["val_ppl"]), _number(final["all_token_val_ppl"])]]
+    if final["base_test_ppl"] is not None:
+        rows.append(["test", _number(final["base_test_ppl"]), _number(final["all_token_test_ppl"])])
+    say_table("all-token perplexity", ["split", "base", "cascade"], rows)
+    say(
+        f"{final['stages_kept']} stage(s) kept, {format_count(final['total_parameters'])} parameters, "
+        f"{final['seconds']:.1f} s, peak memory {final['peak_rss_bytes'] / 2**30:.2f} GiB"
+    )
+    say(f"report: {folder.report}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"

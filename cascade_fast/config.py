@@ -1,0 +1,221 @@
+"""The settings of a run: one frozen dataclass, validated when made, and the presets ``seed`` and ``warm``.
+
+Each field is a flag of ``python -m cascade_fast.train`` and a key of a ``--config`` file, under the same name.
+"""
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the setting, its value and what is allowed."""
+
+
+def _setting(default: Any, group: str, help: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"group": group, "help": help, **extra})
+
+
+CRITERIA = ("cosine", "entropy")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Every setting of a cascade run. Defaults are those of the preset ``warm``; see :data:`PRESETS`.
+
+    Raises:
+        ConfigError: on a value out of range, before any work is done.
+    """
+
+    preset: str = _setting("warm", "run", "recipe to start from; every flag given overrides it", choices=("seed", "warm"))
+    out: str | None = _setting(None, "run", "folder of the run (default: runs/<time>-<preset>)")
+    resume: str = _setting(
+        "never", "run", "auto: go on with the run in --out (or the newest unfinished one under runs/)", choices=("never", "auto")
+    )
+    seed: int = _setting(42, "run", "seed of the new layers and of the order of the tokens")
+    max_minutes: float | None = _setting(None, "run", "stop training after this many minutes, keep the best so far and report")
+    checkpoint_minutes: float = _setting(5.0, "run", "save a checkpoint at least this often, besides every epoch")
+    cache_dir: str | None = _setting(
+        None, "run", "where converted base models and base passes are kept for later runs (default: ~/.cache/cascade_fast)"
+    )
+
+    base: str = _setting("smollm2-135m", "base model", "hub id, local folder, .gguf file, or smollm2-135m")
+    device: str = _setting("auto", "base model", "cpu, cuda, cuda:1, ...; auto takes a GPU when there is one")
+    dtype: str = _setting("auto", "base model", "compute dtype; auto takes the fastest this hardware has", choices=DTYPES)
+
+    store_dtype: str = _setting(
+        "auto", "base model", "hidden states on disk: auto takes 16 bit when the values fit", choices=("auto", "float32")
+    )
+
+    dataset: str = _setting(
+        "pydoc", "data", "hub id; json, jsonl, csv, parquet or txt file, or a folder of them; or pydoc (CPython's reference text)"
+    )
+    text_columns: tuple[str, ...] = _setting(
+        (), "data", "columns joined by newlines to make a text (default: text, or instruction input output)", nargs="+"
+    )
+    text_template: str | None = _setting(None, "data", "format string over the columns, instead of --text-columns")
+    seq_len: int = _setting(128, "data", "tokens in a block")
+    train_blocks: int = _setting(384, "data", "blocks to train on")
+    val_blocks: int = _setting(96, "data", "blocks for early stopping and acceptance")
+    test_blocks: int | None = _setting(
+        None, "data", "blocks looked at once, at the end (default: as many as validation if the data has them, else what is left)"
+    )
+
+    hard_ratio: float = _setting(0.6, "selection", "share of the tokens that is hard, in (0, 1]")
+    criterion: str = _setting("entropy", "selection", "what makes a token hard: low cosine between input and output, or high entropy of the logits", choices=CRITERIA)
+    val_selection: str = _setting(
+        "threshold", "selection", "validation's hard tokens: by the training threshold, or by validation's own quantile", choices=("threshold", "quantile")
+    )
+
+    num_stages: int = _setting(2, "stages", "stages to train at most")
+    layers_per_stage: int = _setting(8, "stages", "new decoder layers in each stage")
+    init: str = _setting("identity", "stages", "identity: a stage starts as the base's own last step; random: as a new model", choices=("identity", "random"))
+    head: str = _setting("shared", "stages", "output head: the base's own, frozen, or a new trained one", choices=("shared", "own"))
+    accept: str = _setting("better", "stages", "keep a stage only if all-token validation perplexity falls, or always", choices=("better", "always"))
+    min_improvement: float = _setting(0.001, "stages", "relative fall of the all-token validation perplexity that counts as better")
+
+    epochs: int = _setting(2, "training", "epochs for each stage at most")
+    batch_tokens: int = _setting(512, "training", "hard tokens in an optimizer step")
+    lr: float = _setting(1e-4, "training", "peak learning rate")
+    lr_schedule: str = _setting("cosine", "training", "shape of the learning rate after warm-up", choices=LR_SCHEDULES)
+    warmup_steps: int = _setting(10, "training", "steps of linear learning-rate warm-up")
+    weight_decay: float = _setting(0.01, "training", "decoupled weight decay (on matrices and norms alike, as torch.optim.AdamW)")
+    grad_clip: float = _setting(1.0, "training", "largest gradient norm; 0 turns clipping off")
+    optimizer: str = _setting("adamw", "training", "adamw, or bitsandbytes' 8-bit ones", choices=OPTIMIZERS)
+    patience: int = _setting(1, "training", "epochs without a better validation loss before a stage stops")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            choices, value = f.metadata.get("choices"), getattr(self, f.name)
+            if choices is not None and value not in choices:
+                raise ConfigError(f"{f.name}: {value!r}; must be one of {', '.join(choices)}")
+        for name in ("hard_ratio", "lr", "weight_decay", "grad_clip", "min_improvement", "checkpoint_minutes", "max_minutes"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ConfigError(f"{name}: {value}; must be a finite number")
+        self._require("hard_ratio", 0 < self.hard_ratio <= 1, "must be in (0, 1]")
+        for name in ("train_blocks", "val_blocks", "num_stages", "layers_per_stage", "epochs", "batch_tokens", "patience"):
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        self._require("seq_len", self.seq_len >= 2, "must be at least 2")
+        self._require("test_blocks", self.test_blocks is None or self.test_blocks >= 0, "must be at least 0")
+        self._require("lr", self.lr > 0, "must be above 0")
+        for name in ("weight_decay", "grad_clip", "min_improvement", "warmup_steps"):
+            self._require(name, getattr(self, name) >= 0, "must be at least 0")
+        self._require("checkpoint_minutes", self.checkpoint_minutes > 0, "must be above 0")
+        self._require("max_minutes", self.max_minutes is None or self.max_minutes > 0, "must be above 0")
+        self._require("seed", 0 <= self.seed < 2**63, "must be in [0, 2^63)")
+        if self.text_columns and self.text_template is not None:
+            raise ConfigError("text_columns and text_template are both given; give one")
+        if self.init == "identity" and self.head == "own":
+            raise ConfigError("init: identity needs head: shared (a stage that starts as the base uses the base's head)")
+
+    def _require(self, name: str, condition: bool, allowed: str) -> None:
+        if not condition:
+            raise ConfigError(f"{name}: {getattr(self, name)!r}; {allowed}")
+
+    @property
+    def reads(self) -> str:
+        """Which hidden state of the base a stage reads: the residual stream before the final norm (what an identity
+        stage continues), or the last hidden state after it (as the seed did)."""
+        return "residual" if self.init == "identity" else "last_hidden"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting as plain JSON values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+# The recipe of the original experiment: random layers with a head of their own, tokens in batches of 32, fp32.
+SEED_PRESET: dict[str, Any] = {
+    "dataset": "tatsu-lab/alpaca",
+    "train_blocks": 1000,
+    "val_blocks": 100,
+    "test_blocks": 0,
+    "dtype": "float32",
+    "store_dtype": "float32",
+    "hard_ratio": 0.9,
+    "criterion": "cosine",
+    "val_selection": "quantile",
+    "num_stages": 5,
+    "init": "random",
+    "head": "own",
+    "accept": "always",
+    "epochs": 10,
+    "batch_tokens": 32,
+    "lr": 1e-4,
+    "lr_schedule": "constant",
+    "warmup_steps": 0,
+    "grad_clip": 0.0,
+    "patience": 1,
+}
+PRESETS: dict[str, dict[str, Any]] = {"warm": {}, "seed": SEED_PRESET}
+
+_FIELDS = {f.name: f for f in dataclasses.fields(RunConfig)}
+# What may differ between a run and its resumption: where things lie and when to stop, not what is computed.
+RESUME_MAY_CHANGE = ("out", "resume", "max_minutes", "checkpoint_minutes", "cache_dir")
+
+
+def make_config(overrides: dict[str, Any], config_file: str | None = None) -> RunConfig:
+    """The settings of a run: the preset's, then the YAML file's, then ``overrides`` (the flags given).
+
+    Raises:
+        ConfigError: an unknown name, a value of the wrong type or out of range, or a file that cannot be read.
+    """
+    from_file = _read_yaml(Path(config_file)) if config_file is not None else {}
+    given = {**from_file, **overrides}
+    preset = given.get("preset", "warm")
+    if preset not in PRESETS:
+        raise ConfigError(f"preset: {preset!r}; must be one of {', '.join(PRESETS)}")
+    merged = {**PRESETS[preset], **given}
+    return RunConfig(**{name: _coerce(name, value) for name, value in merged.items()})
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config: {str(path)!r} cannot be read: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"config: {str(path)!r}; must hold 'name: value' lines")
+    return {str(name).replace("-", "_"): value for name, value in content.items()}
+
+
+def _coerce(name: str, value: Any) -> Any:
+    """``value`` as the type of setting ``name``: YAML reads 1e-4 as text and a lone column as no list."""
+    if name not in _FIELDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, _FIELDS, n=1)
+        raise ConfigError(f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+    kinds = typing.get_args(_FIELDS[name].type) or (_FIELDS[name].type,)  # `int | None` -> (int, NoneType)
+    if value is None:
+        if type(None) in kinds or _FIELDS[name].default == ():
+            return _FIELDS[name].default if _FIELDS[name].default == () else None
+        raise ConfigError(f"{name}: empty; must be given a value")
+    if _FIELDS[name].default == ():
+        return (value,) if isinstance(value, str) else tuple(str(v) for v in value)
+    if int in kinds or float in kinds:
+        kind = int if int in kinds else float
+        try:
+            number = kind(value)
+            if isinstance(value, bool) or (kind is int and number != float(value)):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise ConfigError(f"{name}: {value!r}; must be a{'n integer' if kind is int else ' number'}") from None
+        return number
+    if not isinstance(value, str):
+        raise ConfigError(f"{name}: {value!r}; must be text")
+    return value

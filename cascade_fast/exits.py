@@ -1,0 +1,111 @@
+"""Dynamic exit: every token leaves the cascade as early as it can, with the logits of where it leaves."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cascade_fast import ops
+from cascade_fast.checkpoint import file_sha256, save_tensors, write_json
+from cascade_fast.hidden_store import HiddenStore
+from cascade_fast.losses import token_losses
+from cascade_fast.selection import select_below
+from cascade_fast.stage import Stage, StageConfig
+
+TOKENS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class ExitStage:
+    """A trained stage and the threshold at its door: a token enters iff ``score <= threshold``."""
+
+    stage: Stage
+    threshold: float
+
+    def save(self, folder: Path, **record: Any) -> dict[str, Any]:
+        """Writes ``config.json`` and ``model.safetensors``; returns what ``cascade.json`` says of the stage."""
+        weights = folder / "model.safetensors"
+        save_tensors(weights, self.stage.state_dict())
+        write_json(folder / "config.json", {**self.stage.config.to_dict(), "threshold": self.threshold, **record})
+        return {"threshold": self.threshold, "sha256": file_sha256(weights)}
+
+    @classmethod
+    def load(cls, folder: Path, config: StageConfig, threshold: float, head_VD: Tensor) -> "ExitStage":
+        stage = Stage(config, head_VD=head_VD)
+        stage.load_state_dict(load_file(folder / "model.safetensors"))
+        return cls(stage.eval(), threshold)
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage says of K tokens, float32 on the CPU: ``hidden`` (K, D) for the next stage, ``score``, ``loss`` (K,)."""
+
+    hidden_KD: Tensor
+    score_K: Tensor
+    loss_K: Tensor
+
+
+def handed_on_dtype(store: HiddenStore) -> torch.dtype:
+    """How hidden states travel from stage to stage: bfloat16 if they came so, else float32 (float16 might overflow)."""
+    return torch.bfloat16 if store.hidden.dtype == torch.bfloat16 else torch.float32
+
+
+@torch.inference_mode()
+def run_stage(
+    stage: Stage, hidden_KD: Tensor, label_K: Tensor, *, criterion: str, device: torch.device, dtype: torch.dtype
+) -> StageOutput:
+    """Takes K tokens through ``stage``. The score compares the stage's input with its output (``cosine``) or reads
+    the stage's own logits (``entropy``)."""
+    hidden_in_KD = hidden_KD.to(device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        output_KD, normed_KD = stage(hidden_in_KD)
+    loss_K, entropy_K = token_losses(normed_KD, stage.head, label_K.to(device), dtype=dtype)
+    score_K = -entropy_K if criterion == "entropy" else ops.cosine_score(hidden_in_KD.float(), output_KD)
+    return StageOutput(output_KD.float().cpu(), score_K.cpu(), loss_K.cpu())
+
+
+@dataclass(frozen=True)
+class ExitEvaluation:
+    """``loss_N``: every token's cross-entropy at its own exit. ``exit_N``: 0 for the base, k for stage k."""
+
+    loss_N: Tensor
+    exit_N: Tensor
+
+    @property
+    def perplexity(self) -> float:
+        """Over all tokens: the number that counts."""
+        return self.loss_N.double().mean().clamp(max=700.0).exp().item()
+
+    def shares(self, stages: int) -> dict[str, float]:
+        """Share of the tokens that leaves at each exit."""
+        counts = torch.bincount(self.exit_N, minlength=stages + 1).double() / max(len(self.exit_N), 1)
+        names = ["base", *(f"stage_{k}" for k in range(1, stages + 1))]
+        return dict(zip(names, counts.tolist(), strict=True))
+
+
+def evaluate_exits(
+    stages: list[ExitStage], store: HiddenStore, *, criterion: str, device: torch.device, dtype: torch.dtype
+) -> ExitEvaluation:
+    """Sends every token of a base pass's store through the cascade.
+
+    A token whose score is above stage 1's threshold keeps the base's loss; otherwise it enters stage 1, and so on;
+    the last stage takes all that is left.
+    """
+    loss_N = store["loss"].clone()
+    exit_N = torch.zeros(len(store), dtype=torch.int64)
+    for first in range(0, len(store), TOKENS_AT_ONCE):
+        rows = slice(first, first + TOKENS_AT_ONCE)
+        hidden_KD, label_K, score_K = store.hidden[rows], store["label"][rows], store["score"][rows]
+        token_K = torch.arange(first, first + len(label_K))  # where in the store the tokens still on their way are
+        for number, entry in enumerate(stages, 1):
+            hard_J = select_below(score_K, entry.threshold)
+            if len(hard_J) == 0:
+                break
+            hidden_KD, (label_K, token_K) = ops.gather_rows(hidden_KD, hard_J, (label_K, token_K))
+            result = run_stage(entry.stage, hidden_KD, label_K, criterion=criterion, device=device, dtype=dtype)
+            loss_N[token_K], exit_N[token_K] = result.loss_K, number
+            hidden_KD, score_K = result.hidden_KD.to(handed_on_dtype(store)), result.score_K
+    return ExitEvaluation(loss_N, exit_N)

@@ -1,0 +1,42 @@
+"""Device and compute dtype, chosen by what the hardware does fast, with the reason in words."""
+
+import torch
+
+from cascade_fast.config import ConfigError
+
+
+def choose_device(asked: str) -> torch.device:
+    """``asked``, or for ``auto`` a CUDA GPU when there is one. Raises ConfigError for a device that is not there."""
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise ConfigError(f"device: {asked!r}; must be auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {asked!r}; must be auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: {asked!r}; this machine has {torch.cuda.device_count()} CUDA GPUs")
+    return device
+
+
+def choose_dtype(device: torch.device, asked: str) -> tuple[torch.dtype, str]:
+    """The compute dtype and why.
+
+    By compute capability on a GPU: ``torch.cuda.is_bf16_supported()`` is True on a T4, where bfloat16 is emulated
+    and slow. On the CPU bfloat16 pays where AVX512-BF16 or AMX multiplies it.
+    """
+    if asked != "auto":
+        return getattr(torch, asked), "asked for"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return torch.bfloat16, f"compute capability {major}.{minor} has bfloat16 tensor cores"
+        if major >= 7:
+            return torch.float16, f"compute capability {major}.{minor} has float16 tensor cores and no bfloat16"
+        return torch.float32, f"compute capability {major}.{minor} has no tensor cores"
+    if torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16, "this CPU has AMX"
+    if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        return torch.bfloat16, "this CPU has AVX512-BF16"
+    return torch.float32, "this CPU has neither AVX512-BF16 nor AMX"

@@ -1,0 +1,123 @@
+"""What a run tells while it works: progress, lines on the console, and ``metrics.jsonl``."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+LINE_SECONDS = 30.0  # between progress lines where there is no terminal
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line for the user."""
+    console.print(text, markup=False)
+
+
+def say_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A small table: drawn on a terminal, one tab-free line a row elsewhere."""
+    if not console.is_terminal:
+        say(f"{title}: " + "; ".join(", ".join(f"{h} {v}" for h, v in zip(header, row, strict=True)) for row in rows))
+        return
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+class Progress:
+    """Progress over tokens: a bar with tokens/s and ETA on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total, self.done = name, total, 0
+        self._started = self._rate_started = self._last_line = time.monotonic()
+        self._start_tokens = 0
+        self._bar: RichProgress | None = None
+
+    def __enter__(self) -> "Progress":
+        if console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:,}/{task.total:,} tokens"),
+                TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(self.name, total=self.total, rate=0.0)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def restart(self, done: int) -> None:
+        """What counts as done when work goes on from a saved state, or begins anew."""
+        self.done = self._start_tokens = done
+        self._rate_started = time.monotonic()
+
+    def advance(self, tokens: int) -> None:
+        self.done += tokens
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, rate=self.rate())
+        elif time.monotonic() - self._last_line > LINE_SECONDS:
+            self._last_line = time.monotonic()
+            left = (self.total - self.done) / max(self.rate(), 1e-9)
+            say(f"  {self.name}: {self.done:,}/{self.total:,} tokens, {self.rate():,.0f} tokens/s, ETA {left:.0f} s")
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def rate(self) -> float:
+        """Tokens per second since the start, or since the work was taken up again."""
+        return (self.done - self._start_tokens) / max(time.monotonic() - self._rate_started, 1e-9)
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON record a line, appended and flushed.
+
+    ``size`` and ``truncate`` let a resumed run drop what came after its checkpoint, so that no epoch is told twice.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"event": event, "time": time.time(), **fields}, allow_nan=False)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def truncate(self, size: int) -> None:
+        if self.path.exists():
+            os.truncate(self.path, min(size, self.size()))
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def format_count(n: int) -> str:
+    """134515008 -> ``134.5M``."""
+    return f"{n / 1e6:.1f}M" if n >= 1e5 else f"{n:,}"

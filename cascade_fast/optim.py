@@ -1,0 +1,65 @@
+"""Optimizers by name, learning-rate schedules, and optimizer state as plain tensors (nothing pickled)."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cascade_fast.config import ConfigError, RunConfig
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig, device: torch.device) -> torch.optim.Optimizer:
+    """``adamw`` is torch's fused AdamW; ``adamw8bit`` and ``paged_adamw8bit`` are bitsandbytes'.
+
+    Raises:
+        ConfigError: bitsandbytes is asked for and not installed.
+    """
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ConfigError(f"optimizer: {config.optimizer!r}; needs bitsandbytes: pip install bitsandbytes ({error})") from None
+    kind = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+    return kind[config.optimizer](parameters, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def learning_rate(config: RunConfig, step: int, total_steps: int) -> float:
+    """The rate of optimizer step ``step`` (from 0): linear warm-up, then constant, or down to 0 linearly or by cosine."""
+    warmup = min(config.warmup_steps, max(total_steps - 1, 0))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    done = (step - warmup) / max(total_steps - warmup, 1)
+    if config.lr_schedule == "linear":
+        return config.lr * (1.0 - done)
+    if config.lr_schedule == "cosine":
+        return config.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.lr
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state as flat tensors ``"<parameter>.<name>"`` and, apart, what is no tensor."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for index, entries in optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
+            (tensors if isinstance(value, Tensor) else values)[f"{index}.{name}"] = value
+    return tensors, values
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]
+) -> None:
+    """Puts back what :func:`optimizer_tensors` took out."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **values}.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

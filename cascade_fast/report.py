@@ -1,0 +1,236 @@
+"""``report.md`` and its plots, made from ``config.json`` and ``results.json`` of a run alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cascade_fast.checkpoint import atomic_write, atomic_write_text
+from cascade_fast.metrics import format_count
+
+DIAGNOSIS_RULE = (
+    "Rule: *clear overfitting* if the first epoch has the lowest validation loss while the training loss falls on; "
+    "*mild overfitting* if a later epoch has it, but not the last one; *none seen* if the last epoch has it. "
+    "One epoch alone does not tell."
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Writes ``report.md``, ``loss.png``, ``threshold.png`` and ``perplexity.png`` into ``folder``."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    plots = _write_plots(folder, results)
+    path = folder / "report.md"
+    atomic_write_text(path, render_report(config, results, plots))
+    return path
+
+
+def diagnose(epochs: list[dict[str, Any]]) -> str:
+    """The overfitting diagnosis of one stage; see ``DIAGNOSIS_RULE``."""
+    if len(epochs) < 2:
+        return "not to be told from one epoch"
+    best = min(range(len(epochs)), key=lambda i: epochs[i]["val_loss"])
+    if best == len(epochs) - 1:
+        return "none seen"
+    return "clear overfitting" if best == 0 else "mild overfitting"
+
+
+def render_report(config: dict[str, Any], results: dict[str, Any], plots: list[str]) -> str:
+    """The report as Markdown."""
+    stages = results["stages"]
+    parts = [
+        f"# CASCADE: preset {results['settings']['preset']}, hard ratio {results['settings']['hard_ratio']}",
+        _summary(results),
+        "## Settings",
+        _table(["setting", "value"], [[k, _show(v)] for k, v in results["settings"].items()]),
+        "## Machine and versions",
+        _table(["", ""], [[k, str(v)] for k, v in {**config["machine"], **config["versions"]}.items()]),
+        "## Base model",
+        _base(results),
+        *(_stage(stage) for stage in stages),
+        "## Analysis",
+        "### Overfitting",
+        DIAGNOSIS_RULE,
+        _table(["stage", "training loss", "validation loss", "diagnosis"], [_overfitting_row(s) for s in stages]),
+        "### Thresholds",
+        _table(
+            ["stage", "threshold", "hard of those that arrive"],
+            [[_n(s["stage"]), f"{s['threshold']:.4f}", f"{s['train_hard']:,} / {s['train_total']:,}"] for s in stages],
+        ),
+        f"A token enters a stage if its score ({_score_name(results)}) is at or below the threshold.",
+        "### Validation",
+        "Perplexity on the hard tokens is measured on a different set at each stage; the column over all tokens, each "
+        "at its own exit, is the one that compares.",
+        _table(
+            ["stage", "hard tokens, by epoch", "all tokens", "kept"],
+            [["base", "", _ppl(results["base"]["val_ppl"]), ""], *(_validation_row(s) for s in stages)],
+        ),
+        "### Where tokens exit",
+        _exits(results),
+        "### Parameters",
+        _parameters(results),
+        *(f"![{name.removesuffix('.png')}]({name})" for name in plots),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _summary(results: dict[str, Any]) -> str:
+    base, final = results["base"], results["final"]
+    rows = [["validation", base["val_ppl"], final["all_token_val_ppl"]]]
+    if final["base_test_ppl"] is not None:
+        rows.append(["test", final["base_test_ppl"], final["all_token_test_ppl"]])
+    table = _table(
+        ["all-token perplexity", "base", "cascade", "change"],
+        [[name, _ppl(before), _ppl(after), f"{after / before - 1:+.2%}"] for name, before, after in rows],
+    )
+    kept, trained = final["stages_kept"], len(results["stages"])
+    return (
+        f"{kept} of {trained} trained stage(s) kept. {final['seconds']:.0f} seconds, "
+        f"peak memory {final['peak_rss_bytes'] / 2**30:.2f} GiB.\n\n{table}\n\n"
+        "Validation blocks chose epochs and stages; the test blocks were looked at once, at the end."
+    )
+
+
+def _base(results: dict[str, Any]) -> str:
+    base, tokens = results["base"], results["tokens"]
+    return "\n".join(
+        [
+            f"- {base['name']} ({base['source']})",
+            f"- parameters: {base['parameters']:,} ({format_count(base['parameters'])})",
+            f"- layers: {base['layers']}",
+            f"- tokens: {tokens['train']:,} training, {tokens['val']:,} validation, {tokens['test']:,} test",
+            f"- validation perplexity: {base['val_ppl']:.4f}",
+        ]
+    )
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    share = stage["train_hard"] / stage["train_total"]
+    rows = [
+        ["threshold", f"{stage['threshold']:.4f}"],
+        ["training hard tokens", f"{stage['train_hard']:,} / {stage['train_total']:,} ({share:.1%})"],
+        ["validation hard tokens", f"{stage['val_hard']:,}"],
+        ["added parameters", f"{stage['added_parameters']:,} ({format_count(stage['added_parameters'])})"],
+        ["trainable parameters", f"{stage['trainable_parameters']:,}"],
+        ["best epoch", _n(stage["best_epoch"])],
+        ["best val ppl (hard tokens)", _ppl(stage["best_val_ppl"])],
+        ["all-token val ppl", _ppl(stage["all_token_val_ppl"])],
+        ["training time", f"{stage['seconds']:.1f} s"],
+        ["training ended", stage["stopped"]],
+    ]
+    log = "\n".join(
+        f"Epoch {e['epoch']}: train_loss={e['train_loss']:.4f}, val_loss={e['val_loss']:.4f}, "
+        f"val_ppl={e['val_ppl']:.2f}, time={e['seconds']:.1f}s, {e['tokens_per_second']:,.0f} tokens/s"
+        for e in stage["epochs"]
+    )
+    verdict = stage["verdict"][0].upper() + stage["verdict"][1:]
+    return f"## Stage {stage['stage']}\n\n{verdict}.\n\n{_table(['item', 'value'], rows)}\n\n```\n{log}\n```"
+
+
+def _overfitting_row(stage: dict[str, Any]) -> list[str]:
+    epochs = stage["epochs"]
+
+    def course(key: str) -> str:
+        return " → ".join(f"{e[key]:.3f}" for e in epochs)
+
+    return [_n(stage["stage"]), course("train_loss"), course("val_loss"), diagnose(epochs)]
+
+
+def _validation_row(stage: dict[str, Any]) -> list[str]:
+    by_epoch = " → ".join(f"{e['val_ppl']:.2f}" for e in stage["epochs"])
+    return [_n(stage["stage"]), by_epoch, _ppl(stage["all_token_val_ppl"]), "yes" if stage["accepted"] else "no"]
+
+
+def _exits(results: dict[str, Any]) -> str:
+    stages = results["stages"]
+    names = ["base", *(f"stage_{s['stage']}" for s in stages)]
+    rows = [
+        [f"after stage {s['stage']}", *(f"{s['exit_share'][n]:.1%}" if n in s["exit_share"] else "" for n in names)]
+        for s in stages
+    ]
+    return _table(["validation tokens", *names], rows)
+
+
+def _parameters(results: dict[str, Any]) -> str:
+    total = results["base"]["parameters"]
+    rows = [["base", "", f"{total:,} ({format_count(total)})"]]
+    for stage in (s for s in results["stages"] if s["accepted"]):
+        total += stage["added_parameters"]
+        rows.append([_n(stage["stage"]), f"+ {format_count(stage['added_parameters'])}", f"{total:,} ({format_count(total)})"])
+    return _table(["stage", "added", "cumulative"], rows)
+
+
+def _score_name(results: dict[str, Any]) -> str:
+    if results["settings"]["criterion"] == "entropy":
+        return "minus the entropy of the logits, in nats"
+    return "cosine between what goes in and what comes out"
+
+
+def _n(value: Any) -> str:
+    return "-" if value is None else f"{value}"
+
+
+def _ppl(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _show(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else _n(value)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+# --- plots ----------------------------------------------------------------------------------------------------------
+
+
+def _write_plots(folder: Path, results: dict[str, Any]) -> list[str]:
+    stages = results["stages"]
+    if not stages:
+        return []
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    def save(figure: Figure, name: str) -> str:
+        atomic_write(folder / name, lambda path: figure.savefig(path, format="png", dpi=120))
+        return name
+
+    return [
+        save(_loss_plot(Figure(figsize=(6, 4), layout="constrained"), stages), "loss.png"),
+        save(_threshold_plot(Figure(figsize=(6, 4), layout="constrained"), stages, _score_name(results)), "threshold.png"),
+        save(_perplexity_plot(Figure(figsize=(6, 4), layout="constrained"), results), "perplexity.png"),
+    ]
+
+
+def _loss_plot(figure: Any, stages: list[dict[str, Any]]) -> Any:
+    axes = figure.subplots()
+    for stage in stages:
+        x = [e["epoch"] for e in stage["epochs"]]
+        (line,) = axes.plot(x, [e["train_loss"] for e in stage["epochs"]], "o--", label=f"stage {stage['stage']}, training")
+        axes.plot(
+            x, [e["val_loss"] for e in stage["epochs"]], "o-", color=line.get_color(), label=f"stage {stage['stage']}, validation"
+        )
+    axes.set(xlabel="epoch", ylabel="cross-entropy of hard tokens (nats)", title="Loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    return figure
+
+
+def _threshold_plot(figure: Any, stages: list[dict[str, Any]], score: str) -> Any:
+    axes = figure.subplots()
+    axes.plot([s["stage"] for s in stages], [s["threshold"] for s in stages], "o-")
+    axes.set(xlabel="stage", ylabel=score, title="Threshold by stage", xticks=[s["stage"] for s in stages])
+    return figure
+
+
+def _perplexity_plot(figure: Any, results: dict[str, Any]) -> Any:
+    axes = figure.subplots()
+    measured = [s for s in results["stages"] if s["all_token_val_ppl"] is not None]
+    names = ["base", *(f"stage {s['stage']}" + ("" if s["accepted"] else "\n(rejected)") for s in measured)]
+    values = [results["base"]["val_ppl"], *(s["all_token_val_ppl"] for s in measured)]
+    colours = ["C7", *("C0" if s["accepted"] else "C3" for s in measured)]
+    bars = axes.bar(names, values, color=colours)
+    axes.bar_label(bars, labels=[f"{v:.3f}" for v in values])
+    axes.set(ylabel="perplexity over all validation tokens", title="All-token perplexity by stage")
+    axes.margins(y=0.15)
+    return figure

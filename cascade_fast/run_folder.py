@@ -1,0 +1,218 @@
+"""The folder of a run: what is in it, who may use it, and whether a run in it may go on.
+
+    config.json         every setting as used, versions, machine, fingerprints of base and data
+    metrics.jsonl       a record for each epoch and event
+    stages/1/ ...       config.json, model.safetensors: the stages that are kept
+    cascade.json        base, stages and thresholds: what loads the cascade
+    results.json        the numbers; report.md and *.png show them
+    training/, hidden/  checkpoints and hidden states of a run under way; removed when it is finished
+"""
+
+import json
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+
+from cascade_fast import __version__
+from cascade_fast.base_model import BaseModel
+from cascade_fast.checkpoint import write_json
+from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig
+from cascade_fast.exits import ExitStage
+from cascade_fast.metrics import MetricsLog, say
+from cascade_fast.report import write_report
+
+RUNS = Path("runs")
+CASCADE_FORMAT = 1
+
+
+class RunFolder:
+    """Locked for one process while open; use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.log = MetricsLog(path / "metrics.jsonl")
+        self._lock = filelock.FileLock(path / "run.lock")
+
+    @classmethod
+    def open(
+        cls, config: RunConfig, base_fingerprint: str, data_fingerprint: str, *, device: torch.device, dtype: torch.dtype
+    ) -> "RunFolder":
+        """The folder of a new run, or of the one to go on with.
+
+        Raises:
+            ConfigError: the folder is something else, holds a run that may not be resumed (and how it differs), or
+                is in use by another process. Nothing in it has been touched then.
+        """
+        path = _choose(config)
+        record = {
+            "settings": config.to_dict(),
+            "fingerprints": {"base": base_fingerprint, "data": data_fingerprint},
+            "versions": _versions(),
+            "machine": _machine(device, dtype),
+        }
+        found = _read(path / "config.json") if path.exists() else None
+        if found is None and path.exists() and (not path.is_dir() or any(p.name != "run.lock" for p in path.iterdir())):
+            raise ConfigError(f"out: {str(path)!r}; exists and is not the folder of a run")
+        if found is not None and config.resume == "never":
+            raise ConfigError(f"out: {str(path)!r}; holds a run already: add --resume auto to go on, or name another")
+        if found is not None:
+            _check_same(found, record, path)
+        path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path)
+        try:
+            folder._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ConfigError(f"out: {str(path)!r}; another process is training there") from None
+        if found is None:
+            write_json(path / "config.json", record)
+            folder.log.write("start", preset=config.preset)
+        else:
+            _warn_versions(found, record)
+        return folder
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "results.json").is_file() and self.report.is_file()
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.md"
+
+    def stage(self, number: int) -> Path:
+        return self.path / "stages" / str(number)
+
+    def training(self, number: int) -> Path:
+        return self.path / "training" / f"stage-{number}"
+
+    def hidden(self, number: int, split: str) -> Path:
+        return self.path / "hidden" / f"stage-{number}" / split
+
+    def stage_record(self, number: int) -> dict[str, Any] | None:
+        """The record of a stage whose training is over, kept or not."""
+        found = _read(self.training(number) / "result.json")
+        return None if found is None else found["record"]
+
+    def write_stage_record(self, number: int, record: dict[str, Any], metrics_size: int) -> None:
+        """Marks the stage as done; its checkpoints and the hidden states it was trained on are no longer needed."""
+        write_json(self.training(number) / "result.json", {"record": record, "metrics_size": metrics_size})
+        for file in self.training(number).glob("*.safetensors"):
+            file.unlink()
+        shutil.rmtree(self.path / "hidden" / f"stage-{number - 2}", ignore_errors=True)
+
+    def metrics_before(self, number: int) -> int:
+        """How long ``metrics.jsonl`` was when training of stage ``number`` began."""
+        if number > 1:
+            found = _read(self.training(number - 1) / "result.json")
+            return self.log.size() if found is None else found["metrics_size"]
+        with self.log.path.open("rb") as file:
+            return len(file.readline())  # the start event
+
+    def keep_stage(self, number: int, entry: ExitStage, *, criterion: str) -> None:
+        entry.save(self.stage(number), criterion=criterion)
+
+    def finish(self, results: dict[str, Any], stages: list[ExitStage], base: BaseModel) -> None:
+        """Writes what the run leaves and removes what only a run under way needs."""
+        write_json(self.path / "cascade.json", self._cascade(results, stages, base))
+        write_json(self.path / "results.json", results)
+        write_report(self.path)
+        self.log.write("end", seconds=results["final"]["seconds"])
+        self.clean()
+
+    def clean(self) -> None:
+        for name in ("training", "hidden"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def _cascade(self, results: dict[str, Any], stages: list[ExitStage], base: BaseModel) -> dict[str, Any]:
+        """Ties base, stages and thresholds together."""
+        settings = results["settings"]
+        return {
+            "format": CASCADE_FORMAT,
+            "base": {
+                "name": base.name,
+                "source": base.source,
+                "revision": base.revision,
+                "fingerprint": base.fingerprint,
+            },
+            "criterion": settings["criterion"],
+            "reads": stages[0].stage.config.reads if stages else None,
+            "stages": [
+                {"folder": f"stages/{n}", "threshold": entry.threshold, "layers": entry.stage.config.layers}
+                for n, entry in enumerate(stages, 1)
+            ],
+        }
+
+
+def _choose(config: RunConfig) -> Path:
+    """``--out``; else, when resuming, the newest unfinished run of the preset; else a new folder."""
+    if config.out is not None:
+        return Path(config.out)
+    if config.resume == "auto":
+        for path in sorted(RUNS.glob(f"*-{config.preset}"), reverse=True):
+            if (path / "config.json").is_file() and not RunFolder(path).finished:
+                return path
+    return RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _check_same(found: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    differences = []
+    for name, value in now["settings"].items():
+        before = found["settings"].get(name)
+        if name not in RESUME_MAY_CHANGE and before != value:
+            differences.append(f"{name} was {before!r}, is {value!r}")
+    for name, value in now["fingerprints"].items():
+        if found["fingerprints"].get(name) != value:
+            differences.append(f"the {name} has changed (fingerprint {found['fingerprints'].get(name)!s:.12} -> {value:.12})")
+    if differences:
+        raise ConfigError(f"resume: the run in {str(path)!r} is another one: {'; '.join(differences)}")
+
+
+def _warn_versions(found: dict[str, Any], now: dict[str, Any]) -> None:
+    for part in ("versions", "machine"):
+        for name, value in now[part].items():
+            if found[part].get(name) != value:
+                say(f"note: {name} was {found[part].get(name)}, is {value}: results may differ in the last bits")
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "datasets", "safetensors")
+    return {"cascade_fast": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
+
+
+def _machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()

@@ -1,0 +1,308 @@
+"""Trains one stage on its hard tokens: batches straight from the hidden store, early stopping, keep-best, resume.
+
+Master weights and optimizer state are float32; matrix products run in the compute dtype under autocast (float16 with
+a gradient scaler). Between log lines nothing waits for the device.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cascade_fast import ops
+from cascade_fast.checkpoint import Checkpoints, save_tensors
+from cascade_fast.config import RunConfig
+from cascade_fast.hidden_store import HiddenStore
+from cascade_fast.losses import linear_cross_entropy, token_losses
+from cascade_fast.metrics import MetricsLog, Progress, say
+from cascade_fast.optim import (
+    build_optimizer,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from cascade_fast.stage import Stage
+
+EVAL_TOKENS = 2048  # tokens of a forward pass without gradients
+LOG_STEPS = 50  # steps between looks at the loss
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, after what was done has been saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_code = 128 + signal_number
+
+
+@contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in a list instead of acting at once; a second Ctrl-C is a KeyboardInterrupt."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield received
+        return
+
+    def note(number: int, _frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class HardTokens:
+    """The tokens of a store that a stage works on: ``index_K`` (K,) int64, ascending."""
+
+    store: HiddenStore
+    index_K: Tensor
+
+    def __len__(self) -> int:
+        return self.index_K.shape[0]
+
+    def batch(self, picked: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Hidden states ``(B, D)`` and labels ``(B,)`` of the tokens numbered ``picked`` among the hard ones."""
+        hidden_BD, (label_B,) = ops.gather_rows(self.store.hidden, self.index_K[picked], (self.store["label"],))
+        return hidden_BD.to(device, non_blocking=True), label_B.to(device, non_blocking=True)
+
+
+@dataclass
+class StageTraining:
+    """What became of a stage's training; grows epoch by epoch and is saved in every checkpoint."""
+
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_val_loss: float = math.inf
+    stopped: str = ""  # why training ended
+
+    @property
+    def best_val_ppl(self) -> float:
+        return math.exp(min(self.best_val_loss, 700.0))
+
+
+def epoch_order(n: int, *, seed: int, stage: int, epoch: int) -> Tensor:
+    """The order of ``n`` tokens in an epoch: a permutation that depends on nothing else, so that a resumed run has it too."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + stage * 1_009 + epoch) % 2**63)
+    return torch.randperm(n, generator=generator)
+
+
+@torch.inference_mode()
+def validation_loss(stage: Stage, tokens: HardTokens, device: torch.device, dtype: torch.dtype) -> float:
+    """Mean cross-entropy of the stage's logits over ``tokens``."""
+    total = 0.0
+    for first in range(0, len(tokens), EVAL_TOKENS):
+        picked = torch.arange(first, min(first + EVAL_TOKENS, len(tokens)))
+        hidden_BD, label_B = tokens.batch(picked, device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            _, normed_BD = stage(hidden_BD)
+        total += token_losses(normed_BD, stage.head, label_B, dtype=dtype)[0].double().sum().item()
+    return total / len(tokens)
+
+
+class StageTrainer:
+    """One stage's training; :meth:`run` does it all.
+
+    Args:
+        number: the stage's number, from 1.
+        folder: where checkpoints and the best weights so far are kept.
+        log_size: how long the log is before this stage; on resuming, what came after the checkpoint is dropped.
+        deadline: ``time.monotonic()`` after which training ends with what it has, or None.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        train: HardTokens,
+        val: HardTokens,
+        config: RunConfig,
+        *,
+        number: int,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        log: MetricsLog,
+        log_size: int,
+        deadline: float | None = None,
+    ) -> None:
+        self.stage, self.train, self.val, self.config = stage.to(device), train, val, config
+        self.number, self.folder, self.device, self.dtype = number, folder, device, dtype
+        self.log, self.log_size, self.deadline = log, log_size, deadline
+        self.checkpoints = Checkpoints(folder)
+        self.best_path = folder / "best.safetensors"
+        self.decayed_only = stage.decayed_only()
+        without_gradient = {id(p) for p in self.decayed_only}
+        self.parameters = [p for p in stage.parameters() if id(p) not in without_gradient]
+        self.optimizer = build_optimizer(self.parameters, config, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.steps_per_epoch = math.ceil(len(train) / config.batch_tokens)
+        self.training = StageTraining()
+        self.epoch, self.step = 1, 0  # the epoch being run, and its next step
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.loss_steps = 0  # of the last check that the loss is finite
+        self.epoch_seconds = 0.0
+
+    def run(self) -> StageTraining:
+        """Trains, or goes on from the newest checkpoint; the stage ends with its best weights.
+
+        Raises:
+            Interrupted: after saving a checkpoint.
+        """
+        self._resume()
+        with deferred_signals() as signals:
+            while not self.training.stopped:
+                if self._run_epoch(signals):
+                    self._end_epoch()
+                self._save()
+                if signals:
+                    raise Interrupted(signals[0])
+        if self.training.best_epoch:
+            self.stage.load_state_dict(load_file(self.best_path))
+        return self.training
+
+    def _run_epoch(self, signals: list[int]) -> bool:
+        """Steps until the epoch, the time or the user's patience is over; whether there is an epoch to conclude."""
+        order = epoch_order(len(self.train), seed=self.config.seed, stage=self.number, epoch=self.epoch)
+        batches = order.split(self.config.batch_tokens)
+        started, saved = time.monotonic(), time.monotonic()
+        before = self.epoch_seconds
+        self.stage.train()
+        name = f"stage {self.number} epoch {self.epoch}/{self.config.epochs}"
+        with Progress(name, len(self.train)) as progress:
+            progress.restart(self.step * self.config.batch_tokens)
+            while self.step < len(batches):
+                self._train_step(batches[self.step])
+                progress.advance(len(batches[self.step]))
+                self.step += 1
+                self.epoch_seconds = before + time.monotonic() - started
+                if self.step % LOG_STEPS == 0 and not self._loss_is_finite():
+                    return False
+                if signals:
+                    return False
+                if self.deadline is not None and time.monotonic() > self.deadline:
+                    break
+                if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
+                    self._save()
+                    saved = time.monotonic()
+        return self._loss_is_finite()
+
+    def _train_step(self, picked: Tensor) -> None:
+        config, global_step = self.config, (self.epoch - 1) * self.steps_per_epoch + self.step
+        lr = learning_rate(config, global_step, config.epochs * self.steps_per_epoch)
+        set_learning_rate(self.optimizer, lr)
+        hidden_BD, label_B = self.train.batch(picked, self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            _, normed_BD = self.stage(hidden_BD)
+        loss = linear_cross_entropy(normed_BD, self.stage.head, label_B, dtype=self.dtype)
+        self.scaler.scale(loss).backward()
+        if config.grad_clip > 0:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for parameter in self.decayed_only:  # AdamW with a zero gradient: decay and nothing else
+                parameter.mul_(1.0 - lr * config.weight_decay)
+        self.loss_sum += loss.detach().double() * len(picked)
+
+    def _loss_is_finite(self) -> bool:
+        if math.isfinite(self.loss_sum.item()):
+            return True
+        self.training.stopped = "non-finite loss"
+        self.log.write("non_finite_loss", stage=self.number, epoch=self.epoch, step=self.step)
+        return False
+
+    def _end_epoch(self) -> None:
+        config, training = self.config, self.training
+        seen = min(self.step * config.batch_tokens, len(self.train))
+        self.stage.eval()
+        val_loss = validation_loss(self.stage, self.val, self.device, self.dtype)
+        if not math.isfinite(val_loss):
+            training.stopped = "non-finite loss"
+            self.log.write("non_finite_loss", stage=self.number, epoch=self.epoch, step=self.step)
+            return
+        record = {
+            "epoch": self.epoch,
+            "train_loss": self.loss_sum.item() / seen,
+            "val_loss": val_loss,
+            "val_ppl": math.exp(min(val_loss, 700.0)),
+            "seconds": self.epoch_seconds,
+            "tokens_per_second": seen / max(self.epoch_seconds, 1e-9),
+        }
+        training.epochs.append(record)
+        self.log.write("epoch", stage=self.number, tokens=seen, **record)
+        say(
+            f"  epoch {self.epoch}/{config.epochs}: train_loss={record['train_loss']:.4f}, val_loss={val_loss:.4f}, "
+            f"val_ppl={record['val_ppl']:.2f}, time={self.epoch_seconds:.1f}s, {record['tokens_per_second']:,.0f} tokens/s"
+        )
+        if val_loss < training.best_val_loss:
+            training.best_val_loss, training.best_epoch = val_loss, self.epoch
+            save_tensors(self.best_path, self.stage.state_dict())
+        if self.step < self.steps_per_epoch:
+            training.stopped = "time is up"
+        elif self.epoch - training.best_epoch >= config.patience:
+            training.stopped = f"no better validation loss for {config.patience} epoch(s)"
+        elif self.epoch == config.epochs:
+            training.stopped = "all epochs done"
+        self.epoch, self.step, self.epoch_seconds = self.epoch + 1, 0, 0.0
+        self.loss_sum.zero_()
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        optimizer, optimizer_values = optimizer_tensors(self.optimizer)
+        tensors = {f"stage.{name}": t for name, t in self.stage.state_dict().items()}
+        tensors |= {f"optimizer.{name}": t for name, t in optimizer.items()}
+        tensors["loss_sum"] = self.loss_sum
+        state = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "epoch_seconds": self.epoch_seconds,
+            "training": vars(self.training) | {"best_val_loss": _json_number(self.training.best_val_loss)},
+            "optimizer": optimizer_values,
+            "scaler": self.scaler.state_dict(),
+            "metrics_size": self.log.size(),
+        }
+        self.checkpoints.save((self.epoch - 1) * self.steps_per_epoch + self.step, tensors, state)
+
+    def _resume(self) -> None:
+        found = self.checkpoints.load()
+        self.log.truncate(self.log_size if found is None else found[1]["metrics_size"])
+        if found is None:
+            return
+        tensors, state = found
+        parts: dict[str, dict[str, Tensor]] = {"stage": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            if rest:
+                parts[part][rest] = tensor
+        self.stage.load_state_dict(parts["stage"])
+        load_optimizer_tensors(self.optimizer, parts["optimizer"], state["optimizer"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.loss_sum.copy_(tensors["loss_sum"])
+        self.epoch, self.step, self.epoch_seconds = state["epoch"], state["step"], state["epoch_seconds"]
+        training = state["training"]
+        self.training = StageTraining(**{**training, "best_val_loss": float(training["best_val_loss"])})
+        self.log.write("resume", stage=self.number, epoch=self.epoch, step=self.step)
+        say(f"  resumed at epoch {self.epoch}, step {self.step}")
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

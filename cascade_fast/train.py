@@ -1,0 +1,90 @@
+"""``python -m cascade_fast.train``: trains a cascade. Every flag is a setting of ``config.RunConfig``."""
+
+import argparse
+import dataclasses
+import os
+import sys
+import typing
+from typing import Any
+
+from cascade_fast.config import ConfigError, RunConfig, make_config
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, one flag for each setting, in the settings' groups."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cascade_fast.train",
+        description="Train a cascade: new layers on the hard tokens of a frozen language model. With no flags: "
+        "SmolLM2-135M-Instruct on CPython's reference text.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for f in dataclasses.fields(RunConfig):
+        title = f.metadata["group"]
+        group = groups.setdefault(title, parser.add_argument_group(title))
+        help_text = f.metadata["help"].replace("%", "%%")
+        if f.default not in (None, ()):
+            help_text += f" (default of warm: {f.default})"
+        options: dict[str, Any] = {"metavar": _metavar(f)}
+        if "choices" in f.metadata:
+            options = {"choices": f.metadata["choices"]}
+        if "nargs" in f.metadata:
+            options["nargs"] = f.metadata["nargs"]
+        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **options)
+    groups["run"].add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of settings under the same names; flags override it"
+    )
+    groups["run"].add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    return parser
+
+
+def _metavar(f: "dataclasses.Field[Any]") -> str:
+    kinds = typing.get_args(f.type) or (f.type,)
+    return "N" if int in kinds else "X" if float in kinds else "TEXT"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 a mistake in the settings or a loss that is not finite, 130 and 143 interrupted."""
+    given = vars(build_parser().parse_args(argv))
+    debug, config_file = given.pop("debug", False), given.pop("config", None)
+    try:
+        config = make_config(given, config_file)
+        return _run(config)
+    except ConfigError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted; the same command with --resume auto goes on", file=sys.stderr)
+        return 130
+
+
+def _run(config: RunConfig) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # Imported here: a mistake in the flags is answered before torch is loaded.
+    from cascade_fast.cascade import NonFiniteLoss, run_cascade
+    from cascade_fast.stage_trainer import Interrupted
+
+    try:
+        run_cascade(config)
+    except Interrupted as stop:
+        print(f"interrupted ({stop}), saved; the same command with --resume auto goes on", file=sys.stderr)
+        return stop.exit_code
+    except NonFiniteLoss as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
