@@ -142,9 +142,7 @@ def _from_hub(repo: str) -> tuple[str, str] | None:
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        folder = huggingface_hub.snapshot_download(
-            repo, allow_patterns=patterns, local_files_only=not hub_reachable()
-        )
+        folder = huggingface_hub.snapshot_download(repo, allow_patterns=patterns, local_files_only=not hub_reachable())
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return None
     return folder, Path(folder).name
@@ -175,7 +173,7 @@ def _convert_gguf(base: str, gguf: Path, cache: Path) -> Path:
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"base: {base!r}; cannot be read as GGUF: {_first_line(error)}") from error
         # The weights are plain float32 now; the mark of the quantised file would forbid saving them.
-        model.hf_quantizer = None
+        del model.hf_quantizer
         del model.config.quantization_config
         converted = Path(temporary) / "model"
         model.save_pretrained(converted)

@@ -67,9 +67,7 @@ def base_pass(
         for split in SPLITS:
             with_loss = split != "train" or config.criterion == "entropy"
             _run_split(model, blocks.ids[split], folder / split, config, meta, progress, with_loss)
-        save_tensors(
-            folder / "head.safetensors", {"head": model.lm_head.weight, "norm": model.model.norm.weight}
-        )
+        save_tensors(folder / "head.safetensors", {"head": model.lm_head.weight, "norm": model.model.norm.weight})
         seconds = progress.seconds()
     # Written last: a folder with this file is complete.
     write_json(folder / "base_pass.json", {**meta, "parameters": parameters, "seconds": seconds})
@@ -114,7 +112,13 @@ def _prune(folder: Path) -> None:
 
 
 def _run_split(
-    model: Any, ids_BT: Tensor, folder: Path, config: RunConfig, meta: dict[str, Any], progress: Progress, with_loss: bool
+    model: Any,
+    ids_BT: Tensor,
+    folder: Path,
+    config: RunConfig,
+    meta: dict[str, Any],
+    progress: Progress,
+    with_loss: bool,
 ) -> None:
     """Fills the store of one split, in the narrowest dtype that holds what the base computes."""
     start = progress.done
@@ -152,9 +156,7 @@ def _resume_or_create(
 
 
 @torch.inference_mode()
-def _fill(
-    model: Any, ids_BT: Tensor, store: HiddenStore, done: int, criterion: str, progress: Progress
-) -> bool:
+def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, done: int, criterion: str, progress: Progress) -> bool:
     """Runs the blocks from ``done`` on; False as soon as a hidden state does not fit the store's dtype."""
     seq_len = ids_BT.shape[1] - 1
     device = model.device

@@ -63,7 +63,9 @@ class CascadeRun:
             hard = HardTokens(train, selection.index_K)
             hard_val = self._hard_validation_tokens(val, selection.threshold)
             if len(hard_val) == 0:
-                say(f"stage {number}: no validation token is hard at threshold {selection.threshold:.4f}; stopping here")
+                say(
+                    f"stage {number}: no validation token is hard at threshold {selection.threshold:.4f}; stopping here"
+                )
                 break
             record = self._stage(number, selection.threshold, hard, hard_val, perplexity)
             if not record["accepted"] or record["stopped"] in ("time is up", "non-finite loss"):
@@ -154,9 +156,7 @@ class CascadeRun:
         )
         return trainer.run()
 
-    def _judge(
-        self, training: StageTraining, evaluation: ExitEvaluation | None, before: float
-    ) -> tuple[bool, str]:
+    def _judge(self, training: StageTraining, evaluation: ExitEvaluation | None, before: float) -> tuple[bool, str]:
         """Whether the stage is kept, and the sentence that says why."""
         if evaluation is None:
             return False, f"rejected: no epoch ended with a finite loss ({training.stopped})"
@@ -167,7 +167,10 @@ class CascadeRun:
         margin = self.config.min_improvement
         if after < before * (1 - margin):
             return True, f"kept: {change}"
-        return False, f"rejected, the cascade ends before it: {change}, and {margin:.2%} less is asked (min_improvement)"
+        return (
+            False,
+            f"rejected, the cascade ends before it: {change}, and {margin:.2%} less is asked (min_improvement)",
+        )
 
     def _all_tokens(self, split: str, stages: list[ExitStage] | None = None) -> ExitEvaluation:
         """The cascade so far (or the one of ``stages``) over every token of a split, each at its own exit."""
@@ -272,7 +275,13 @@ def run_cascade(config: RunConfig) -> RunFolder:
 
 
 def _say_start(
-    config: RunConfig, folder: RunFolder, base: BaseModel, blocks: TokenBlocks, device: torch.device, dtype: torch.dtype, reason: str
+    config: RunConfig,
+    folder: RunFolder,
+    base: BaseModel,
+    blocks: TokenBlocks,
+    device: torch.device,
+    dtype: torch.dtype,
+    reason: str,
 ) -> None:
     sizes = ", ".join(f"{len(ids):,} {split}" for split, ids in blocks.ids.items())
     say(f"cascade_fast {config.preset}: {folder.path}")

@@ -104,5 +104,5 @@ def _checksum(tensors: dict[str, Tensor], payload: str) -> str:
         t = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         if t.numel():
-            digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -33,28 +33,44 @@ class RunConfig:
         ConfigError: on a value out of range, before any work is done.
     """
 
-    preset: str = _setting("warm", "run", "recipe to start from; every flag given overrides it", choices=("seed", "warm"))
+    preset: str = _setting(
+        "warm", "run", "recipe to start from; every flag given overrides it", choices=("seed", "warm")
+    )
     out: str | None = _setting(None, "run", "folder of the run (default: runs/<time>-<preset>)")
     resume: str = _setting(
-        "never", "run", "auto: go on with the run in --out (or the newest unfinished one under runs/)", choices=("never", "auto")
+        "never",
+        "run",
+        "auto: go on with the run in --out (or the newest unfinished one under runs/)",
+        choices=("never", "auto"),
     )
     seed: int = _setting(42, "run", "seed of the new layers and of the order of the tokens")
-    max_minutes: float | None = _setting(None, "run", "stop training after this many minutes, keep the best so far and report")
+    max_minutes: float | None = _setting(
+        None, "run", "stop training after this many minutes, keep the best so far and report"
+    )
     checkpoint_minutes: float = _setting(5.0, "run", "save a checkpoint at least this often, besides every epoch")
     cache_dir: str | None = _setting(
-        None, "run", "where converted base models and base passes are kept for later runs (default: ~/.cache/cascade_fast)"
+        None,
+        "run",
+        "where converted base models and base passes are kept for later runs (default: ~/.cache/cascade_fast)",
     )
 
     base: str = _setting("smollm2-135m", "base model", "hub id, local folder, .gguf file, or smollm2-135m")
     device: str = _setting("auto", "base model", "cpu, cuda, cuda:1, ...; auto takes a GPU when there is one")
-    dtype: str = _setting("auto", "base model", "compute dtype; auto takes the fastest this hardware has", choices=DTYPES)
+    dtype: str = _setting(
+        "auto", "base model", "compute dtype; auto takes the fastest this hardware has", choices=DTYPES
+    )
 
     store_dtype: str = _setting(
-        "auto", "base model", "hidden states on disk: auto takes 16 bit when the values fit", choices=("auto", "float32")
+        "auto",
+        "base model",
+        "hidden states on disk: auto takes 16 bit when the values fit",
+        choices=("auto", "float32"),
     )
 
     dataset: str = _setting(
-        "pydoc", "data", "hub id; json, jsonl, csv, parquet or txt file, or a folder of them; or pydoc (CPython's reference text)"
+        "pydoc",
+        "data",
+        "hub id; json, jsonl, csv, parquet or txt file, or a folder of them; or pydoc (CPython's reference text)",
     )
     text_columns: tuple[str, ...] = _setting(
         (), "data", "columns joined by newlines to make a text (default: text, or instruction input output)", nargs="+"
@@ -64,28 +80,54 @@ class RunConfig:
     train_blocks: int = _setting(384, "data", "blocks to train on")
     val_blocks: int = _setting(96, "data", "blocks for early stopping and acceptance")
     test_blocks: int | None = _setting(
-        None, "data", "blocks looked at once, at the end (default: as many as validation if the data has them, else what is left)"
+        None,
+        "data",
+        "blocks looked at once, at the end (default: as many as validation if the data has them, else what is left)",
     )
 
     hard_ratio: float = _setting(0.6, "selection", "share of the tokens that is hard, in (0, 1]")
-    criterion: str = _setting("entropy", "selection", "what makes a token hard: low cosine between input and output, or high entropy of the logits", choices=CRITERIA)
+    criterion: str = _setting(
+        "entropy",
+        "selection",
+        "what makes a token hard: low cosine between input and output, or high entropy of the logits",
+        choices=CRITERIA,
+    )
     val_selection: str = _setting(
-        "threshold", "selection", "validation's hard tokens: by the training threshold, or by validation's own quantile", choices=("threshold", "quantile")
+        "threshold",
+        "selection",
+        "validation's hard tokens: by the training threshold, or by validation's own quantile",
+        choices=("threshold", "quantile"),
     )
 
     num_stages: int = _setting(2, "stages", "stages to train at most")
     layers_per_stage: int = _setting(8, "stages", "new decoder layers in each stage")
-    init: str = _setting("identity", "stages", "identity: a stage starts as the base's own last step; random: as a new model", choices=("identity", "random"))
-    head: str = _setting("shared", "stages", "output head: the base's own, frozen, or a new trained one", choices=("shared", "own"))
-    accept: str = _setting("better", "stages", "keep a stage only if all-token validation perplexity falls, or always", choices=("better", "always"))
-    min_improvement: float = _setting(0.001, "stages", "relative fall of the all-token validation perplexity that counts as better")
+    init: str = _setting(
+        "identity",
+        "stages",
+        "identity: a stage starts as the base's own last step; random: as a new model",
+        choices=("identity", "random"),
+    )
+    head: str = _setting(
+        "shared", "stages", "output head: the base's own, frozen, or a new trained one", choices=("shared", "own")
+    )
+    accept: str = _setting(
+        "better",
+        "stages",
+        "keep a stage only if all-token validation perplexity falls, or always",
+        choices=("better", "always"),
+    )
+    min_improvement: float = _setting(
+        0.001, "stages", "relative fall of the all-token validation perplexity that counts as better"
+    )
 
     epochs: int = _setting(2, "training", "epochs for each stage at most")
     batch_tokens: int = _setting(512, "training", "hard tokens in an optimizer step")
     lr: float = _setting(1e-4, "training", "peak learning rate")
     lr_schedule: str = _setting("cosine", "training", "shape of the learning rate after warm-up", choices=LR_SCHEDULES)
     warmup_steps: int = _setting(10, "training", "steps of linear learning-rate warm-up")
-    weight_decay: float = _setting(0.01, "training", "decoupled weight decay (on matrices and norms alike, as torch.optim.AdamW)")
+    weight_decay: float = _setting(
+        0.01, "training", "decoupled weight decay (on matrices and norms alike, as torch.optim.AdamW)"
+    )
     grad_clip: float = _setting(1.0, "training", "largest gradient norm; 0 turns clipping off")
     optimizer: str = _setting("adamw", "training", "adamw, or bitsandbytes' 8-bit ones", choices=OPTIMIZERS)
     patience: int = _setting(1, "training", "epochs without a better validation loss before a stage stops")
@@ -95,12 +137,28 @@ class RunConfig:
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
             if choices is not None and value not in choices:
                 raise ConfigError(f"{f.name}: {value!r}; must be one of {', '.join(choices)}")
-        for name in ("hard_ratio", "lr", "weight_decay", "grad_clip", "min_improvement", "checkpoint_minutes", "max_minutes"):
+        for name in (
+            "hard_ratio",
+            "lr",
+            "weight_decay",
+            "grad_clip",
+            "min_improvement",
+            "checkpoint_minutes",
+            "max_minutes",
+        ):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise ConfigError(f"{name}: {value}; must be a finite number")
         self._require("hard_ratio", 0 < self.hard_ratio <= 1, "must be in (0, 1]")
-        for name in ("train_blocks", "val_blocks", "num_stages", "layers_per_stage", "epochs", "batch_tokens", "patience"):
+        for name in (
+            "train_blocks",
+            "val_blocks",
+            "num_stages",
+            "layers_per_stage",
+            "epochs",
+            "batch_tokens",
+            "patience",
+        ):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         self._require("seq_len", self.seq_len >= 2, "must be at least 2")
         self._require("test_blocks", self.test_blocks is None or self.test_blocks >= 0, "must be at least 0")
@@ -113,7 +171,9 @@ class RunConfig:
         if self.text_columns and self.text_template is not None:
             raise ConfigError("text_columns and text_template are both given; give one")
         if self.init == "identity" and self.head == "own":
-            raise ConfigError("init: identity needs head: shared (a stage that starts as the base uses the base's head)")
+            raise ConfigError(
+                "init: identity needs head: shared (a stage that starts as the base uses the base's head)"
+            )
 
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:

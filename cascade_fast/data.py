@@ -158,7 +158,9 @@ def _local_files(path: Path) -> tuple[str, list[str]]:
     if not files:
         raise ConfigError(f"dataset: {str(path)!r}; the folder holds no file of {allowed}")
     if len(kinds) > 1:
-        raise ConfigError(f"dataset: {str(path)!r}; the folder mixes kinds of files: {', '.join(sorted(map(str, kinds)))}")
+        raise ConfigError(
+            f"dataset: {str(path)!r}; the folder mixes kinds of files: {', '.join(sorted(map(str, kinds)))}"
+        )
     (kind,) = kinds
     if kind is None:
         raise ConfigError(f"dataset: {str(path)!r}; must be a file of {allowed}, or a folder of them")

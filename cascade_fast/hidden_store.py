@@ -68,7 +68,14 @@ class HiddenStore:
 
     @classmethod
     def create(
-        cls, folder: Path, tokens: int, hidden_size: int, dtype: torch.dtype, *, with_loss: bool, meta: Mapping[str, Any]
+        cls,
+        folder: Path,
+        tokens: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        *,
+        with_loss: bool,
+        meta: Mapping[str, Any],
     ) -> "HiddenStore":
         """A new writable store of ``tokens`` rows; what was in ``folder`` is removed."""
         if folder.exists():
@@ -147,4 +154,4 @@ def _map(path: Path, spec: dict[str, Any], *, writable: bool) -> Tensor:
 def _tensor_sha256(array: Tensor) -> str:
     """Of the bytes as mapped: what a reader of the file sees, without waiting for the disk."""
     flat = array.reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy()) if flat.numel() else b"").hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from cascade_fast.config import ConfigError, RunConfig
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: RunConfig, device: torch.device
+) -> torch.optim.Optimizer:
     """``adamw`` is torch's fused AdamW; ``adamw8bit`` and ``paged_adamw8bit`` are bitsandbytes'.
 
     Raises:
@@ -21,7 +23,9 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig, devic
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ConfigError(f"optimizer: {config.optimizer!r}; needs bitsandbytes: pip install bitsandbytes ({error})") from None
+        raise ConfigError(
+            f"optimizer: {config.optimizer!r}; needs bitsandbytes: pip install bitsandbytes ({error})"
+        ) from None
     kind = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
     return kind[config.optimizer](parameters, lr=config.lr, weight_decay=config.weight_decay)
 

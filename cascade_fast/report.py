@@ -155,7 +155,9 @@ def _parameters(results: dict[str, Any]) -> str:
     rows = [["base", "", f"{total:,} ({format_count(total)})"]]
     for stage in (s for s in results["stages"] if s["accepted"]):
         total += stage["added_parameters"]
-        rows.append([_n(stage["stage"]), f"+ {format_count(stage['added_parameters'])}", f"{total:,} ({format_count(total)})"])
+        rows.append(
+            [_n(stage["stage"]), f"+ {format_count(stage['added_parameters'])}", f"{total:,} ({format_count(total)})"]
+        )
     return _table(["stage", "added", "cumulative"], rows)
 
 
@@ -197,7 +199,9 @@ def _write_plots(folder: Path, results: dict[str, Any]) -> list[str]:
 
     return [
         save(_loss_plot(Figure(figsize=(6, 4), layout="constrained"), stages), "loss.png"),
-        save(_threshold_plot(Figure(figsize=(6, 4), layout="constrained"), stages, _score_name(results)), "threshold.png"),
+        save(
+            _threshold_plot(Figure(figsize=(6, 4), layout="constrained"), stages, _score_name(results)), "threshold.png"
+        ),
         save(_perplexity_plot(Figure(figsize=(6, 4), layout="constrained"), results), "perplexity.png"),
     ]
 
@@ -206,9 +210,15 @@ def _loss_plot(figure: Any, stages: list[dict[str, Any]]) -> Any:
     axes = figure.subplots()
     for stage in stages:
         x = [e["epoch"] for e in stage["epochs"]]
-        (line,) = axes.plot(x, [e["train_loss"] for e in stage["epochs"]], "o--", label=f"stage {stage['stage']}, training")
+        (line,) = axes.plot(
+            x, [e["train_loss"] for e in stage["epochs"]], "o--", label=f"stage {stage['stage']}, training"
+        )
         axes.plot(
-            x, [e["val_loss"] for e in stage["epochs"]], "o-", color=line.get_color(), label=f"stage {stage['stage']}, validation"
+            x,
+            [e["val_loss"] for e in stage["epochs"]],
+            "o-",
+            color=line.get_color(),
+            label=f"stage {stage['stage']}, validation",
         )
     axes.set(xlabel="epoch", ylabel="cross-entropy of hard tokens (nats)", title="Loss")
     axes.xaxis.get_major_locator().set_params(integer=True)

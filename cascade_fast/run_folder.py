@@ -1,11 +1,11 @@
 """The folder of a run: what is in it, who may use it, and whether a run in it may go on.
 
-    config.json         every setting as used, versions, machine, fingerprints of base and data
-    metrics.jsonl       a record for each epoch and event
-    stages/1/ ...       config.json, model.safetensors: the stages that are kept
-    cascade.json        base, stages and thresholds: what loads the cascade
-    results.json        the numbers; report.md and *.png show them
-    training/, hidden/  checkpoints and hidden states of a run under way; removed when it is finished
+config.json         every setting as used, versions, machine, fingerprints of base and data
+metrics.jsonl       a record for each epoch and event
+stages/1/ ...       config.json, model.safetensors: the stages that are kept
+cascade.json        base, stages and thresholds: what loads the cascade
+results.json        the numbers; report.md and *.png show them
+training/, hidden/  checkpoints and hidden states of a run under way; removed when it is finished
 """
 
 import json
@@ -40,7 +40,13 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, config: RunConfig, base_fingerprint: str, data_fingerprint: str, *, device: torch.device, dtype: torch.dtype
+        cls,
+        config: RunConfig,
+        base_fingerprint: str,
+        data_fingerprint: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> "RunFolder":
         """The folder of a new run, or of the one to go on with.
 
@@ -179,7 +185,9 @@ def _check_same(found: dict[str, Any], now: dict[str, Any], path: Path) -> None:
             differences.append(f"{name} was {before!r}, is {value!r}")
     for name, value in now["fingerprints"].items():
         if found["fingerprints"].get(name) != value:
-            differences.append(f"the {name} has changed (fingerprint {found['fingerprints'].get(name)!s:.12} -> {value:.12})")
+            differences.append(
+                f"the {name} has changed (fingerprint {found['fingerprints'].get(name)!s:.12} -> {value:.12})"
+            )
     if differences:
         raise ConfigError(f"resume: the run in {str(path)!r} is another one: {'; '.join(differences)}")
 

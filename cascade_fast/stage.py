@@ -157,6 +157,7 @@ class Stage(nn.Module):
             if head_VD is None:
                 raise ValueError("head_VD: None; a stage with head 'shared' needs the base's output head")
             # Not a parameter of the stage: saved once with the base, never trained.
+            self.shared_head: Tensor
             self.register_buffer("shared_head", head_VD, persistent=False)
         self._initialise(norm_D, seed)
 
@@ -171,6 +172,7 @@ class Stage(nn.Module):
         if self.config.init != "identity":
             return
         for layer in self.layers:
+            assert isinstance(layer, StageLayer)
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         if norm_D is not None:

@@ -33,7 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
             options["nargs"] = f.metadata["nargs"]
         group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **options)
     groups["run"].add_argument(
-        "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of settings under the same names; flags override it"
+        "--config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="YAML file of settings under the same names; flags override it",
     )
     groups["run"].add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"

@@ -1,0 +1,87 @@
+// What gather and scatter share: strided rows, index checks, copies of rows.
+#pragma once
+
+#include "../common.h"
+
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
+namespace cascade_fast {
+
+// An (N, D) tensor as bytes.
+struct RowView {
+  char* data;
+  int64_t row_stride;   // bytes
+  int64_t item_stride;  // bytes; == item when a row is contiguous
+  int64_t item;         // bytes of one element
+  int64_t d;
+
+  explicit RowView(const Tensor& t_ND)
+      : data(static_cast<char*>(t_ND.data_ptr())),
+        row_stride(t_ND.stride(0) * static_cast<int64_t>(t_ND.element_size())),
+        item_stride(t_ND.stride(1) * static_cast<int64_t>(t_ND.element_size())),
+        item(t_ND.element_size()),
+        d(t_ND.size(1)) {}
+
+  char* row(int64_t n) const { return data + n * row_stride; }
+  int64_t row_bytes() const { return d * item; }
+  bool contiguous_row() const { return d <= 1 || item_stride == item; }
+};
+
+// Throws std::out_of_range for the first entry outside [0, n). Done before any row is touched.
+void check_index(const int64_t* index_K, int64_t stride, int64_t k, int64_t n);
+
+inline void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 0);
+}
+
+// Writes around the cache: a large output is not read again before it has left the cache anyway, and a plain store
+// would first read every line it is about to overwrite. Call stream_end() before another thread may look.
+inline void stream_row(char* to, const char* from, int64_t bytes) {
+#if defined(__x86_64__)
+  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(to) & 15);
+  std::memcpy(to, from, head);
+  int64_t i = head;
+  for (; i + 16 <= bytes; i += 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+  }
+  std::memcpy(to + i, from + i, bytes - i);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+inline void stream_end() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// One row of any stride into a contiguous one.
+template <class Item>
+void copy_strided(char* to, const char* from, int64_t stride, int64_t d) {
+  for (int64_t i = 0; i < d; ++i) std::memcpy(to + i * sizeof(Item), from + i * stride, sizeof(Item));
+}
+
+inline void copy_row(char* to, const char* from, const RowView& source, bool stream) {
+  if (source.d == 0) return;  // no memory at all, and memcpy takes no null pointer
+  if (!source.contiguous_row()) {
+    if (source.item == 2) {
+      copy_strided<uint16_t>(to, from, source.item_stride, source.d);
+    } else {
+      copy_strided<uint32_t>(to, from, source.item_stride, source.d);
+    }
+  } else if (stream) {
+    stream_row(to, from, source.row_bytes());
+  } else {
+    std::memcpy(to, from, source.row_bytes());
+  }
+}
+
+// Outputs above this go around the cache.
+constexpr int64_t kStreamBytes = 8 * 1024 * 1024;
+
+}  // namespace cascade_fast

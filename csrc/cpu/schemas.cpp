@@ -1,0 +1,10 @@
+// Schemas of the native bodies. CPU and CUDA files each register theirs under cascade_fast_native; Python picks one by
+// name, and checks the arguments before it calls (cascade_fast/ops/schema.py), so the bodies trust shapes and dtypes.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
+  m.def("cosine_score(Tensor h_in, Tensor h_out) -> Tensor");
+  m.def("select_hard(Tensor scores, int k) -> (Tensor, Tensor)");
+  m.def("gather_rows(Tensor hidden, Tensor index, Tensor[] carried) -> (Tensor, Tensor[])");
+  m.def("scatter_rows(Tensor rows, Tensor index, Tensor into, bool add) -> Tensor");
+}

@@ -1,0 +1,104 @@
+"""Every launcher by the name of its operator, and every kernel variant for ahead-of-time compilation.
+
+``LAUNCHERS[op]`` takes and returns what the plain torch body of ``op`` does. ``AOT`` lists the variants a run on a
+GPU compiles: D and the row strides divisible by 16, pointers aligned, one entry a dtype. Compile one with::
+
+    source = triton.compiler.ASTSource(e["kernel"], e["signature"], e["constexprs"], e["attrs"])
+    triton.compile(source, target=GPUTarget("cuda", 75, 32), options={"num_warps": e["num_warps"]})
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from . import cosine_score, gather_scatter, select_hard
+from .common import tile_shape
+
+LAUNCHERS: dict[str, Callable] = {
+    "cosine_score": cosine_score.cosine_score,
+    "select_hard": select_hard.select_hard,
+    "gather_rows": gather_scatter.gather_rows,
+    "scatter_rows": gather_scatter.scatter_rows,
+}
+
+SIZE_OF = {"fp32": 4, "fp16": 2, "bf16": 2, "i32": 4, "i16": 2}
+AOT_WIDTHS = (576, 4096)  # hidden sizes whose tiles differ
+
+
+def _entry(
+    name: str, kernel: Any, types: dict[str, str], constexprs: dict[str, Any], num_warps: int, aligned: str = ""
+) -> dict[str, Any]:
+    """One variant; ``aligned`` names the integers divisible by 16. Pointers always are."""
+    names = kernel.arg_names
+    signature = {arg: "constexpr" if arg in constexprs else types.get(arg, "i32") for arg in names}
+    sixteen = [arg for arg in names if signature[arg].startswith("*") or arg in aligned.split()]
+    return {
+        "name": name,
+        "kernel": kernel,
+        "signature": signature,
+        "constexprs": constexprs,
+        "attrs": {(names.index(arg),): [["tt.divisibility", 16]] for arg in sixteen},
+        "num_warps": num_warps,
+    }
+
+
+def _score_entries() -> list[dict[str, Any]]:
+    entries = []
+    for dtype in ("fp32", "fp16", "bf16"):
+        for d in AOT_WIDTHS:
+            bn, bd = tile_shape(d, SIZE_OF[dtype])
+            types = {"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "score_ptr": "*fp32"}
+            sizes = {"EPS": cosine_score.EPS, "BN": bn, "BD": bd}
+            kernel = cosine_score._cosine_score_kernel
+            entries.append(_entry(f"cosine_score-{dtype}-BD{bd}", kernel, types, sizes, 4, "D stride_a stride_b"))
+    return entries
+
+
+def _select_entries() -> list[dict[str, Any]]:
+    s = select_hard
+    common = {"BLOCK": s.BLOCK, "BINS": s.BINS, "STATE": s.STATE}
+    types = dict.fromkeys(("hist_ptr", "state_ptr", "chunks_ptr", "candidates_ptr"), "*i32")
+    types |= {"scores_ptr": "*fp32", "index_ptr": "*i64", "bounds_ptr": "*fp32"}
+    sample = {**common, "SAMPLE": s.SAMPLE, "MARGIN": s.MARGIN}
+    return [
+        _entry("select_hard-histogram", s._histogram_kernel, types, sample, s.NUM_WARPS),
+        _entry("select_hard-narrow", s._narrow_kernel, types, {**common, "GROUP": s.GROUP}, s.NUM_WARPS),
+        _entry("select_hard-compact", s._compact_kernel, types, {**common, "CHUNKS": s.MAX_CHUNKS}, s.NUM_WARPS),
+    ]
+
+
+def _gather_entries() -> list[dict[str, Any]]:
+    entries = []
+    for dtype in ("i32", "i16"):
+        for d in AOT_WIDTHS:
+            bk, bd = tile_shape(d, SIZE_OF[dtype])
+            for carried in (0, 2):
+                types = {"hidden_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "index_ptr": "*i64"}
+                types |= {f"{side}{i}_ptr": "*i64" for side in "co" for i in range(gather_scatter.CARRIED)}
+                sizes = {"CARRIED": carried, "BK": bk, "BD": bd, "stride_index": 1}
+                sizes |= {f"stride_c{i}": 1 for i in range(gather_scatter.CARRIED)}
+                name = f"gather_rows-{dtype}-BD{bd}-carried{carried}"
+                kernel = gather_scatter._gather_rows_kernel
+                entries.append(_entry(name, kernel, types, sizes, 4, "D stride_hidden"))
+    return entries
+
+
+def _scatter_entries() -> list[dict[str, Any]]:
+    g = gather_scatter
+    index = {"index_ptr": "*i64", "source_ptr": "*i32"}
+    entries = [
+        _entry("scatter_rows-invert", g._invert_index_kernel, index, {"stride_index": 1, "BK": g.INVERT_BLOCK}, 4)
+    ]
+    for dtype in ("i32", "i16", "fp32", "fp16", "bf16"):
+        for d in AOT_WIDTHS:
+            bn, bd = tile_shape(d, SIZE_OF[dtype])
+            types = {**index, **dict.fromkeys(("rows_ptr", "into_ptr", "out_ptr"), f"*{dtype}")}
+            add = dtype not in ("i32", "i16")  # a replacement copies integers
+            what = f"{'add-' if add else ''}{dtype}-BD{bd}"
+            aligned = "D stride_rows stride_into"
+            merge, put = {"ADD": add, "BN": bn, "BD": bd}, {"ADD": add, "BK": bn, "BD": bd, "stride_index": 1}
+            entries.append(_entry(f"scatter_rows-merge-{what}", g._merge_rows_kernel, types, merge, 4, aligned))
+            entries.append(_entry(f"scatter_rows-put-{what}", g._put_rows_kernel, types, put, 4, aligned))
+    return entries
+
+
+AOT: list[dict[str, Any]] = _score_entries() + _select_entries() + _gather_entries() + _scatter_entries()

@@ -1,0 +1,110 @@
+"""Shared by all tests: offline, no cache of the user's is touched, and a tiny model with a tokenizer."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB = 300
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Converted models and base passes go to a folder of the test session."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def tiny_llama_config(**changes) -> LlamaConfig:
+    settings = dict(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return LlamaConfig(**{**settings, **changes})
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte: no training, no files."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<eos>": 0, **{symbol: i for i, symbol in enumerate(alphabet, 1)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def save_tiny_base(folder: Path, seed: int = 0) -> Path:
+    """A tiny random Llama, taught a little so that its hidden states are not all alike, with a byte tokenizer."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(tiny_llama_config())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    tokenizer = byte_tokenizer()
+    ids = torch.tensor([tokenizer(text)["input_ids"][:64] for text in english_texts(32, 70)])
+    for _ in range(30):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def english_texts(count: int, length: int, start: int = 0) -> list[str]:
+    """Pieces of CPython's reference text."""
+    from pydoc_data.topics import topics
+
+    whole = "\n".join(topics.values())
+    return [whole[i : i + length] for i in range(start, start + count * length, length)]
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A jsonl file with one column, ``text``: 120 texts of 200 bytes."""
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in english_texts(120, 200)))
+    return path
+
+
+@pytest.fixture
+def tiny_settings(tiny_base, tiny_data) -> dict:
+    """Settings of a run that takes a second or two."""
+    return {
+        "base": str(tiny_base),
+        "dataset": str(tiny_data),
+        "seq_len": 32,
+        "train_blocks": 40,
+        "val_blocks": 12,
+        "layers_per_stage": 2,
+        "epochs": 2,
+        "batch_tokens": 64,
+        "lr": 3e-3,
+        "warmup_steps": 2,
+        "dtype": "float32",
+        "device": "cpu",
+        "seed": 7,
+    }

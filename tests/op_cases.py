@@ -1,0 +1,136 @@
+"""Inputs and oracles of the operators, shared by the tests and the benchmarks.
+
+Shape legend: N rows (tokens), B independent selections, D hidden size, K selected rows.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = ("contiguous", "transposed", "every_other_column", "every_third_row", "offset", "one_row_expanded")
+
+# (N, D): empty either way, one element, below / at / above the 32 values a CPU kernel takes at once, odd, real.
+SHAPES = ((0, 8), (3, 0), (1, 1), (5, 1), (7, 31), (4, 32), (9, 33), (13, 65), (129, 96), (67, 577), (300, 576))
+
+
+def hidden_pair(n: int, d: int, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Two ``(N, D)`` hidden states whose rows point together by a share that differs from row to row."""
+    generator = torch.Generator().manual_seed(seed)
+    h_in_ND = torch.randn(n, d, generator=generator)
+    share_N1 = torch.rand(n, 1, generator=generator)
+    h_out_ND = torch.randn(n, d, generator=generator).mul_(1 - share_N1).addcmul_(share_N1, h_in_ND)
+    return h_in_ND.to(device, dtype), h_out_ND.to(device, dtype)
+
+
+def with_layout(t_ND: Tensor, layout: str) -> Tensor:
+    """The values of ``t_ND`` (for ``one_row_expanded``: its first row, N times) in memory laid out as named."""
+    n, d = t_ND.shape
+    if layout == "transposed":
+        return t_ND.t().contiguous().t()
+    if layout == "one_row_expanded":
+        return t_ND[:1].expand(n, d)
+    row_step, column_step, start = {
+        "contiguous": (1, 1, 0),
+        "every_other_column": (1, 2, 0),
+        "every_third_row": (3, 1, 0),
+        "offset": (1, 1, 1),  # rows that start at no multiple of 16 bytes
+    }[layout]
+    room = t_ND.new_full((row_step * n, column_step * d + start), torch.nan)
+    view = room[::row_step, start::column_step][:n, :d]
+    return view.copy_(t_ND)
+
+
+def cosine_truth(h_in_ND: Tensor, h_out_ND: Tensor) -> Tensor:
+    """The score in float64; differentiable."""
+    a_ND, b_ND = h_in_ND.double(), h_out_ND.double()
+    return (a_ND * b_ND).sum(-1) / (a_ND.norm(dim=-1) * b_ND.norm(dim=-1) + 1e-8)
+
+
+def cosine_eager(h_in_ND: Tensor, h_out_ND: Tensor) -> Tensor:
+    """The score as one would write it, in the inputs' own dtype: the error a kernel may make, too."""
+    return (h_in_ND * h_out_ND).sum(-1) / (h_in_ND.norm(dim=-1) * h_out_ND.norm(dim=-1) + 1e-8)
+
+
+def score_cases() -> dict[str, Tensor]:
+    """``(N,)`` float32 scores that a selection may get wrong."""
+    generator = torch.Generator().manual_seed(1)
+    inf, nan = torch.inf, torch.nan
+    tiny = 1e-45  # the smallest subnormal
+    return {
+        "empty": torch.empty(0),
+        "one": torch.tensor([0.5]),
+        "distinct": torch.randn(1000, generator=generator),
+        "all_equal": torch.full((77,), -0.25),
+        "few_values": torch.randint(-2, 3, (501,), generator=generator).float() / 4,
+        "signed_zeros": torch.tensor([0.0, -0.0, 1.0, -0.0, 0.0, -1.0, tiny, -tiny]),
+        "nan_and_inf": torch.tensor([nan, inf, 1.0, -inf, nan, -nan, -1.0, inf, -inf]),
+        "all_nan": torch.full((9,), nan),
+        "neighbours": torch.tensor(np.nextafter(np.float32(1), np.float32(2)) * np.ones(5, np.float32)).index_fill(
+            0, torch.tensor([1, 3]), 1.0
+        ),
+        "ascending": torch.linspace(-1, 1, 333),
+        "descending": torch.linspace(1, -1, 333),
+        "cosine_like": torch.rand(4097, generator=generator).sqrt(),
+        "enough_for_threads": (torch.rand(400_003, generator=generator) * 1000).round() / 1000,
+    }
+
+
+def select_truth(scores_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The selection by numpy: sorted by (is NaN, value, index)."""
+    values = scores_N.numpy()
+    order = np.lexsort((np.arange(len(values)), np.where(np.isnan(values), 0, values), np.isnan(values)))
+    padded = np.concatenate([[-np.inf], values[order], [np.inf]]).astype(np.float32)
+    return torch.from_numpy(np.sort(order[:k])), torch.from_numpy(padded[k : k + 2])
+
+
+def some_index(n: int, k: int, seed: int = 0, ascending: bool = True) -> Tensor:
+    """``(K,)`` int64 in ``[0, N)``, none twice."""
+    index_K = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k]
+    return index_K.sort().values if ascending else index_K
+
+
+def carried_arrays(n: int) -> list[Tensor]:
+    """``(N,)`` arrays of every element size, contiguous and not, one with NaN bits that a copy must keep."""
+    base_N = torch.arange(n)
+    return [
+        base_N,
+        base_N.to(torch.int32).flip(0),
+        (base_N % 3 == 0),
+        base_N.to(torch.bfloat16).masked_fill(base_N % 5 == 0, torch.nan),
+        base_N.to(torch.float64).repeat_interleave(2)[::2],
+        torch.complex(base_N.double(), -base_N.double()),
+        torch.tensor(7).expand(n),
+    ]
+
+
+def bits(t: Tensor) -> Tensor:
+    """The tensor's bytes, so that NaNs and the sign of zero are compared too."""
+    return t.contiguous().view(torch.uint8) if t.numel() else t.new_empty(0, dtype=torch.uint8)
+
+
+def scatter_truth(rows_KD: Tensor, index_K: Tensor, into_ND: Tensor, add: bool) -> Tensor:
+    """The scatter by indexing."""
+    out_ND = into_ND.clone()
+    if add:
+        rows_KD = (into_ND[index_K].float() + rows_KD.float()).to(into_ND.dtype)
+    out_ND[index_K] = rows_KD
+    return out_ND
+
+
+def one_call_of_each(n: int, d: int, scores: int | None = None) -> dict[str, tuple[tuple, dict]]:
+    """``{op: (args, keywords other than backend)}``; ``scores`` gives the selection a number of its own."""
+    h_in_ND, h_out_ND = hidden_pair(n, d, torch.float32)
+    index_K = some_index(n, n // 2)
+    scores_BN = torch.rand(1, scores or n, generator=torch.Generator().manual_seed(2)).mul(1e5).round()
+    return {
+        "cosine_score": ((h_in_ND, h_out_ND), {}),
+        "select_hard": ((scores_BN, scores_BN.shape[1] // 2), {}),
+        "gather_rows": ((h_in_ND, index_K, [torch.arange(n)]), {}),
+        "scatter_rows": ((h_out_ND[: n // 2].clone(), index_K, h_in_ND), {"add": True}),
+    }
+
+
+def flat(result: object) -> list[Tensor]:
+    """The tensors of an operator's result."""
+    return [result] if isinstance(result, Tensor) else [leaf for part in result for leaf in flat(part)]

@@ -1,0 +1,330 @@
+"""The whole run on a tiny model: the algorithm, its equivalences, and what it leaves behind."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama_config
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from cascade_fast import cascade as module
+from cascade_fast.base_model import find_base
+from cascade_fast.base_pass import base_pass
+from cascade_fast.cascade import NonFiniteLoss, run_cascade
+from cascade_fast.config import make_config
+from cascade_fast.data import load_blocks
+from cascade_fast.exits import ExitStage, evaluate_exits, run_stage
+from cascade_fast.report import diagnose
+from cascade_fast.selection import hard_count
+from cascade_fast.stage import Stage, StageConfig
+from cascade_fast.stage_trainer import StageTraining, epoch_order
+
+sys.path.append(str(Path(__file__).parent.parent))
+from benchmarks.naive_loop import naive_losses, naive_stage  # noqa: E402
+
+CPU = torch.device("cpu")
+HOW = {"device": CPU, "dtype": torch.float32}
+
+
+def _run(settings, folder, **changes):
+    run = run_cascade(make_config({**settings, "out": str(folder), **changes}))
+    return run, json.loads((folder / "results.json").read_text())
+
+
+def _stores(settings, tmp_path, **changes):
+    config = make_config({**settings, **changes})
+    base = find_base(config)
+    return base, base_pass(base, load_blocks(config, base.tokenizer()), config, CPU, torch.float32, tmp_path / "cache")
+
+
+# --- the algorithm ---------------------------------------------------------------------------------------------------
+
+
+def test_a_warm_cascade_helps_and_says_where_everything_is(tiny_settings, tmp_path):
+    run, results = _run(tiny_settings, tmp_path / "run")
+    base, final = results["base"], results["final"]
+    assert set(results) == {"base", "tokens", "settings", "stages", "final"}
+    assert set(base) >= {"name", "parameters", "layers", "val_ppl"}
+    assert results["tokens"] == {"train": 40 * 32, "val": 12 * 32, "test": 12 * 32}
+    assert results["settings"] == make_config({**tiny_settings, "out": str(tmp_path / "run")}).to_dict()
+    first = results["stages"][0]
+    assert set(first) >= {
+        "stage", "threshold", "train_hard", "train_total", "val_hard", "added_parameters", "trainable_parameters", "epochs",
+        "best_epoch", "best_val_ppl", "seconds", "accepted", "all_token_val_ppl", "exit_share",
+    }  # fmt: skip
+    assert set(first["epochs"][0]) == {"epoch", "train_loss", "val_loss", "val_ppl", "seconds", "tokens_per_second"}
+    assert first["train_hard"] == hard_count(0.6, 1280)
+    assert first["accepted"]
+    assert first["all_token_val_ppl"] < base["val_ppl"]
+    assert set(first["exit_share"]) == {"base", "stage_1"}
+    assert sum(first["exit_share"].values()) == pytest.approx(1.0)
+    assert first["exit_share"]["stage_1"] == pytest.approx(first["val_hard"] / 384)
+    kept = [s for s in results["stages"] if s["accepted"]]
+    assert final["stages_kept"] == len(kept)
+    assert final["all_token_val_ppl"] == kept[-1]["all_token_val_ppl"]
+    assert final["all_token_test_ppl"] < final["base_test_ppl"]
+    assert final["total_parameters"] == base["parameters"] + sum(s["added_parameters"] for s in kept)
+    assert final["peak_rss_bytes"] > 10**8
+    names = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()}
+    stages = {f"stages/{n}/{f}" for n in range(1, len(kept) + 1) for f in ("config.json", "model.safetensors")}
+    records = {"config.json", "metrics.jsonl", "results.json", "cascade.json", "report.md"}
+    assert names - {"run.lock"} == stages | records | {"loss.png", "threshold.png", "perplexity.png"}
+
+
+def test_records_tie_the_cascade_together(tiny_settings, tmp_path):
+    run, results = _run(tiny_settings, tmp_path / "run", num_stages=1)
+    cascade = json.loads((run.path / "cascade.json").read_text())
+    assert cascade["base"]["fingerprint"] == find_base(make_config(tiny_settings)).fingerprint
+    assert [s["threshold"] for s in cascade["stages"]] == [results["stages"][0]["threshold"]]
+    stage_config = json.loads((run.path / "stages/1/config.json").read_text())
+    assert stage_config["threshold"] == results["stages"][0]["threshold"]
+    events = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events] == ["start", "epoch", "epoch", "stage", "end"]
+    config = json.loads((run.path / "config.json").read_text())
+    assert {"torch", "transformers", "python", "cascade_fast"} <= set(config["versions"])
+    # What was saved is what was measured.
+    base, passed = _stores(tiny_settings, tmp_path)
+    shape = StageConfig.from_base(base.config, layers=2, init="identity", head="shared", reads="residual")
+    entry = ExitStage.load(run.path / "stages/1", shape, cascade["stages"][0]["threshold"], passed.head_VD)
+    evaluation = evaluate_exits([entry], passed.stores["val"], criterion="entropy", **HOW)
+    assert evaluation.perplexity == results["final"]["all_token_val_ppl"]
+
+
+def test_the_report_has_the_numbers(tiny_settings, tmp_path):
+    run, results = _run(tiny_settings, tmp_path / "run")
+    report = run.report.read_text()
+    for heading in ("Settings", "Base model", "Stage 1", "Overfitting", "Thresholds", "Validation", "Where tokens exit", "Parameters"):
+        assert f"# {heading}" in report
+    first = results["stages"][0]
+    assert f"{first['threshold']:.4f}" in report
+    assert f"{first['train_hard']:,} / {first['train_total']:,}" in report
+    assert f"{results['final']['all_token_test_ppl']:.4f}" in report
+    assert f"train_loss={first['epochs'][0]['train_loss']:.4f}" in report
+    assert f"{results['final']['total_parameters']:,}" in report
+    assert "Rule: " in report
+    assert (run.path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_same_seed_same_bits_and_another_seed_not(tiny_settings, tmp_path):
+    files = [_run(tiny_settings, tmp_path / str(i), num_stages=1, seed=seed)[0].path for i, seed in enumerate((7, 7, 8))]
+    weights = [(p / "stages/1/model.safetensors").read_bytes() for p in files]
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+def test_a_stage_that_does_not_help_is_rejected_and_ends_the_cascade(tiny_settings, tmp_path):
+    run, results = _run(tiny_settings, tmp_path / "run", lr=1.0, warmup_steps=0, num_stages=3)
+    assert len(results["stages"]) == 1
+    stage = results["stages"][0]
+    assert not stage["accepted"]
+    assert stage["verdict"].startswith("rejected, the cascade ends before it: all-token validation perplexity")
+    assert results["final"]["stages_kept"] == 0
+    assert results["final"]["all_token_val_ppl"] == results["base"]["val_ppl"]
+    assert results["final"]["all_token_test_ppl"] == results["final"]["base_test_ppl"]
+    assert results["final"]["total_parameters"] == results["base"]["parameters"]
+    assert not (run.path / "stages").exists()
+
+
+def test_the_margin_decides(tiny_settings, tmp_path):
+    _, results = _run(tiny_settings, tmp_path / "run", min_improvement=0.9)
+    assert not results["stages"][0]["accepted"]
+    assert results["stages"][0]["all_token_val_ppl"] < results["base"]["val_ppl"]
+
+
+def test_the_test_blocks_are_looked_at_once_at_the_end(tiny_settings, tmp_path, monkeypatch):
+    looked = []
+    real = module.evaluate_exits
+    monkeypatch.setattr(
+        module, "evaluate_exits", lambda stages, store, **how: looked.append(store.folder.name) or real(stages, store, **how)
+    )
+    _run(tiny_settings, tmp_path / "run")
+    assert looked[-2:] == ["test", "test"]  # the cascade's and the base's
+    assert "test" not in looked[:-2]
+
+
+def test_time_is_up(tiny_settings, tmp_path):
+    _, results = _run(tiny_settings, tmp_path / "run", max_minutes=1e-9, epochs=50)
+    assert [s["stopped"] for s in results["stages"]] == ["time is up"]
+    assert len(results["stages"][0]["epochs"]) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_keeps_the_best_and_says_what_to_try(tiny_settings, tmp_path, monkeypatch):
+    from cascade_fast import stage_trainer
+
+    real, steps = stage_trainer.linear_cross_entropy, []
+
+    def explodes_in_epoch_two(*args, **kwargs):
+        steps.append(1)
+        return real(*args, **kwargs) * (math.inf if len(steps) > 14 else 1.0)
+
+    monkeypatch.setattr(stage_trainer, "linear_cross_entropy", explodes_in_epoch_two)
+    with pytest.raises(NonFiniteLoss, match="the loss is not finite.*Try a lower --lr"):
+        _run(tiny_settings, tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (stage,) = results["stages"]
+    assert (stage["best_epoch"], stage["accepted"], stage["stopped"]) == (1, True, "non-finite loss")
+    weights = load_file(tmp_path / "run" / "stages/1/model.safetensors")
+    assert all(torch.isfinite(t).all() for t in weights.values())
+
+
+# --- equivalences ----------------------------------------------------------------------------------------------------
+
+
+def _entries(base, passed, thresholds, randomise=True):
+    shape = StageConfig.from_base(base.config, layers=2, init="identity", head="shared", reads="residual")
+    entries = []
+    for number, threshold in enumerate(thresholds):
+        stage = Stage(shape, head_VD=passed.head_VD, norm_D=passed.norm_D, seed=number)
+        if randomise:
+            for parameter in stage.parameters():
+                nn.init.normal_(parameter, std=0.2)
+        entries.append(ExitStage(stage.eval(), threshold))
+    return entries
+
+
+def test_nothing_selected_is_the_base_exactly(tiny_settings, tmp_path):
+    base, passed = _stores(tiny_settings, tmp_path)
+    val = passed.stores["val"]
+    evaluation = evaluate_exits(_entries(base, passed, [-math.inf] * 2), val, criterion="entropy", **HOW)
+    assert torch.equal(evaluation.loss_N, val["loss"])
+    assert evaluation.shares(2) == {"base": 1.0, "stage_1": 0.0, "stage_2": 0.0}
+
+
+@pytest.mark.parametrize("criterion", ["entropy", "cosine"])
+def test_everything_selected_is_every_stage_in_a_row(tiny_settings, tmp_path, criterion):
+    base, passed = _stores(tiny_settings, tmp_path, criterion=criterion, store_dtype="float32")
+    val, entries = passed.stores["val"], _entries(base, passed, [math.inf] * 2)
+    evaluation = evaluate_exits(entries, val, criterion=criterion, **HOW)
+    with torch.no_grad():
+        _, normed = entries[1].stage(entries[0].stage(val.hidden)[0])
+        expected = nn.functional.cross_entropy(normed @ passed.head_VD.T, val["label"], reduction="none")
+    torch.testing.assert_close(evaluation.loss_N, expected, rtol=1e-4, atol=1e-4)
+    assert evaluation.shares(2)["stage_2"] == 1.0
+
+
+def test_tokens_exit_where_their_score_says(tiny_settings, tmp_path):
+    base, passed = _stores(tiny_settings, tmp_path, store_dtype="float32")
+    val = passed.stores["val"]
+    entries = _entries(base, passed, [val["score"].median().item(), 0.0])
+    arriving = run_stage(entries[0].stage, val.hidden, val["label"], criterion="entropy", **HOW).score_K
+    entries[1] = ExitStage(entries[1].stage, arriving.median().item())
+    evaluation = evaluate_exits(entries, val, criterion="entropy", **HOW)
+    for token in range(0, len(val), 7):  # one by one, as on paper
+        hidden, loss, exit_ = val.hidden[token : token + 1], val["loss"][token], 0
+        score = val["score"][token]
+        for number, entry in enumerate(entries, 1):
+            if score > entry.threshold:
+                break
+            hidden, normed = entry.stage(hidden)
+            logits = normed @ passed.head_VD.T
+            loss, exit_ = nn.functional.cross_entropy(logits, val["label"][token : token + 1]), number
+            score = -torch.distributions.Categorical(logits=logits).entropy()
+        assert evaluation.exit_N[token] == exit_
+        torch.testing.assert_close(evaluation.loss_N[token], loss.detach().squeeze(), rtol=1e-4, atol=1e-4)
+    assert len(set(evaluation.exit_N.tolist())) == 3
+
+
+def test_an_untrained_warm_cascade_is_the_base(tiny_settings, tmp_path):
+    base, passed = _stores(tiny_settings, tmp_path)
+    entries = _entries(base, passed, [math.inf, math.inf], randomise=False)
+    evaluation = evaluate_exits(entries, passed.stores["val"], criterion="entropy", **HOW)
+    torch.testing.assert_close(evaluation.loss_N, passed.stores["val"]["loss"], rtol=2e-3, atol=2e-3)  # 16-bit store
+
+
+def test_all_selected_is_dense_training(tiny_settings, tmp_path):
+    _, results = _run(tiny_settings, tmp_path / "run", hard_ratio=1.0, num_stages=1)
+    (stage,) = results["stages"]
+    assert (stage["train_hard"], stage["train_total"]) == (1280, 1280)
+    assert stage["all_token_val_ppl"] <= results["base"]["val_ppl"]
+
+
+# --- the original recipe ---------------------------------------------------------------------------------------------
+
+
+def test_the_seed_preset_trains_as_the_naive_loop_does(tiny_settings, tmp_path):
+    """First 20 losses of the seed preset = those of a plain Hugging Face loop, from the same weights and order."""
+    settings = {k: v for k, v in tiny_settings.items() if k not in ("lr", "warmup_steps", "batch_tokens", "epochs")}
+    config = make_config({**settings, "preset": "seed", "out": str(tmp_path / "run"), "num_stages": 1, "hard_ratio": 0.6,
+                          "train_blocks": 40, "epochs": 1})  # fmt: skip
+    from cascade_fast import stage_trainer
+
+    losses, initial = [], {}
+    real_step, real_stage = stage_trainer.linear_cross_entropy, module.CascadeRun._new_stage
+
+    def record_loss(*args, **kwargs):
+        loss = real_step(*args, **kwargs)
+        losses.append(loss.item())
+        return loss
+
+    def record_stage(self, number):
+        stage = real_stage(self, number)
+        initial.update({name: t.clone() for name, t in stage.state_dict().items()})
+        return stage
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_trainer, "linear_cross_entropy", record_loss)
+        patch.setattr(module.CascadeRun, "_new_stage", record_stage)
+        run_cascade(config)
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_settings["base"], dtype=torch.float32)
+    ids = load_blocks(config, find_base(config).tokenizer()).ids["train"].long()
+    with torch.no_grad():
+        states = model(ids[:, :-1], output_hidden_states=True).hidden_states
+    first, last = states[0].flatten(0, 1), states[-1].flatten(0, 1)
+    cosine = (first * last).sum(-1) / (first.norm(dim=-1) * last.norm(dim=-1) + 1e-8)
+    hard = cosine <= torch.quantile(cosine, 0.6)
+    order = epoch_order(int(hard.sum()), seed=7, stage=1, epoch=1).split(32)
+    stage = naive_stage(model.config, layers=config.layers_per_stage)
+    names = {n if n.startswith("lm_head") else f"model.{n}": t for n, t in initial.items()}
+    stage.load_state_dict({**names, "model.embed_tokens.weight": names["lm_head.weight"]})
+    expected = naive_losses(stage, last[hard], ids[:, 1:].flatten()[hard], order)
+    assert len(losses) >= 20
+    assert losses[:20] == pytest.approx(expected[:20], abs=1e-4)
+
+
+def test_the_seed_preset_s_counts_at_the_seed_s_sizes(tmp_path, monkeypatch):
+    """128,000 training and 12,800 validation tokens through three stages; only the counts matter, so nothing learns."""
+    from transformers import LlamaForCausalLM
+
+    from conftest import byte_tokenizer, english_texts
+
+    folder = tmp_path / "base"
+    LlamaForCausalLM(
+        tiny_llama_config(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                          num_key_value_heads=1, max_position_embeddings=128)
+    ).save_pretrained(folder)  # fmt: skip
+    byte_tokenizer().save_pretrained(folder)
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": t}) + "\n" for t in english_texts(1110, 300)))
+    monkeypatch.setattr(module.StageTrainer, "run", lambda self: StageTraining(best_epoch=1, best_val_loss=1.0, stopped="stub"))
+    run, results = _run(
+        {"preset": "seed", "base": str(folder), "dataset": str(data), "num_stages": 3, "layers_per_stage": 1, "device": "cpu"},
+        tmp_path / "run",
+    )
+    assert [(s["train_hard"], s["train_total"]) for s in results["stages"]] == [
+        (115_200, 128_000), (103_680, 115_200), (93_312, 103_680),
+    ]  # fmt: skip
+    assert [s["val_hard"] for s in results["stages"]] == [11_520, 10_368, 9_331]
+    assert all(s["accepted"] for s in results["stages"])
+    assert "kept, as the preset keeps every stage" in run.report.read_text().lower()
+
+
+# --- the report's words ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([4.7186, 4.4359, 4.4788], "mild overfitting"),  # the original's stage 1
+        ([4.5288, 4.5792], "clear overfitting"),  # and its stage 2
+        ([3.0, 2.5, 2.4], "none seen"),
+        ([3.0], "not to be told from one epoch"),
+    ],
+)
+def test_the_overfitting_rule(losses, said):
+    assert diagnose([{"val_loss": loss} for loss in losses]) == said

@@ -1,0 +1,106 @@
+"""The command line: mistakes are one line and exit code 2, before any work; what it prints where."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cascade_fast import train
+
+
+@pytest.fixture
+def flags(tiny_settings):
+    return [part for name, value in tiny_settings.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+def _main(capsys, *argv):
+    code = train.main(list(argv))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--hard-ratio", "1.2"], "hard_ratio: 1.2; must be in (0, 1]"),
+        (["--base", "no/such-model"], "base: 'no/such-model'; no such folder or file"),
+        (["--dataset", "no-such-file.json"], "dataset: 'no-such-file.json'; no such file or folder"),
+        (["--text-columns", "absent"], "text_columns: 'absent'; the dataset's columns are text"),
+        (["--seq-len", "65"], "seq_len: 65;"),
+        (["--seq-len", "60", "--train-blocks", "5000"], "5000 train + 12 val blocks asked, but"),
+        (["--device", "cuda:7"], "device: 'cuda:7'; this machine has 0 CUDA GPUs"),
+        (["--device", "abacus"], "device: 'abacus'; must be auto, cpu, cuda or cuda:N"),
+        (["--config", "absent.yaml"], "config: 'absent.yaml' cannot be read"),
+        (["--init", "identity", "--head", "own"], "init: identity needs head: shared"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(capsys, flags, tmp_path, monkeypatch, wrong, said):
+    if "cuda:7" in wrong:
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    out = tmp_path / "run"
+    code, _, err = _main(capsys, *flags, "--out", str(out), *wrong)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_folders_that_are_no_run_or_a_run_already(capsys, flags, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("meow")
+    code, _, err = _main(capsys, *flags, "--out", str(tmp_path / "photos"))
+    assert (code, "exists and is not the folder of a run" in err) == (2, True)
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+    (tmp_path / "file").write_text("")
+    code, _, err = _main(capsys, *flags, "--out", str(tmp_path / "file"), "--resume", "auto")
+    assert (code, "exists and is not the folder of a run" in err) == (2, True)
+    assert _main(capsys, *flags, "--out", str(tmp_path / "run"), "--num-stages", "1")[0] == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    code, _, err = _main(capsys, *flags, "--out", str(tmp_path / "run"), "--num-stages", "1")
+    assert (code, "holds a run already: add --resume auto" in err) == (2, True)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+
+
+def test_debug_shows_the_traceback(flags):
+    from cascade_fast.config import ConfigError
+
+    with pytest.raises(ConfigError):
+        train.main([*flags, "--hard-ratio", "7", "--debug"])
+
+
+def test_an_unknown_flag_is_argparse_s_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--hard-ration", "0.5"])
+    assert stop.value.code == 2
+    assert "--hard-ration" in capsys.readouterr().err
+
+
+def test_a_run_is_quiet_and_line_based_without_a_terminal(capsys, flags, tmp_path):
+    code, out, err = _main(capsys, *flags, "--out", str(tmp_path / "run"))
+    assert code == 0
+    assert "\x1b" not in out
+    assert "\r" not in out
+    lines = out.splitlines()
+    assert any(line.startswith("computing on cpu in float32 (asked for)") for line in lines)
+    assert any("epoch 1/2: train_loss=" in line for line in lines)
+    assert lines[-1] == f"report: {tmp_path / 'run' / 'report.md'}"
+    assert len(lines) < 30
+    assert "Traceback" not in err
+
+
+def test_the_default_folder_is_under_runs(capsys, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _main(capsys, *flags, "--num-stages", "1")[0] == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.endswith("-warm")
+    # Nothing unfinished is left, so --resume auto begins a new run.
+    assert _main(capsys, *flags, "--num-stages", "1", "--resume", "auto", "--lr", "1e-3")[0] == 0
+
+
+def test_flags_are_answered_before_torch_is_loaded():
+    script = "import sys; from cascade_fast import train; train.main(['--hard-ratio', '9']); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ})
+    assert result.stdout.strip() == "False"
+    assert "hard_ratio: 9.0" in result.stderr

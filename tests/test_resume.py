@@ -1,0 +1,177 @@
+"""Killed at any moment and resumed: the same bits as a run nobody disturbed. Real subprocesses, real signals."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+TIMES = {"seconds", "tokens_per_second", "peak_rss_bytes", "base_pass_seconds", "base_pass_reused"}
+MAY_CHANGE = {"out", "resume", "checkpoint_minutes"}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_base, tiny_data):
+    # Every step ends in a checkpoint, so that a kill may fall anywhere, into the writing of one too.
+    return [
+        "--base", str(tiny_base), "--dataset", str(tiny_data), "--seq-len", "32", "--train-blocks", "60", "--val-blocks", "8",
+        "--layers-per-stage", "2", "--epochs", "3", "--batch-tokens", "32", "--lr", "3e-3", "--dtype", "float32", "--device", "cpu",
+        "--num-stages", "2", "--checkpoint-minutes", "0.0000001", "--min-improvement", "0", "--patience", "3",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    # One thread: the point is the bits, not the speed, and the machine may be busy.
+    return {**os.environ, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
+
+
+def _start(settings, out: Path, environment, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "cascade_fast.train", *settings, "--out", str(out), *more]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _finish(settings, out: Path, environment, *more: str) -> str:
+    process = _start(settings, out, environment, *more)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings, environment, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    _finish(settings, out, environment)
+    return out
+
+
+def _without_times(value):
+    if isinstance(value, dict):
+        return {k: _without_times(v) for k, v in value.items() if k not in TIMES | MAY_CHANGE}
+    return [_without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def _assert_same(one: Path, other: Path) -> None:
+    results = [_without_times(json.loads((p / "results.json").read_text())) for p in (one, other)]
+    assert results[0] == results[1]
+    assert results[0]["stages"], "nothing was trained"
+    for number in range(1, results[0]["final"]["stages_kept"] + 1):
+        weights = [load_file(p / f"stages/{number}/model.safetensors") for p in (one, other)]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    epochs = [
+        [(e["stage"], e["epoch"]) for e in map(json.loads, (p / "metrics.jsonl").read_text().splitlines()) if e["event"] == "epoch"]
+        for p in (one, other)
+    ]
+    assert epochs[0] == epochs[1]  # no epoch is told twice
+
+
+def _wait_for(out: Path, text: str, process: subprocess.Popen) -> None:
+    """Until metrics.jsonl or a checkpoint's name holds ``text``."""
+    for _ in range(2400):
+        metrics = out / "metrics.jsonl"
+        names = " ".join(p.name for p in out.glob("training/*/*"))
+        if text in names or (metrics.exists() and text in metrics.read_text()):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError(f"{text} never came")
+
+
+def test_killed_three_times_at_random(settings, environment, undisturbed, tmp_path):
+    out, rng = tmp_path / "run", random.Random(3)
+    for _ in range(3):
+        process = _start(settings, out, environment, "--resume", "auto")
+        try:
+            _wait_for(out, "checkpoint-", process)
+            time.sleep(rng.uniform(0.0, 1.5))
+        finally:
+            process.kill()
+            process.communicate()
+        if (out / "results.json").exists():
+            break
+    output = _finish(settings, out, environment, "--resume", "auto")
+    assert "resumed at epoch" in output or "finished already" in output
+    _assert_same(undisturbed, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first(settings, environment, undisturbed, tmp_path, number):
+    out = tmp_path / "run"
+    slow = [*settings]
+    slow[slow.index("0.0000001")] = "60"  # no checkpoint but the one the signal asks for
+    process = _start(slow, out, environment)
+    _wait_for(out, '"start"', process)
+    time.sleep(0.3)  # wherever it is by now: loading, or in the base pass, or training
+    _wait_for(out, "checkpoint-", process) if number == signal.SIGTERM else None
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode in (128 + number, -number), output
+    if process.returncode > 0:
+        assert "--resume auto" in output
+    _finish(slow, out, environment, "--resume", "auto")
+    _assert_same(undisturbed, out)
+
+
+def test_a_damaged_checkpoint_is_passed_over(settings, environment, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    process = _start(settings, out, environment)
+    _wait_for(out, "checkpoint-000000003", process)
+    process.kill()
+    process.communicate()
+    newest = max((out / "training" / "stage-1").glob("checkpoint-*"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    output = _finish(settings, out, environment, "--resume", "auto")
+    assert "is damaged" in output
+    _assert_same(undisturbed, out)
+
+
+def test_a_finished_run_stays_as_it_is(settings, environment, undisturbed):
+    before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*.json")}
+    output = _finish(settings, undisturbed, environment, "--resume", "auto")
+    assert "finished already" in output
+    assert before == {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*.json")}
+
+
+def test_another_config_or_base_is_refused_with_the_difference(settings, environment, undisturbed, tmp_path):
+    from conftest import save_tiny_base
+
+    process = _start(settings, undisturbed, environment, "--resume", "auto", "--lr", "1e-3", "--hard-ratio", "0.5")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "lr was 0.003, is 0.001" in output
+    assert "hard_ratio was 0.6, is 0.5" in output
+    other = save_tiny_base(tmp_path / "other", seed=9)
+    (tmp_path / "base").symlink_to(settings[1])
+    moved = [str(tmp_path / "base") if s == settings[1] else s for s in settings]
+    out = tmp_path / "run"
+    _finish(moved, out, environment, "--max-minutes", "0.00001")
+    (out / "results.json").unlink()
+    (tmp_path / "base").unlink()
+    (tmp_path / "base").symlink_to(other)
+    process = _start(moved, out, environment, "--resume", "auto", "--max-minutes", "0.00001")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "the base has changed" in output
+
+
+def test_a_second_run_in_the_folder_is_refused(settings, environment, tmp_path):
+    out, settings = tmp_path / "run", [*settings]
+    settings[settings.index("--epochs") + 1] = settings[settings.index("--patience") + 1] = "10000"
+    first = _start(settings, out, environment)
+    try:
+        _wait_for(out, '"start"', first)
+        second = _start(settings, out, environment, "--resume", "auto")
+        output, _ = second.communicate(timeout=120)
+        assert second.returncode == 2
+        assert "another process is training there" in output
+    finally:
+        first.kill()
+        first.communicate()
