@@ -35,17 +35,28 @@ def wants_cuda() -> bool:
 
 
 def extension():
+    headers = sorted(str(p) for p in Path("csrc").rglob("*.*h"))  # a change in one of them rebuilds
     sources = ["csrc/module.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
     cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", *MACROS]
     if not wants_cuda():
         return cpp_extension.CppExtension(
-            "cascade_fast._C", sources, extra_compile_args={"cxx": cxx}, py_limited_api=True, optional=True
+            "cascade_fast._C",
+            sources,
+            depends=headers,
+            extra_compile_args={"cxx": cxx},
+            py_limited_api=True,
+            optional=True,
         )
     sources += sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;9.0+PTX")
     nvcc = ["-O3", "-std=c++20", "-DUSE_CUDA", *MACROS]
     return cpp_extension.CUDAExtension(
-        "cascade_fast._C", sources, extra_compile_args={"cxx": cxx, "nvcc": nvcc}, py_limited_api=True, optional=True
+        "cascade_fast._C",
+        sources,
+        depends=headers,
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        py_limited_api=True,
+        optional=True,
     )
 
 

@@ -1,3 +1,22 @@
 """CASCADE: train new layers on the hard tokens of a frozen language model; every token exits as early as it can."""
 
+from typing import Any
+
 __version__ = "0.1.0"
+__all__ = ["HardTokenGather", "RunConfig", "make_config", "run_cascade"]
+
+_HOMES = {
+    "HardTokenGather": "hard_token_gather",
+    "RunConfig": "config",
+    "make_config": "config",
+    "run_cascade": "cascade",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `python -m cascade_fast.train --help` need not wait for torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

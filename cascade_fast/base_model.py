@@ -10,6 +10,8 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,13 +93,15 @@ def cache_folder(config: RunConfig) -> Path:
 def hub_reachable() -> bool:
     """Whether the hub answers within three seconds; the hub's own client would retry for half a minute."""
     import huggingface_hub
-    import requests
 
     if huggingface_hub.constants.is_offline_mode():
         return False
+    request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
     try:
-        requests.head(huggingface_hub.constants.ENDPOINT, timeout=3)
-    except requests.RequestException:
+        urllib.request.urlopen(request, timeout=3).close()
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except OSError:
         return False
     return True
 

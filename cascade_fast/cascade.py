@@ -30,7 +30,7 @@ from cascade_fast.metrics import MetricsLog, Progress, format_count, peak_rss_by
 from cascade_fast.run_folder import RunFolder
 from cascade_fast.selection import check_finite, select_below, select_hardest
 from cascade_fast.stage import Stage, StageConfig
-from cascade_fast.stage_trainer import HardTokens, StageTrainer, StageTraining
+from cascade_fast.stage_trainer import StageTokens, StageTrainer, StageTraining
 
 
 class NonFiniteLoss(RuntimeError):
@@ -60,7 +60,7 @@ class CascadeRun:
         for number in range(1, config.num_stages + 1):
             check_finite(train["score"])
             selection = select_hardest(train["score"], config.hard_ratio)
-            hard = HardTokens(train, selection.index_K)
+            hard = StageTokens(train, selection.index_K)
             hard_val = self._hard_validation_tokens(val, selection.threshold)
             if len(hard_val) == 0:
                 say(
@@ -74,11 +74,11 @@ class CascadeRun:
             if number < config.num_stages:
                 train, val = self._advance(number, hard, "train"), self._advance(number, hard_val, "val")
 
-    def _hard_validation_tokens(self, val: HiddenStore, threshold: float) -> HardTokens:
+    def _hard_validation_tokens(self, val: HiddenStore, threshold: float) -> StageTokens:
         """By the training threshold, as inference must; or, as the seed did, by validation's own quantile."""
         if self.config.val_selection == "quantile":
-            return HardTokens(val, select_hardest(val["score"], self.config.hard_ratio).index_K)
-        return HardTokens(val, select_below(val["score"], threshold))
+            return StageTokens(val, select_hardest(val["score"], self.config.hard_ratio).index_K)
+        return StageTokens(val, select_below(val["score"], threshold))
 
     def _new_stage(self, number: int) -> Stage:
         config = self.config
@@ -90,7 +90,7 @@ class CascadeRun:
         return Stage(shape, head_VD=shared, norm_D=norm_D, seed=config.seed + number)
 
     def _stage(
-        self, number: int, threshold: float, hard: HardTokens, hard_val: HardTokens, perplexity: float
+        self, number: int, threshold: float, hard: StageTokens, hard_val: StageTokens, perplexity: float
     ) -> dict[str, Any]:
         """Trains stage ``number``, keeps it if it is worth it, and leaves its record; or finds all that done."""
         stage = self._new_stage(number)
@@ -140,7 +140,7 @@ class CascadeRun:
         _say_stage(record)
         return record
 
-    def _train_stage(self, stage: Stage, number: int, hard: HardTokens, hard_val: HardTokens) -> StageTraining:
+    def _train_stage(self, stage: Stage, number: int, hard: StageTokens, hard_val: StageTokens) -> StageTraining:
         trainer = StageTrainer(
             stage,
             hard,
@@ -176,7 +176,7 @@ class CascadeRun:
         """The cascade so far (or the one of ``stages``) over every token of a split, each at its own exit."""
         return evaluate_exits(self.stages if stages is None else stages, self.base_pass.stores[split], **self._how)
 
-    def _advance(self, number: int, hard: HardTokens, split: str) -> HiddenStore:
+    def _advance(self, number: int, hard: StageTokens, split: str) -> HiddenStore:
         """The hard tokens after stage ``number``: the store of the next stage. Order, positions, labels are kept."""
         folder, source = self.folder.hidden(number, split), hard.store
         try:

@@ -41,7 +41,7 @@ class ExitStage:
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What a stage says of K tokens, float32 on the CPU: ``hidden`` (K, D) for the next stage, ``score``, ``loss`` (K,)."""
+    """What a stage says of K tokens, float32 on the CPU: ``hidden`` for the next stage, ``score`` and ``loss`` (K,)."""
 
     hidden_KD: Tensor
     score_K: Tensor

@@ -118,6 +118,14 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def epoch_line(epoch: dict[str, Any]) -> str:
+    """An epoch's record in one line, for the console and the report."""
+    return (
+        f"epoch {epoch['epoch']}: train_loss={epoch['train_loss']:.4f}, val_loss={epoch['val_loss']:.4f}, "
+        f"val_ppl={epoch['val_ppl']:.2f}, time={epoch['seconds']:.1f}s, {epoch['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
 def format_count(n: int) -> str:
     """134515008 -> ``134.5M``."""
     return f"{n / 1e6:.1f}M" if n >= 1e5 else f"{n:,}"

@@ -31,7 +31,7 @@ def build_optimizer(
 
 
 def learning_rate(config: RunConfig, step: int, total_steps: int) -> float:
-    """The rate of optimizer step ``step`` (from 0): linear warm-up, then constant, or down to 0 linearly or by cosine."""
+    """The rate of step ``step`` (from 0): linear warm-up, then constant, or down to 0 linearly or by cosine."""
     warmup = min(config.warmup_steps, max(total_steps - 1, 0))
     if step < warmup:
         return config.lr * (step + 1) / warmup

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_fast.checkpoint import atomic_write, atomic_write_text
-from cascade_fast.metrics import format_count
+from cascade_fast.metrics import epoch_line, format_count
 
 DIAGNOSIS_RULE = (
     "Rule: *clear overfitting* if the first epoch has the lowest validation loss while the training loss falls on; "
@@ -117,11 +117,7 @@ def _stage(stage: dict[str, Any]) -> str:
         ["training time", f"{stage['seconds']:.1f} s"],
         ["training ended", stage["stopped"]],
     ]
-    log = "\n".join(
-        f"Epoch {e['epoch']}: train_loss={e['train_loss']:.4f}, val_loss={e['val_loss']:.4f}, "
-        f"val_ppl={e['val_ppl']:.2f}, time={e['seconds']:.1f}s, {e['tokens_per_second']:,.0f} tokens/s"
-        for e in stage["epochs"]
-    )
+    log = "\n".join(epoch_line(e) for e in stage["epochs"])
     verdict = stage["verdict"][0].upper() + stage["verdict"][1:]
     return f"## Stage {stage['stage']}\n\n{verdict}.\n\n{_table(['item', 'value'], rows)}\n\n```\n{log}\n```"
 

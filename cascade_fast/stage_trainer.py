@@ -23,7 +23,7 @@ from cascade_fast.checkpoint import Checkpoints, save_tensors
 from cascade_fast.config import RunConfig
 from cascade_fast.hidden_store import HiddenStore
 from cascade_fast.losses import linear_cross_entropy, token_losses
-from cascade_fast.metrics import MetricsLog, Progress, say
+from cascade_fast.metrics import MetricsLog, Progress, epoch_line, say
 from cascade_fast.optim import (
     build_optimizer,
     learning_rate,
@@ -67,7 +67,7 @@ def deferred_signals() -> Iterator[list[int]]:
 
 
 @dataclass(frozen=True)
-class HardTokens:
+class StageTokens:
     """The tokens of a store that a stage works on: ``index_K`` (K,) int64, ascending."""
 
     store: HiddenStore
@@ -97,13 +97,13 @@ class StageTraining:
 
 
 def epoch_order(n: int, *, seed: int, stage: int, epoch: int) -> Tensor:
-    """The order of ``n`` tokens in an epoch: a permutation that depends on nothing else, so that a resumed run has it too."""
+    """The order of ``n`` tokens in an epoch: depends on nothing else, so that a resumed run has it too."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + stage * 1_009 + epoch) % 2**63)
     return torch.randperm(n, generator=generator)
 
 
 @torch.inference_mode()
-def validation_loss(stage: Stage, tokens: HardTokens, device: torch.device, dtype: torch.dtype) -> float:
+def validation_loss(stage: Stage, tokens: StageTokens, device: torch.device, dtype: torch.dtype) -> float:
     """Mean cross-entropy of the stage's logits over ``tokens``."""
     total = 0.0
     for first in range(0, len(tokens), EVAL_TOKENS):
@@ -128,8 +128,8 @@ class StageTrainer:
     def __init__(
         self,
         stage: Stage,
-        train: HardTokens,
-        val: HardTokens,
+        train: StageTokens,
+        val: StageTokens,
         config: RunConfig,
         *,
         number: int,
@@ -247,10 +247,7 @@ class StageTrainer:
         }
         training.epochs.append(record)
         self.log.write("epoch", stage=self.number, tokens=seen, **record)
-        say(
-            f"  epoch {self.epoch}/{config.epochs}: train_loss={record['train_loss']:.4f}, val_loss={val_loss:.4f}, "
-            f"val_ppl={record['val_ppl']:.2f}, time={self.epoch_seconds:.1f}s, {record['tokens_per_second']:,.0f} tokens/s"
-        )
+        say(f"  {epoch_line(record)}")
         if val_loss < training.best_val_loss:
             training.best_val_loss, training.best_epoch = val_loss, self.epoch
             save_tensors(self.best_path, self.stage.state_dict())

@@ -6,7 +6,14 @@ import json
 import pytest
 import torch
 from conftest import save_tiny_base, tiny_llama_config
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from cascade_fast import base_pass as module
 from cascade_fast.base_model import find_base, hub_reachable
@@ -40,7 +47,9 @@ def test_what_is_kept_is_what_transformers_computes(tiny_settings, tmp_path, ini
         hidden = captured.pop() if init == "identity" else out.hidden_states[-1]
         torch.testing.assert_close(store.hidden, hidden.flatten(0, 1), rtol=1e-4, atol=1e-4)
         assert torch.equal(store["label"], ids[:, 1:].flatten())
-        assert torch.equal(store["sequence"].view(-1, 32), torch.arange(len(ids), dtype=torch.int32)[:, None].expand(-1, 32))
+        assert torch.equal(
+            store["sequence"].view(-1, 32), torch.arange(len(ids), dtype=torch.int32)[:, None].expand(-1, 32)
+        )
         assert torch.equal(store["position"].view(-1, 32), torch.arange(32, dtype=torch.int32).expand(len(ids), 32))
         first, last = out.hidden_states[0].flatten(0, 1), out.hidden_states[-1].flatten(0, 1)
         entropy = torch.distributions.Categorical(logits=out.logits.flatten(0, 1)).entropy()
@@ -64,7 +73,8 @@ def test_training_tokens_get_no_logits_unless_the_criterion_needs_them(tiny_sett
 
 
 @pytest.mark.parametrize(
-    ("compute", "stored"), [(torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)]
+    ("compute", "stored"),
+    [(torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)],
 )
 def test_sixteen_bit_where_the_values_fit(tiny_settings, tmp_path, compute, stored):
     passed, _ = _pass(tiny_settings, tmp_path, dtype=compute)
@@ -180,7 +190,7 @@ def test_folders_that_are_no_base(tmp_path, tiny_settings):
     tiny_llama_config().save_pretrained(tmp_path / "no-weights")
     with pytest.raises(ConfigError, match=r"no \.safetensors weights"):
         find_base(make_config({"base": str(tmp_path / "no-weights"), "seq_len": 32}))
-    with pytest.raises(ConfigError, match="seq_len: 65; .* has 64 positions"):
+    with pytest.raises(ConfigError, match=r"seq_len: 65; .* has 64 positions"):
         find_base(make_config({**tiny_settings, "seq_len": 65}))
 
 

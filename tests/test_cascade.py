@@ -25,7 +25,7 @@ from cascade_fast.stage import Stage, StageConfig
 from cascade_fast.stage_trainer import StageTraining, epoch_order
 
 sys.path.append(str(Path(__file__).parent.parent))
-from benchmarks.naive_loop import naive_losses, naive_stage  # noqa: E402
+from benchmarks.naive_loop import naive_losses, naive_stage
 
 CPU = torch.device("cpu")
 HOW = {"device": CPU, "dtype": torch.float32}
@@ -54,8 +54,8 @@ def test_a_warm_cascade_helps_and_says_where_everything_is(tiny_settings, tmp_pa
     assert results["settings"] == make_config({**tiny_settings, "out": str(tmp_path / "run")}).to_dict()
     first = results["stages"][0]
     assert set(first) >= {
-        "stage", "threshold", "train_hard", "train_total", "val_hard", "added_parameters", "trainable_parameters", "epochs",
-        "best_epoch", "best_val_ppl", "seconds", "accepted", "all_token_val_ppl", "exit_share",
+        "stage", "threshold", "train_hard", "train_total", "val_hard", "added_parameters", "trainable_parameters",
+        "epochs", "best_epoch", "best_val_ppl", "seconds", "accepted", "all_token_val_ppl", "exit_share",
     }  # fmt: skip
     assert set(first["epochs"][0]) == {"epoch", "train_loss", "val_loss", "val_ppl", "seconds", "tokens_per_second"}
     assert first["train_hard"] == hard_count(0.6, 1280)
@@ -98,7 +98,16 @@ def test_records_tie_the_cascade_together(tiny_settings, tmp_path):
 def test_the_report_has_the_numbers(tiny_settings, tmp_path):
     run, results = _run(tiny_settings, tmp_path / "run")
     report = run.report.read_text()
-    for heading in ("Settings", "Base model", "Stage 1", "Overfitting", "Thresholds", "Validation", "Where tokens exit", "Parameters"):
+    for heading in (
+        "Settings",
+        "Base model",
+        "Stage 1",
+        "Overfitting",
+        "Thresholds",
+        "Validation",
+        "Where tokens exit",
+        "Parameters",
+    ):
         assert f"# {heading}" in report
     first = results["stages"][0]
     assert f"{first['threshold']:.4f}" in report
@@ -111,7 +120,9 @@ def test_the_report_has_the_numbers(tiny_settings, tmp_path):
 
 
 def test_same_seed_same_bits_and_another_seed_not(tiny_settings, tmp_path):
-    files = [_run(tiny_settings, tmp_path / str(i), num_stages=1, seed=seed)[0].path for i, seed in enumerate((7, 7, 8))]
+    files = [
+        _run(tiny_settings, tmp_path / str(i), num_stages=1, seed=seed)[0].path for i, seed in enumerate((7, 7, 8))
+    ]
     weights = [(p / "stages/1/model.safetensors").read_bytes() for p in files]
     assert weights[0] == weights[1]
     assert weights[0] != weights[2]
@@ -140,7 +151,9 @@ def test_the_test_blocks_are_looked_at_once_at_the_end(tiny_settings, tmp_path, 
     looked = []
     real = module.evaluate_exits
     monkeypatch.setattr(
-        module, "evaluate_exits", lambda stages, store, **how: looked.append(store.folder.name) or real(stages, store, **how)
+        module,
+        "evaluate_exits",
+        lambda stages, store, **how: looked.append(store.folder.name) or real(stages, store, **how),
     )
     _run(tiny_settings, tmp_path / "run")
     assert looked[-2:] == ["test", "test"]  # the cascade's and the base's
@@ -163,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_keeps_the_best_and_says_what_to_try(tin
         return real(*args, **kwargs) * (math.inf if len(steps) > 14 else 1.0)
 
     monkeypatch.setattr(stage_trainer, "linear_cross_entropy", explodes_in_epoch_two)
-    with pytest.raises(NonFiniteLoss, match="the loss is not finite.*Try a lower --lr"):
+    with pytest.raises(NonFiniteLoss, match=r"the loss is not finite.*Try a lower --lr"):
         _run(tiny_settings, tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     (stage,) = results["stages"]
@@ -247,13 +260,23 @@ def test_all_selected_is_dense_training(tiny_settings, tmp_path):
 
 
 def test_the_seed_preset_trains_as_the_naive_loop_does(tiny_settings, tmp_path):
-    """First 20 losses of the seed preset = those of a plain Hugging Face loop, from the same weights and order."""
+    """Its first 20 losses are those of a plain Hugging Face loop, from the same weights and order."""
     settings = {k: v for k, v in tiny_settings.items() if k not in ("lr", "warmup_steps", "batch_tokens", "epochs")}
-    config = make_config({**settings, "preset": "seed", "out": str(tmp_path / "run"), "num_stages": 1, "hard_ratio": 0.6,
-                          "train_blocks": 40, "epochs": 1})  # fmt: skip
+    config = make_config(
+        {
+            **settings,
+            "preset": "seed",
+            "out": str(tmp_path / "run"),
+            "num_stages": 1,
+            "hard_ratio": 0.6,
+            "train_blocks": 40,
+            "epochs": 1,
+        }
+    )
     from cascade_fast import stage_trainer
 
-    losses, initial = [], {}
+    losses: list[float] = []
+    initial: dict[str, torch.Tensor] = {}
     real_step, real_stage = stage_trainer.linear_cross_entropy, module.CascadeRun._new_stage
 
     def record_loss(*args, **kwargs):
@@ -289,9 +312,8 @@ def test_the_seed_preset_trains_as_the_naive_loop_does(tiny_settings, tmp_path):
 
 def test_the_seed_preset_s_counts_at_the_seed_s_sizes(tmp_path, monkeypatch):
     """128,000 training and 12,800 validation tokens through three stages; only the counts matter, so nothing learns."""
-    from transformers import LlamaForCausalLM
-
     from conftest import byte_tokenizer, english_texts
+    from transformers import LlamaForCausalLM
 
     folder = tmp_path / "base"
     LlamaForCausalLM(
@@ -301,9 +323,18 @@ def test_the_seed_preset_s_counts_at_the_seed_s_sizes(tmp_path, monkeypatch):
     byte_tokenizer().save_pretrained(folder)
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": t}) + "\n" for t in english_texts(1110, 300)))
-    monkeypatch.setattr(module.StageTrainer, "run", lambda self: StageTraining(best_epoch=1, best_val_loss=1.0, stopped="stub"))
+    monkeypatch.setattr(
+        module.StageTrainer, "run", lambda self: StageTraining(best_epoch=1, best_val_loss=1.0, stopped="stub")
+    )
     run, results = _run(
-        {"preset": "seed", "base": str(folder), "dataset": str(data), "num_stages": 3, "layers_per_stage": 1, "device": "cpu"},
+        {
+            "preset": "seed",
+            "base": str(folder),
+            "dataset": str(data),
+            "num_stages": 3,
+            "layers_per_stage": 1,
+            "device": "cpu",
+        },
         tmp_path / "run",
     )
     assert [(s["train_hard"], s["train_total"]) for s in results["stages"]] == [

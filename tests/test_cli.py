@@ -84,7 +84,7 @@ def test_a_run_is_quiet_and_line_based_without_a_terminal(capsys, flags, tmp_pat
     assert "\r" not in out
     lines = out.splitlines()
     assert any(line.startswith("computing on cpu in float32 (asked for)") for line in lines)
-    assert any("epoch 1/2: train_loss=" in line for line in lines)
+    assert any("epoch 1: train_loss=" in line for line in lines)
     assert lines[-1] == f"report: {tmp_path / 'run' / 'report.md'}"
     assert len(lines) < 30
     assert "Traceback" not in err
@@ -100,7 +100,11 @@ def test_the_default_folder_is_under_runs(capsys, flags, tmp_path, monkeypatch):
 
 
 def test_flags_are_answered_before_torch_is_loaded():
-    script = "import sys; from cascade_fast import train; train.main(['--hard-ratio', '9']); print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ})
+    script = (
+        "import sys; from cascade_fast import train; train.main(['--hard-ratio', '9']); print('torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ}
+    )
     assert result.stdout.strip() == "False"
     assert "hard_ratio: 9.0" in result.stderr

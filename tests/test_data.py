@@ -128,7 +128,10 @@ def test_text_files_are_a_text_each_and_a_folder_is_read_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"text_columns": ["absent"]}, "text_columns: 'absent'; the dataset's columns are instruction, input, output, n"),
+        (
+            {"text_columns": ["absent"]},
+            "text_columns: 'absent'; the dataset's columns are instruction, input, output, n",
+        ),
         ({"text_template": "{absent}"}, "text_template: 'absent'; the dataset's columns"),
         ({"text_template": "no column"}, "names no column"),
         ({"text_template": "{output"}, "text_template: "),

@@ -21,9 +21,10 @@ MAY_CHANGE = {"out", "resume", "checkpoint_minutes"}
 def settings(tiny_base, tiny_data):
     # Every step ends in a checkpoint, so that a kill may fall anywhere, into the writing of one too.
     return [
-        "--base", str(tiny_base), "--dataset", str(tiny_data), "--seq-len", "32", "--train-blocks", "60", "--val-blocks", "8",
-        "--layers-per-stage", "2", "--epochs", "3", "--batch-tokens", "32", "--lr", "3e-3", "--dtype", "float32", "--device", "cpu",
-        "--num-stages", "2", "--checkpoint-minutes", "0.0000001", "--min-improvement", "0", "--patience", "3",
+        "--base", str(tiny_base), "--dataset", str(tiny_data), "--seq-len", "32", "--train-blocks", "60",
+        "--val-blocks", "8", "--layers-per-stage", "2", "--epochs", "3", "--batch-tokens", "32", "--lr", "3e-3",
+        "--dtype", "float32", "--device", "cpu", "--num-stages", "2", "--checkpoint-minutes", "0.0000001", 
+        "--min-improvement", "0", "--patience", "3",
     ]  # fmt: skip
 
 
@@ -67,7 +68,11 @@ def _assert_same(one: Path, other: Path) -> None:
         assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     epochs = [
-        [(e["stage"], e["epoch"]) for e in map(json.loads, (p / "metrics.jsonl").read_text().splitlines()) if e["event"] == "epoch"]
+        [
+            (e["stage"], e["epoch"])
+            for e in map(json.loads, (p / "metrics.jsonl").read_text().splitlines())
+            if e["event"] == "epoch"
+        ]
         for p in (one, other)
     ]
     assert epochs[0] == epochs[1]  # no epoch is told twice

@@ -37,7 +37,9 @@ SMOLLM2 = dict(
 
 
 def _random_stage(base_config, layers: int = 2, seed: int = 1) -> Stage:
-    return Stage(StageConfig.from_base(base_config, layers=layers, init="random", head="own", reads="last_hidden"), seed=seed)
+    return Stage(
+        StageConfig.from_base(base_config, layers=layers, init="random", head="own", reads="last_hidden"), seed=seed
+    )
 
 
 def hugging_face_names(stage: Stage) -> dict[str, torch.Tensor]:
@@ -49,7 +51,9 @@ def hugging_face_names(stage: Stage) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_random_stage_is_the_family_s_model_over_sequences_of_length_one(family):
     config_class, model_class, changes = FAMILIES[family]
-    base_config = config_class(**{**tiny_llama_config().to_dict(), "num_hidden_layers": 2, **changes, "model_type": config_class.model_type})
+    base_config = config_class(
+        **{**tiny_llama_config().to_dict(), "num_hidden_layers": 2, **changes, "model_type": config_class.model_type}
+    )
     stage = _random_stage(base_config)
     with torch.no_grad():
         for parameter in stage.parameters():  # biases and norms too: zeros and ones would hide a mistake
@@ -97,7 +101,7 @@ def test_an_identity_stage_is_the_base_s_own_last_step():
 
 
 def test_an_identity_stage_learns_and_leaves_the_head_alone():
-    base, stage = _identity_stage()
+    _, stage = _identity_stage()
     names = {name for name, _ in stage.named_parameters()}
     assert not any("q_proj" in n or "k_proj" in n or "head" in n for n in names)
     assert "shared_head" not in stage.state_dict()

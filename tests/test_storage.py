@@ -80,7 +80,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def _saved(folder, steps=(1, 2, 3)):
     checkpoints = Checkpoints(folder)
     for step in steps:
-        checkpoints.save(step, {"w": torch.full((3,), float(step)), "e": torch.empty(0), "s": torch.tensor(step)}, {"step": step})
+        checkpoints.save(
+            step, {"w": torch.full((3,), float(step)), "e": torch.empty(0), "s": torch.tensor(step)}, {"step": step}
+        )
     return checkpoints
 
 

@@ -19,9 +19,7 @@ _LIB = torch.library.Library("cascade_fast", "DEF")
 _LIB.define("cosine_score(Tensor h_in, Tensor h_out, *, str backend='auto') -> Tensor")
 _LIB.define("select_hard(Tensor scores, SymInt k, *, str backend='auto') -> (Tensor, Tensor)")
 _LIB.define("gather_rows(Tensor hidden, Tensor index, Tensor[] carried, *, str backend='auto') -> (Tensor, Tensor[])")
-_LIB.define(
-    "scatter_rows(Tensor rows, Tensor index, Tensor into, *, bool add=False, str backend='auto') -> Tensor"
-)
+_LIB.define("scatter_rows(Tensor rows, Tensor index, Tensor into, *, bool add=False, str backend='auto') -> Tensor")
 
 
 def _check(condition: bool, message: str) -> None:
@@ -126,9 +124,7 @@ def _gather_rows(
     return backends.body("gather_rows", hidden.device, backend)(hidden, index, carried)
 
 
-def _scatter_rows(
-    rows: Tensor, index: Tensor, into: Tensor, *, add: bool = False, backend: str = "auto"
-) -> Tensor:
+def _scatter_rows(rows: Tensor, index: Tensor, into: Tensor, *, add: bool = False, backend: str = "auto") -> Tensor:
     _check_scatter_rows(rows, index, into)
     return backends.body("scatter_rows", into.device, backend)(rows, index, into, add)
 
@@ -167,7 +163,7 @@ def _gather_rows_setup(ctx, inputs, keyword_only_inputs, output):
 
 def _gather_rows_backward(ctx, grad_KD, _carried_grads):
     (index_K,) = ctx.saved_tensors
-    zeros_ND = grad_KD.new_zeros(ctx.shape)
+    zeros_ND = grad_KD.new_zeros(1, ctx.shape[1]).expand(ctx.shape)  # every row is the same one in memory
     grad_ND = torch.ops.cascade_fast.scatter_rows(grad_KD, index_K, zeros_ND, add=False, backend=ctx.backend)
     return grad_ND, None, [None] * ctx.carried
 
@@ -185,7 +181,7 @@ def _scatter_rows_backward(ctx, grad_ND):
     if ctx.needs_input_grad[2]:
         grad_into_ND = grad_ND
         if not ctx.add:  # a replaced row of `into` reaches no output
-            zeros_KD = grad_ND.new_zeros(index_K.shape[0], grad_ND.shape[1])
+            zeros_KD = grad_ND.new_zeros(1, grad_ND.shape[1]).expand(index_K.shape[0], -1)
             grad_into_ND = torch.ops.cascade_fast.scatter_rows(
                 zeros_KD, index_K, grad_ND, add=False, backend=ctx.backend
             )

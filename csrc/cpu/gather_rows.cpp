@@ -73,15 +73,8 @@ std::tuple<Tensor, std::vector<Tensor>> gather_rows(
   }
 
   const RowView from(hidden_ND), to(hidden_KD);
-  const int64_t row_bytes = from.row_bytes();
-  const bool stream = count * row_bytes >= kStreamBytes;
-  parallel_blocks(count, rows_per_block(count, row_bytes + 32), [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      // The rows to come are known, but not to the hardware's prefetcher.
-      if (k + 2 < end && from.contiguous_row()) prefetch_row(from.row(index[(k + 2) * index_stride]), row_bytes);
-      copy_row(to.row(k), from.row(index[k * index_stride]), from, stream);
-    }
-    if (stream) stream_end();
+  parallel_blocks(count, rows_per_block(count, from.row_bytes() + 32), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) copy_row(to.row(k), from.row(index[k * index_stride]), from);
     for (const Carried& array : arrays) gather_items(array, index, index_stride, begin, end);
   });
   return {hidden_KD, gathered};

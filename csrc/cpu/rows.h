@@ -5,10 +5,6 @@
 
 #include <cstring>
 
-#if defined(__x86_64__)
-#include <emmintrin.h>
-#endif
-
 namespace cascade_fast {
 
 // An (N, D) tensor as bytes.
@@ -34,54 +30,22 @@ struct RowView {
 // Throws std::out_of_range for the first entry outside [0, n). Done before any row is touched.
 void check_index(const int64_t* index_K, int64_t stride, int64_t k, int64_t n);
 
-inline void prefetch_row(const char* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 0);
-}
-
-// Writes around the cache: a large output is not read again before it has left the cache anyway, and a plain store
-// would first read every line it is about to overwrite. Call stream_end() before another thread may look.
-inline void stream_row(char* to, const char* from, int64_t bytes) {
-#if defined(__x86_64__)
-  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(to) & 15);
-  std::memcpy(to, from, head);
-  int64_t i = head;
-  for (; i + 16 <= bytes; i += 16) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-  }
-  std::memcpy(to + i, from + i, bytes - i);
-#else
-  std::memcpy(to, from, bytes);
-#endif
-}
-
-inline void stream_end() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
 // One row of any stride into a contiguous one.
 template <class Item>
 void copy_strided(char* to, const char* from, int64_t stride, int64_t d) {
   for (int64_t i = 0; i < d; ++i) std::memcpy(to + i * sizeof(Item), from + i * stride, sizeof(Item));
 }
 
-inline void copy_row(char* to, const char* from, const RowView& source, bool stream) {
+// Stores around the cache and prefetches of rows to come were tried here: within the noise of memcpy.
+inline void copy_row(char* to, const char* from, const RowView& source) {
   if (source.d == 0) return;  // no memory at all, and memcpy takes no null pointer
-  if (!source.contiguous_row()) {
-    if (source.item == 2) {
-      copy_strided<uint16_t>(to, from, source.item_stride, source.d);
-    } else {
-      copy_strided<uint32_t>(to, from, source.item_stride, source.d);
-    }
-  } else if (stream) {
-    stream_row(to, from, source.row_bytes());
-  } else {
+  if (source.contiguous_row()) {
     std::memcpy(to, from, source.row_bytes());
+  } else if (source.item == 2) {
+    copy_strided<uint16_t>(to, from, source.item_stride, source.d);
+  } else {
+    copy_strided<uint32_t>(to, from, source.item_stride, source.d);
   }
 }
-
-// Outputs above this go around the cache.
-constexpr int64_t kStreamBytes = 8 * 1024 * 1024;
 
 }  // namespace cascade_fast

@@ -41,25 +41,22 @@ Tensor scatter_rows(const Tensor& rows_KD, const Tensor& index_K, const Tensor& 
 
   const Tensor out_ND = torch::stable::new_empty(into_ND, {n, d});
   advise_huge_pages(out_ND);
-  std::vector<int32_t> source_N(n, -1);  // which of rows_KD an output row comes from; -1: from into_ND
-  for (int64_t k = 0; k < count; ++k) source_N[index[k * index_stride]] = static_cast<int32_t>(k);
+  std::vector<int64_t> source_N(n, -1);  // which of rows_KD an output row comes from; -1: from into_ND
+  for (int64_t k = 0; k < count; ++k) source_N[index[k * index_stride]] = k;
 
   const RowView rows(rows_KD), into(into_ND), out(out_ND);
   const AddRow add_row = add_row_of(into_ND.scalar_type());
-  const int64_t row_bytes = out.row_bytes();
-  const bool stream = n * row_bytes >= kStreamBytes;
-  parallel_blocks(n, rows_per_block(n, row_bytes + 32), [&](int64_t begin, int64_t end) {
+  parallel_blocks(n, rows_per_block(n, out.row_bytes() + 32), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = source_N[i];
       if (k < 0) {
-        copy_row(out.row(i), into.row(i), into, stream);
+        copy_row(out.row(i), into.row(i), into);
       } else if (add) {
         add_row(out.row(i), into.row(i), into.item_stride, rows.row(k), rows.item_stride, d);
       } else {
-        copy_row(out.row(i), rows.row(k), rows, stream);
+        copy_row(out.row(i), rows.row(k), rows);
       }
     }
-    if (stream) stream_end();
   });
   return out_ND;
 }

@@ -1,0 +1,133 @@
+"""The shape of the house: imports go down only, kernels/ is no package, the README's commands exist."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Each layer may import from those below it and from modules of its own layer that stand before it.
+LAYERS = [
+    ["config"],
+    ["ops.reference", "ops.backends", "ops.schema", "ops"],
+    ["checkpoint", "metrics", "hardware"],
+    ["losses", "selection", "criteria", "hidden_store", "stage"],
+    ["hard_token_gather", "base_model", "data", "optim", "exits"],
+    ["base_pass", "stage_trainer", "report"],
+    ["run_folder"],
+    ["cascade"],
+    ["train", "env"],
+]
+ORDER = {f"cascade_fast.{name}": i for i, name in enumerate(name for layer in LAYERS for name in layer)}
+SOURCES = sorted((ROOT / "cascade_fast").rglob("*.py"))
+
+
+def _module(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _owner(imported: str) -> str | None:
+    """The module of ours that an import such as ``cascade_fast.ops.gather_rows`` comes from."""
+    while imported and imported not in ORDER:
+        imported = imported.rpartition(".")[0]
+    return imported or None
+
+
+def test_every_module_has_its_place():
+    assert {_module(p) for p in SOURCES} == {"cascade_fast", *ORDER}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: _module(p))
+def test_imports_go_down_only(path):
+    module = _module(path)
+    if module == "cascade_fast":
+        return
+    for imported in _imports(path):
+        owner = _owner(imported)
+        if owner is not None and owner != module:
+            assert ORDER[owner] < ORDER[module], f"{module} imports {owner}"
+        if imported.split(".")[0] in ("triton", "cascade_kernels"):
+            assert module == "cascade_fast.ops.backends", f"{module} imports {imported}"
+
+
+def test_kernels_need_torch_and_triton_only():
+    allowed = {"torch", "triton", "cascade_kernels", *sys.stdlib_module_names}
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                continue
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert {n.split(".")[0] for n in names} <= allowed, path
+
+
+def test_kernels_is_no_package_of_that_name():
+    """With an ``__init__.py``, ``import kernels`` from here would find ours instead of Hugging Face's."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    import cascade_kernels.launchers  # noqa: F401
+
+
+def test_nothing_is_loaded_by_pickle_and_no_remote_code_is_run():
+    forbidden = re.compile(r"pickle\.load|torch\.load\(|trust_remote_code|allow_pickle")
+    for path in [*SOURCES, *(ROOT / "kernels").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        assert not forbidden.search(path.read_text()), path
+
+
+def test_no_file_is_too_long():
+    files = [
+        *SOURCES,
+        *(ROOT / "kernels").glob("*.py"),
+        *(ROOT / "csrc").rglob("*.c*"),
+        *(ROOT / "benchmarks").glob("*.py"),
+    ]
+    assert {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text().splitlines())) > 450} == {}
+
+
+def test_the_readme_s_two_commands_are_make_words():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    for word in ("train", "test"):
+        assert f"make {word}" in readme
+        assert re.search(rf"^{word}:", makefile, re.MULTILINE)
+        plan = subprocess.run(["make", "-n", "-C", str(ROOT), word], capture_output=True, text=True, check=True).stdout
+        assert {"train": "-m cascade_fast.train", "test": "-m pytest"}[word] in plan
+
+
+def test_every_flag_in_the_readme_exists():
+    from cascade_fast.train import build_parser
+
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"python -m cascade_fast\.train((?:[^\n`]|\\\n)*)", readme)
+    assert commands
+    for command in commands:
+        assert set(re.findall(r"(?<=\s)--[a-z-]+", command)) <= known
+
+
+def test_the_environment_report():
+    result = subprocess.run([sys.executable, "-m", "cascade_fast.env"], capture_output=True, text=True, check=True)
+    for word in (
+        "cascade_fast",
+        "torch",
+        "compute dtype",
+        "cosine_score",
+        "select_hard",
+        "gather_rows",
+        "scatter_rows",
+    ):
+        assert word in result.stdout

