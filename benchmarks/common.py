@@ -7,6 +7,7 @@ within each round, and its median over the rounds is the result.
 import datetime
 import json
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -26,22 +27,28 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {"p20": p20, "p50": p50, "p80": p80}
 
 
-def interleaved(variants: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each variant in each round. Every round runs every variant once; the first round is thrown away."""
+def interleaved(
+    variants: dict[str, Callable[[], object]], rounds: int, device: str = "cpu", burst: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round. A round runs every variant ``burst`` times in a row and keeps the median,
+    so that no variant pays for the state in which another one leaves caches and free memory. The first round is
+    thrown away."""
 
-    def wait() -> None:
+    def once(run: Callable[[], object]) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken = time.perf_counter() - start
+        del result  # outside the clock: giving memory back is part of no variant
+        return taken
 
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, run in variants.items():
-            wait()
-            start = time.perf_counter()
-            result = run()
-            wait()
-            seconds[name].append(time.perf_counter() - start)
-            del result  # outside the clock: giving memory back is part of no variant
+            seconds[name].append(statistics.median(once(run) for _ in range(burst)))
     return {name: values[1:] for name, values in seconds.items()}
 
 

@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument(
         "--hard-ratio", type=float, default=0.9, help="share of the tokens selected (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default: %(default)s)")
     parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results/selection.jsonl alone")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

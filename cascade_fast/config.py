@@ -122,7 +122,7 @@ class RunConfig:
 
     epochs: int = _setting(2, "training", "epochs for each stage at most")
     batch_tokens: int = _setting(512, "training", "hard tokens in an optimizer step")
-    lr: float = _setting(1e-4, "training", "peak learning rate")
+    lr: float = _setting(6e-4, "training", "peak learning rate")
     lr_schedule: str = _setting("cosine", "training", "shape of the learning rate after warm-up", choices=LR_SCHEDULES)
     warmup_steps: int = _setting(10, "training", "steps of linear learning-rate warm-up")
     weight_decay: float = _setting(

@@ -131,3 +131,20 @@ def test_the_environment_report():
         "scatter_rows",
     ):
         assert word in result.stdout
+
+
+@pytest.mark.slow
+def test_the_readme_s_commands_from_a_clean_clone(tmp_path):
+    """``make train`` does all the set-up and prints where the report is; a second one starts at once."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    small = "ARGS=--train-blocks 8 --val-blocks 2 --num-stages 1 --epochs 1"
+    for _ in range(2):
+        done = subprocess.run(["make", "-C", str(clone), "train", small], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        report = re.search(r"^report: (.*)$", done.stdout, re.MULTILINE)
+        assert report is not None
+        assert (clone / report[1]).is_file()
+    assert "base pass: reused" in done.stdout
+    tests = subprocess.run(["make", "-C", str(clone), "test", "ARGS=-q tests/test_config.py"], capture_output=True, text=True)
+    assert tests.returncode == 0, tests.stdout
