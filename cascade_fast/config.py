@@ -77,8 +77,8 @@ class RunConfig:
     )
     text_template: str | None = _setting(None, "data", "format string over the columns, instead of --text-columns")
     seq_len: int = _setting(128, "data", "tokens in a block")
-    train_blocks: int = _setting(384, "data", "blocks to train on")
-    val_blocks: int = _setting(96, "data", "blocks for early stopping and acceptance")
+    train_blocks: int = _setting(320, "data", "blocks to train on")
+    val_blocks: int = _setting(64, "data", "blocks for early stopping and acceptance")
     test_blocks: int | None = _setting(
         None,
         "data",
