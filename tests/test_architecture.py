@@ -146,5 +146,7 @@ def test_the_readme_s_commands_from_a_clean_clone(tmp_path):
         assert report is not None
         assert (clone / report[1]).is_file()
     assert "base pass: reused" in done.stdout
-    tests = subprocess.run(["make", "-C", str(clone), "test", "ARGS=-q tests/test_config.py"], capture_output=True, text=True)
+    tests = subprocess.run(
+        ["make", "-C", str(clone), "test", "ARGS=-q tests/test_config.py"], capture_output=True, text=True
+    )
     assert tests.returncode == 0, tests.stdout

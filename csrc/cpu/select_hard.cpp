@@ -99,7 +99,8 @@ void write(const float* scores_N, uint32_t threshold, int64_t ties, int64_t* ind
 }
 
 // One row. `parts` has room for as many shares as may work on it at once.
-void select_row(const float* scores_N, int64_t n, int64_t k, std::vector<Part>& parts, int64_t* index_K, float* bounds) {
+void select_row(
+    const float* scores_N, int64_t n, int64_t k, std::vector<Part>& parts, int64_t* index_K, float* bounds) {
   if (n == 0) {
     bounds[0] = -kInf;
     bounds[1] = kInf;
