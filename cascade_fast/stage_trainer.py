@@ -154,7 +154,6 @@ class StageTrainer:
         self.training = StageTraining()
         self.epoch, self.step = 1, 0  # the epoch being run, and its next step
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.loss_steps = 0  # of the last check that the loss is finite
         self.epoch_seconds = 0.0
 
     def run(self) -> StageTraining:
@@ -168,7 +167,8 @@ class StageTrainer:
             while not self.training.stopped:
                 if self._run_epoch(signals):
                     self._end_epoch()
-                self._save()
+                if signals or not self.training.stopped:  # when it is over, the stage's record follows at once
+                    self._save()
                 if signals:
                     raise Interrupted(signals[0])
         if self.training.best_epoch:

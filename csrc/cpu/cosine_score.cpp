@@ -48,8 +48,8 @@ CASCADE_INLINE void load(const float* p, typename V::Floats& x, typename V::Floa
   std::memcpy(&y, p + V::kLanes, sizeof(y));
 }
 
-template <class V>
-CASCADE_INLINE void load(const BFloat16* p, typename V::Floats& x, typename V::Floats& y) {  // bfloat16 is the upper half of a float32
+template <class V>  // a bfloat16 is the upper half of a float32
+CASCADE_INLINE void load(const BFloat16* p, typename V::Floats& x, typename V::Floats& y) {
   typename V::Bits words;
   std::memcpy(&words, p, sizeof(words));
   x = (typename V::Floats)(words << 16);
