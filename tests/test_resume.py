@@ -128,10 +128,13 @@ def test_a_signal_saves_first(settings, environment, undisturbed, tmp_path, numb
 def test_a_damaged_checkpoint_is_passed_over(settings, environment, undisturbed, tmp_path):
     out = tmp_path / "run"
     process = _start(settings, out, environment)
-    _wait_for(out, "checkpoint-000000003", process)
+    checkpoints = out / "training" / "stage-1"
+    while len(list(checkpoints.glob("checkpoint-*"))) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
     process.kill()
     process.communicate()
-    newest = max((out / "training" / "stage-1").glob("checkpoint-*"))
+    newest = max(checkpoints.glob("checkpoint-*"))
     newest.write_bytes(newest.read_bytes()[:1000])
     output = _finish(settings, out, environment, "--resume", "auto")
     assert "is damaged" in output
