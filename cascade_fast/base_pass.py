@@ -20,7 +20,7 @@ from torch import Tensor
 from cascade_fast import __version__, ops
 from cascade_fast.base_model import BaseModel
 from cascade_fast.checkpoint import save_tensors, write_json
-from cascade_fast.config import ConfigError, RunConfig
+from cascade_fast.config import RunConfig
 from cascade_fast.data import SPLITS, TokenBlocks
 from cascade_fast.hidden_store import HiddenStore, StoreError
 from cascade_fast.losses import token_losses
@@ -53,7 +53,7 @@ def base_pass(
     An interrupted pass goes on where it stopped.
 
     Raises:
-        ConfigError: a score that is not finite; names block and position.
+        NonFiniteScores: a score that is NaN or infinite; names block and position.
     """
     meta = _meta(base, blocks, config, device, dtype)
     folder = cache / "base-pass" / meta["fingerprint"][:16]
@@ -184,13 +184,14 @@ def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, done: int, criterion: 
                 score_N = -entropy_N
             else:
                 score_N = ops.cosine_score(embedded_BSD.flatten(0, 1), last_BSD.flatten(0, 1))
-            _check_scores(score_N, first, seq_len)
             blocks = torch.arange(first, first + ids.shape[0], dtype=torch.int32)
+            sequence_N = blocks.repeat_interleave(seq_len)
+            position_N = torch.arange(seq_len, dtype=torch.int32).repeat(ids.shape[0])
+            check_finite(score_N, sequence_N, position_N)
             rows = slice(first * seq_len, (first + ids.shape[0]) * seq_len)
             store["hidden"][rows] = kept_ND.to("cpu", store.hidden.dtype)
             store["label"][rows] = label_N.cpu()
-            store["sequence"][rows] = blocks.repeat_interleave(seq_len)
-            store["position"][rows] = torch.arange(seq_len, dtype=torch.int32).repeat(ids.shape[0])
+            store["sequence"][rows], store["position"][rows] = sequence_N, position_N
             store["score"][rows] = score_N.cpu()
             if loss_N is not None:
                 store["loss"][rows] = loss_N.cpu()
@@ -201,10 +202,3 @@ def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, done: int, criterion: 
     finally:
         hook.remove()
     return True
-
-
-def _check_scores(score_N: Tensor, first_block: int, seq_len: int) -> None:
-    try:
-        check_finite(score_N, seq_len, first_block)
-    except ValueError as error:
-        raise ConfigError(f"base pass: {error}") from None

@@ -58,7 +58,7 @@ class CascadeRun:
         train, val = self.base_pass.stores["train"], self.base_pass.stores["val"]
         perplexity = self._all_tokens("val").perplexity
         for number in range(1, config.num_stages + 1):
-            check_finite(train["score"])
+            check_finite(train["score"], train["sequence"], train["position"])
             selection = select_hardest(train["score"], config.hard_ratio)
             hard = StageTokens(train, selection.index_K)
             hard_val = self._hard_validation_tokens(val, selection.threshold)
@@ -245,6 +245,7 @@ def run_cascade(config: RunConfig) -> RunFolder:
     Raises:
         ConfigError: a setting that cannot work, before anything is trained or written.
         Interrupted: Ctrl-C or SIGTERM; ``resume`` goes on from there.
+        NonFiniteScores: hidden states overflowed; names block and position.
         NonFiniteLoss: training diverged; results and report of what was good are written first.
     """
     started = time.monotonic()

@@ -13,6 +13,10 @@ from torch import Tensor
 from cascade_fast import ops
 
 
+class NonFiniteScores(ValueError):
+    """A score that is NaN or infinite: no token is harder or easier than that."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """Hard tokens: ``index_K`` (K,) int64 ascending, and the threshold, a number float32 can hold."""
@@ -45,7 +49,7 @@ def select_hardest(scores_N: Tensor, hard_ratio: float) -> Selection:
         scores_N: ``(N,)`` float32, finite, N >= 1.
 
     Raises:
-        ValueError: no scores, a score that is not finite, or a ratio outside (0, 1].
+        ValueError: no scores, a score that is not finite (NonFiniteScores), or a ratio outside (0, 1].
     """
     n = scores_N.shape[0]
     if n == 0:
@@ -72,16 +76,15 @@ def select_below(scores_N: Tensor, threshold: float) -> Tensor:
     return (scores_N <= threshold).nonzero().squeeze(1)
 
 
-def check_finite(scores_N: Tensor, seq_len: int | None = None, first_block: int = 0) -> None:
-    """Raises ValueError naming the first token whose score is NaN or infinite; by block and position when the
-    scores are whole blocks of ``seq_len``, the first of them ``first_block``."""
+def check_finite(scores_N: Tensor, sequence_N: Tensor | None = None, position_N: Tensor | None = None) -> None:
+    """Raises NonFiniteScores naming the first token whose score is NaN or infinite, by block and position if given."""
     bad_N = ~torch.isfinite(scores_N)
     if bad_N.any():
         token = int(bad_N.nonzero()[0])
         where = f"token {token}"
-        if seq_len is not None:
-            where = f"block {first_block + token // seq_len}, position {token % seq_len}"
-        raise ValueError(
+        if sequence_N is not None and position_N is not None:
+            where = f"block {int(sequence_N[token])}, position {int(position_N[token])}"
+        raise NonFiniteScores(
             f"scores: {int(bad_N.sum())} of {len(bad_N)} are not finite, the first at {where} "
             f"({scores_N[token].item()}); the hidden states overflowed or the model's weights are damaged"
         )

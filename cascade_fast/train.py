@@ -76,6 +76,7 @@ def _run(config: RunConfig) -> int:
     logging.disable_progress_bar()
     # Imported here: a mistake in the flags is answered before torch is loaded.
     from cascade_fast.cascade import NonFiniteLoss, run_cascade
+    from cascade_fast.selection import NonFiniteScores
     from cascade_fast.stage_trainer import Interrupted
 
     try:
@@ -83,7 +84,7 @@ def _run(config: RunConfig) -> int:
     except Interrupted as stop:
         print(f"interrupted ({stop}), saved; the same command with --resume auto goes on", file=sys.stderr)
         return stop.exit_code
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, NonFiniteScores) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

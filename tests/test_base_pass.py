@@ -21,6 +21,7 @@ from cascade_fast.base_pass import base_pass
 from cascade_fast.config import ConfigError, make_config
 from cascade_fast.data import load_blocks
 from cascade_fast.hidden_store import HiddenStore
+from cascade_fast.selection import NonFiniteScores
 
 CPU = torch.device("cpu")
 
@@ -160,7 +161,7 @@ def test_a_score_that_is_not_finite_names_block_and_position(tiny_settings, tmp_
         return loss, entropy
 
     monkeypatch.setattr(module, "token_losses", one_nan)
-    with pytest.raises(ConfigError, match="not finite, the first at block 3, position 5"):
+    with pytest.raises(NonFiniteScores, match="not finite, the first at block 3, position 5"):
         _pass(tiny_settings, tmp_path)
 
 

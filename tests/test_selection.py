@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade_fast.selection import check_finite, hard_count, quantile_threshold, select_below, select_hardest
+from cascade_fast.selection import (
+    NonFiniteScores,
+    check_finite,
+    hard_count,
+    quantile_threshold,
+    select_below,
+    select_hardest,
+)
 
 
 def test_counts_of_the_original_experiment():
@@ -51,10 +58,9 @@ def test_threshold_never_reaches_the_next_score():
 def test_scores_must_be_finite():
     with pytest.raises(ValueError, match="1 of 3 are not finite, the first at token 1"):
         select_hardest(torch.tensor([0.0, torch.nan, 1.0]), 0.5)
-    scores = torch.zeros(256)
-    scores[130] = torch.inf
-    with pytest.raises(ValueError, match="block 7, position 2"):
-        check_finite(scores, seq_len=64, first_block=5)
+    scores = torch.tensor([0.0, 0.0, torch.inf])
+    with pytest.raises(NonFiniteScores, match="block 7, position 2"):
+        check_finite(scores, torch.tensor([5, 6, 7]), torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="scores: empty"):
         select_hardest(torch.empty(0), 0.5)
     with pytest.raises(ValueError, match=r"hard_ratio: 0.0; must be in \(0, 1\]"):
