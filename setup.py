@@ -1,7 +1,8 @@
 """Builds the extension ``cascade_fast._C``; everything else about the package is in ``pyproject.toml``.
 
 The extension uses LibTorch's stable ABI and Python's limited API: one ``.so`` serves every Python >= 3.10 and
-torch >= 2.10. Environment:
+torch >= 2.10. torch must be importable to build it: ``pip install --no-build-isolation .``; a plain ``pip install .``
+installs the package without it, rather than fetch a second torch for the build alone. Environment:
 
 - ``CASCADE_FAST_NO_EXT=1``: do not build it; the package then runs on its plain torch bodies.
 - ``CASCADE_FAST_REQUIRE_EXT=1``: a build that fails is an error (default: it says why and installs without).
@@ -14,7 +15,12 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
-from torch.utils import cpp_extension
+from setuptools.command.build_ext import build_ext
+
+try:
+    from torch.utils import cpp_extension
+except ImportError:
+    cpp_extension = None
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10: the oldest torch the .so runs on
 MACROS = ["-DPy_LIMITED_API=0x030a0000", TORCH_TARGET]
@@ -60,7 +66,7 @@ def extension():
     )
 
 
-class BuildExtension(cpp_extension.BuildExtension):
+class BuildExtension(cpp_extension.BuildExtension if cpp_extension else build_ext):
     """No compiler is not an error: say why and install without the extension, unless it is required."""
 
     def run(self) -> None:
@@ -73,8 +79,14 @@ class BuildExtension(cpp_extension.BuildExtension):
             self.extensions = []
 
 
+if cpp_extension is None:
+    REASON = "torch is not importable in this build; use pip install --no-build-isolation ."
+    if flag("CASCADE_FAST_REQUIRE_EXT"):
+        sys.exit(f"cascade_fast: the extension cannot be built: {REASON}")
+    print(f"cascade_fast: installed WITHOUT its extension: {REASON}", file=sys.stderr)
+
 setup(
-    ext_modules=[] if flag("CASCADE_FAST_NO_EXT") else [extension()],
+    ext_modules=[extension()] if cpp_extension and not flag("CASCADE_FAST_NO_EXT") else [],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )
