@@ -167,7 +167,9 @@ def _choose(config: RunConfig) -> Path:
         for path in sorted(RUNS.glob(f"*-{config.preset}"), reverse=True):
             if (path / "config.json").is_file() and not RunFolder(path).finished:
                 return path
-    return RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
+    now = time.strftime("%Y%m%d-%H%M%S")
+    names = (f"{now}-{config.preset}", *(f"{now}.{n}-{config.preset}" for n in range(2, 100)))  # within one second
+    return next(RUNS / name for name in names if not (RUNS / name).exists())
 
 
 def _read(path: Path) -> dict[str, Any] | None:

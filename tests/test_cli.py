@@ -92,11 +92,13 @@ def test_a_run_is_quiet_and_line_based_without_a_terminal(capsys, flags, tmp_pat
 
 def test_the_default_folder_is_under_runs(capsys, flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _format: "20260101-000000")  # all within one second
     assert _main(capsys, *flags, "--num-stages", "1")[0] == 0
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.endswith("-warm")
     # Nothing unfinished is left, so --resume auto begins a new run.
     assert _main(capsys, *flags, "--num-stages", "1", "--resume", "auto", "--lr", "1e-3")[0] == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 def test_flags_are_answered_before_torch_is_loaded():
