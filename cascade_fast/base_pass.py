@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -57,24 +58,39 @@ def base_pass(
     """
     meta = _meta(base, blocks, config, device, dtype)
     folder = cache / "base-pass" / meta["fingerprint"][:16]
-    found = _open(folder, meta["fingerprint"])
-    if found is not None:
-        folder.touch()  # recently used: pruned last
-        return found
+    lock = cache / "locks" / f"{folder.name}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(lock):  # another run on the same text waits, and then finds the pass
+        found = _open(folder, meta["fingerprint"])
+        if found is not None:
+            folder.touch()  # recently used: pruned last
+            return found
+        parameters, seconds = _read_all(base, blocks, config, device, dtype, folder, meta)
+        # Written last: a folder with this file is complete.
+        write_json(folder / "base_pass.json", {**meta, "parameters": parameters, "seconds": seconds})
+        _prune(folder.parent)
+        done = _open(folder, meta["fingerprint"])
+    assert done is not None
+    return BasePass(done.stores, done.head_VD, done.norm_D, parameters, seconds, reused=False)
+
+
+def _read_all(
+    base: BaseModel,
+    blocks: TokenBlocks,
+    config: RunConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    folder: Path,
+    meta: dict[str, Any],
+) -> tuple[int, float]:
+    """Runs the base over every split; its number of parameters, and the seconds it took."""
     with Progress("base pass", sum(ids.shape[0] * config.seq_len for ids in blocks.ids.values())) as progress:
         model = base.load(device, dtype)
-        parameters = sum(p.numel() for p in model.parameters())
         for split in SPLITS:
             with_loss = split != "train" or config.criterion == "entropy"
             _run_split(model, blocks.ids[split], folder / split, config, meta, progress, with_loss)
         save_tensors(folder / "head.safetensors", {"head": model.lm_head.weight, "norm": model.model.norm.weight})
-        seconds = progress.seconds()
-    # Written last: a folder with this file is complete.
-    write_json(folder / "base_pass.json", {**meta, "parameters": parameters, "seconds": seconds})
-    _prune(folder.parent)
-    done = _open(folder, meta["fingerprint"])
-    assert done is not None
-    return BasePass(done.stores, done.head_VD, done.norm_D, parameters, seconds, reused=False)
+        return sum(p.numel() for p in model.parameters()), progress.seconds()
 
 
 def _meta(

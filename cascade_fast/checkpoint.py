@@ -93,10 +93,6 @@ class Checkpoints:
                 warnings.warn(f"{path.name} is damaged ({error}); going back to the checkpoint before it", stacklevel=2)
         return None
 
-    def clear(self) -> None:
-        for path in self._paths():
-            path.unlink()
-
 
 def _checksum(tensors: dict[str, Tensor], payload: str) -> str:
     digest = hashlib.sha256(payload.encode())

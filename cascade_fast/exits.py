@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cascade_fast import ops
-from cascade_fast.checkpoint import file_sha256, save_tensors, write_json
+from cascade_fast.checkpoint import save_tensors, write_json
 from cascade_fast.hidden_store import HiddenStore
 from cascade_fast.losses import token_losses
 from cascade_fast.selection import select_below
@@ -25,12 +25,10 @@ class ExitStage:
     stage: Stage
     threshold: float
 
-    def save(self, folder: Path, **record: Any) -> dict[str, Any]:
-        """Writes ``config.json`` and ``model.safetensors``; returns what ``cascade.json`` says of the stage."""
-        weights = folder / "model.safetensors"
-        save_tensors(weights, self.stage.state_dict())
+    def save(self, folder: Path, **record: Any) -> None:
+        """Writes ``config.json`` and ``model.safetensors``."""
+        save_tensors(folder / "model.safetensors", self.stage.state_dict())
         write_json(folder / "config.json", {**self.stage.config.to_dict(), "threshold": self.threshold, **record})
-        return {"threshold": self.threshold, "sha256": file_sha256(weights)}
 
     @classmethod
     def load(cls, folder: Path, config: StageConfig, threshold: float, head_VD: Tensor) -> "ExitStage":

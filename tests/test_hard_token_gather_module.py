@@ -28,7 +28,7 @@ def test_pickle_deepcopy_repr_and_state(gather):
     h_in, h_out = hidden(3, 8)
     logits = torch.randn(3, 8, 20)
     hard = gather(h_in, h_out, logits=logits)
-    for other in (copy.deepcopy(gather), pickle.loads(pickle.dumps(gather))):
+    for other in (copy.deepcopy(gather), pickle.loads(pickle.dumps(gather))):  # our own bytes
         assert repr(other) == repr(gather)
         again = other(h_in, h_out, logits=logits)
         assert torch.equal(again.index_K, hard.index_K)
