@@ -24,7 +24,7 @@ from cascade_fast.exits import (
     handed_on_dtype,
     run_stage,
 )
-from cascade_fast.hardware import choose_device, choose_dtype
+from cascade_fast.hardware import choose_device, choose_dtype, keep_freed_memory
 from cascade_fast.hidden_store import HiddenStore, StoreError
 from cascade_fast.metrics import MetricsLog, Progress, format_count, peak_rss_bytes, say, say_table
 from cascade_fast.run_folder import RunFolder
@@ -252,6 +252,8 @@ def run_cascade(config: RunConfig) -> RunFolder:
     deadline = None if config.max_minutes is None else started + 60 * config.max_minutes
     device = choose_device(config.device)
     dtype, reason = choose_dtype(device, config.dtype)
+    if device.type == "cpu":
+        keep_freed_memory()
     base = find_base(config)
     blocks = load_blocks(config, base.tokenizer())
     with RunFolder.open(config, base.fingerprint, blocks.fingerprint(), device=device, dtype=dtype) as folder:
@@ -289,7 +291,7 @@ def _say_start(
     say(f"base {base.source}, {base.layers} layers")
     say(f"data {blocks.source}: {sizes} blocks of {config.seq_len} tokens")
     say(f"computing on {device} in {str(dtype).removeprefix('torch.')} ({reason})")
-    served = sorted({ops.choose(op, device) for op in ops.OPS})
+    served = sorted({ops.choose(op, device) for op in ops.SELECTION_OPS})
     say(f"selection operators: {', '.join(served)}")
 
 

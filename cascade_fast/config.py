@@ -122,6 +122,11 @@ class RunConfig:
 
     epochs: int = _setting(2, "training", "epochs for each stage at most")
     batch_tokens: int = _setting(512, "training", "hard tokens in an optimizer step")
+    micro_batch_tokens: int | None = _setting(
+        None,
+        "training",
+        "tokens run through the stage at once; gradients of the parts of a batch add up (default: as many as fit)",
+    )
     lr: float = _setting(6e-4, "training", "peak learning rate")
     lr_schedule: str = _setting("cosine", "training", "shape of the learning rate after warm-up", choices=LR_SCHEDULES)
     warmup_steps: int = _setting(10, "training", "steps of linear learning-rate warm-up")
@@ -165,6 +170,9 @@ class RunConfig:
         self._require("lr", self.lr > 0, "must be above 0")
         for name in ("weight_decay", "grad_clip", "min_improvement", "warmup_steps"):
             self._require(name, getattr(self, name) >= 0, "must be at least 0")
+        self._require(
+            "micro_batch_tokens", self.micro_batch_tokens is None or self.micro_batch_tokens >= 1, "must be at least 1"
+        )
         self._require("checkpoint_minutes", self.checkpoint_minutes > 0, "must be above 0")
         self._require("max_minutes", self.max_minutes is None or self.max_minutes > 0, "must be above 0")
         self._require("seed", 0 <= self.seed < 2**63, "must be in [0, 2^63)")

@@ -1,5 +1,8 @@
 """Device and compute dtype, chosen by what the hardware does fast, with the reason in words."""
 
+import ctypes
+import sys
+
 import torch
 
 from cascade_fast.config import ConfigError
@@ -40,3 +43,19 @@ def choose_dtype(device: torch.device, asked: str) -> tuple[torch.dtype, str]:
     if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
         return torch.bfloat16, "this CPU has AVX512-BF16"
     return torch.float32, "this CPU has neither AVX512-BF16 nor AMX"
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep freed memory for the next allocation of this process; whether it could be told.
+
+    By default every array above 32 MB is fresh from the kernel each time, which hands it out in pages of 4 KB: filling
+    50 MB of logits then takes 19 ms instead of 2. Peak memory stays; the memory comes back when the process ends (or
+    with ``malloc_trim``).
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    return mallopt is not None and mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, -1) == 1

@@ -3,27 +3,37 @@
 The logits of a chunk of tokens are made, used for the loss, turned into their own gradient in place and multiplied
 back into the gradient of the hidden states before the next chunk is begun; so the extra memory is one chunk's,
 whatever the batch. The idea is that of Liger's fused linear cross-entropy and of cut-cross-entropy
-(arXiv 2411.09009); softmax and loss are computed in float32.
+(arXiv 2411.09009); softmax and loss are computed in float32 (:func:`cascade_fast.ops.cross_entropy_`).
 
 Shape legend: N tokens, D hidden size, V vocabulary, C tokens of a chunk.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 32 * 2**20  # of float32 logits
+from cascade_fast import ops
+
+CHUNK_BYTES = 48 * 2**20  # of logits: 512 tokens of a vocabulary of 49,152 in 16 bit
 
 
-def chunk_tokens(vocab_size: int) -> int:
-    """How many tokens' float32 logits fit in ``CHUNK_BYTES``."""
-    return max(16, CHUNK_BYTES // (4 * vocab_size))
+def chunk_tokens(n: int, vocab_size: int, dtype: torch.dtype) -> int:
+    """How many of ``n`` tokens make a chunk: chunks of about one size, whose logits fit in ``CHUNK_BYTES``."""
+    most = max(16, CHUNK_BYTES // (dtype.itemsize * vocab_size))
+    return max(1, math.ceil(n / math.ceil(n / most))) if n else 1
 
 
-def _chunks(n: int, vocab_size: int) -> Iterator[slice]:
-    step = chunk_tokens(vocab_size)
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+def _logit_chunks(hidden_ND: Tensor, head_VD: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """``(rows, hidden_CD, logits_CV)`` chunk by chunk, in the head's dtype; all chunks use the same memory."""
+    n, vocab_size = hidden_ND.shape[0], head_VD.shape[0]
+    step = chunk_tokens(n, vocab_size, head_VD.dtype)
+    room_CV = head_VD.new_empty(min(step, n), vocab_size)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        hidden_CD = hidden_ND[rows].to(head_VD.dtype)
+        yield rows, hidden_CD, torch.mm(hidden_CD, head_VD.T, out=room_CV[: hidden_CD.shape[0]])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -32,24 +42,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         n = hidden_ND.shape[0]
         head_VD = weight_VD.detach().to(dtype)
         grad_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        grad_weight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        grad_weight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
+        with_grad = grad_hidden_ND is not None or grad_weight_VD is not None
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        for chunk in _chunks(n, weight_VD.shape[0]):
-            hidden_CD, labels_C1 = hidden_ND[chunk].to(dtype), labels_N[chunk, None]
-            logits_CV = (hidden_CD @ head_VD.T).float()
-            lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
-            loss_sum += (lse_C1 - logits_CV.gather(1, labels_C1)).sum()
-            if grad_hidden_ND is None and grad_weight_VD is None:
-                continue
-            # d loss_sum / d logits = softmax - one_hot, in place. The 1/N of the mean comes in float32 at the end:
-            # in float16 it would push small probabilities below the smallest number.
-            grad_CV = logits_CV.sub_(lse_C1).exp_()
-            grad_CV.scatter_add_(1, labels_C1, grad_CV.new_full(labels_C1.shape, -1.0))
-            grad_CV = grad_CV.to(dtype)
+        for rows, hidden_CD, logits_CV in _logit_chunks(hidden_ND.detach(), head_VD):
+            loss_C, _ = ops.cross_entropy_(logits_CV, labels_N[rows], grad=with_grad)
+            loss_sum += loss_C.sum()
+            # Now d loss_sum / d logits. The 1/N of the mean comes in float32 at the end: in float16 it would push
+            # small probabilities below the smallest number.
+            grad_CV = logits_CV
             if grad_hidden_ND is not None:
-                grad_hidden_ND[chunk] = grad_CV @ head_VD
+                grad_hidden_ND[rows] = grad_CV @ head_VD
             if grad_weight_VD is not None:
-                grad_weight_VD += (grad_CV.T @ hidden_CD).to(grad_weight_VD.dtype)
+                _add_product(grad_weight_VD, grad_CV.T, hidden_CD, first=rows.start == 0)
         ctx.grads = grad_hidden_ND, grad_weight_VD
         ctx.n = n
         return loss_sum / n
@@ -65,6 +70,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight_VD = grad_weight_VD.mul_(scale)
         ctx.grads = None
         return grad_hidden_ND, grad_weight_VD, None, None
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """``out += a @ b``, or ``out = a @ b`` the first time, without a copy where the dtypes agree."""
+    if out.dtype != a.dtype:
+        product = (a @ b).to(out.dtype)
+        _ = out.copy_(product) if first else out.add_(product)
+    elif first:
+        torch.mm(a, b, out=out)
+    else:
+        out.addmm_(a, b)
 
 
 def linear_cross_entropy(
@@ -88,12 +104,8 @@ def token_losses(
     hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every token and entropy of its logits, both ``(N,)`` float32 in nats; logits in chunks."""
-    head_VD = weight_VD.to(dtype)
     loss_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
     entropy_N = torch.empty_like(loss_N)
-    for chunk in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
-        logits_CV = (hidden_ND[chunk].to(dtype) @ head_VD.T).float()
-        log_probs_CV = logits_CV.log_softmax(-1)
-        loss_N[chunk] = -log_probs_CV.gather(1, labels_N[chunk, None]).squeeze(1)
-        entropy_N[chunk] = -(log_probs_CV.exp() * log_probs_CV).sum(-1)
+    for rows, _, logits_CV in _logit_chunks(hidden_ND, weight_VD.to(dtype)):
+        loss_N[rows], entropy_N[rows] = ops.cross_entropy_(logits_CV, labels_N[rows])
     return loss_N, entropy_N

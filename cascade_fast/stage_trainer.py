@@ -1,7 +1,8 @@
 """Trains one stage on its hard tokens: batches straight from the hidden store, early stopping, keep-best, resume.
 
 Master weights and optimizer state are float32; matrix products run in the compute dtype under autocast (float16 with
-a gradient scaler). Between log lines nothing waits for the device.
+a gradient scaler). Between log lines nothing waits for the device. A batch may run in several parts whose gradients
+add up.
 """
 
 import math
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -34,7 +35,7 @@ from cascade_fast.optim import (
 from cascade_fast.stage import Stage
 
 EVAL_TOKENS = 2048  # tokens of a forward pass without gradients
-LOG_STEPS = 50  # steps between looks at the loss
+LOG_STEPS = 50  # steps between looks at the loss, a line of the log each
 
 
 class Interrupted(Exception):
@@ -80,6 +81,15 @@ class StageTokens:
         """Hidden states ``(B, D)`` and labels ``(B,)`` of the tokens numbered ``picked`` among the hard ones."""
         hidden_BD, (label_B,) = ops.gather_rows(self.store.hidden, self.index_K[picked], (self.store["label"],))
         return hidden_BD.to(device, non_blocking=True), label_B.to(device, non_blocking=True)
+
+
+class EpochTotals(NamedTuple):
+    """Of an epoch so far, on the host. ``tokens`` are those of finite steps; ``step`` is where the totals stood."""
+
+    loss_sum: float
+    tokens: int
+    not_finite: int
+    step: int
 
 
 @dataclass
@@ -145,15 +155,18 @@ class StageTrainer:
         self.log, self.log_size, self.deadline = log, log_size, deadline
         self.checkpoints = Checkpoints(folder)
         self.best_path = folder / "best.safetensors"
-        self.decayed_only = stage.decayed_only()
+        self.decayed_only: list[Tensor] = list(stage.decayed_only())
         without_gradient = {id(p) for p in self.decayed_only}
         self.parameters = [p for p in stage.parameters() if id(p) not in without_gradient]
         self.optimizer = build_optimizer(self.parameters, config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.micro_batch_tokens = config.micro_batch_tokens or config.batch_tokens
         self.steps_per_epoch = math.ceil(len(train) / config.batch_tokens)
         self.training = StageTraining()
         self.epoch, self.step = 1, 0  # the epoch being run, and its next step
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        # Of the epoch so far, kept on the device: summed loss, tokens summed over, steps that were not finite.
+        self.totals = torch.zeros(3, dtype=torch.float64, device=device)
+        self.last_look = EpochTotals(0.0, 0, 0, 0)
         self.epoch_seconds = 0.0
 
     def run(self) -> StageTraining:
@@ -190,7 +203,7 @@ class StageTrainer:
                 progress.advance(len(batches[self.step]))
                 self.step += 1
                 self.epoch_seconds = before + time.monotonic() - started
-                if self.step % LOG_STEPS == 0 and not self._loss_is_finite():
+                if self.step % LOG_STEPS == 0 and not self._look():
                     return False
                 if signals:
                     return False
@@ -199,34 +212,73 @@ class StageTrainer:
                 if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
                     self._save()
                     saved = time.monotonic()
-        return self._loss_is_finite()
+        return self._look()
 
     def _train_step(self, picked: Tensor) -> None:
         config, global_step = self.config, (self.epoch - 1) * self.steps_per_epoch + self.step
         lr = learning_rate(config, global_step, config.epochs * self.steps_per_epoch)
         set_learning_rate(self.optimizer, lr)
         hidden_BD, label_B = self.train.batch(picked, self.device)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            _, normed_BD = self.stage(hidden_BD)
-        loss = linear_cross_entropy(normed_BD, self.stage.head, label_B, dtype=self.dtype)
-        self.scaler.scale(loss).backward()
-        if config.grad_clip > 0:
+        loss = torch.zeros((), device=self.device)
+        for hidden_MD, label_M in zip(
+            hidden_BD.split(self.micro_batch_tokens), label_B.split(self.micro_batch_tokens), strict=True
+        ):
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                _, normed_MD = self.stage(hidden_MD)
+            part = linear_cross_entropy(normed_MD, self.stage.head, label_M, dtype=self.dtype)
+            if len(label_M) < len(label_B):
+                part = part * (len(label_M) / len(label_B))
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        finite = torch.isfinite(loss)
+        if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
-        self.scaler.step(self.optimizer)
+        if config.grad_clip > 0 or self.scaler.is_enabled():
+            gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            finite &= torch.isfinite(norm)
+            if config.grad_clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
+        self.scaler.step(self.optimizer)  # float16 only: leaves a step with an infinite gradient out
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for parameter in self.decayed_only:  # AdamW with a zero gradient: decay and nothing else
-                parameter.mul_(1.0 - lr * config.weight_decay)
-        self.loss_sum += loss.detach().double() * len(picked)
+        if self.decayed_only:  # AdamW with a zero gradient: decay and nothing else
+            with torch.no_grad():
+                torch._foreach_mul_(self.decayed_only, 1.0 - lr * config.weight_decay)
+        tokens = len(label_B)
+        self.totals[0] += torch.where(finite, loss.double() * tokens, 0.0)
+        self.totals[1] += finite * tokens
+        self.totals[2] += ~finite
 
-    def _loss_is_finite(self) -> bool:
-        if math.isfinite(self.loss_sum.item()):
+    def _look(self) -> bool:
+        """Waits for the device, writes a line about the steps since the last look; whether training may go on.
+
+        Float16 overflows now and then: such a step is left out, counted, and the gradients' scale is halved. Any other
+        step that is not finite, or nothing but such steps since the last look, means that training has diverged.
+        """
+        loss_sum, tokens, not_finite = self.totals.tolist()
+        now, before = EpochTotals(loss_sum, int(tokens), int(not_finite), self.step), self.last_look
+        if now.step == before.step:
             return True
+        if now.not_finite > before.not_finite and (not self.scaler.is_enabled() or now.tokens == before.tokens):
+            self._diverged()
+            return False
+        self.log.write(
+            "steps",
+            stage=self.number,
+            epoch=self.epoch,
+            step=now.step,
+            loss=(now.loss_sum - before.loss_sum) / (now.tokens - before.tokens),
+            lr=self.optimizer.param_groups[0]["lr"],
+            skipped_steps=now.not_finite,
+            seconds=self.epoch_seconds,
+        )
+        self.last_look = now
+        return True
+
+    def _diverged(self) -> None:
         self.training.stopped = "non-finite loss"
         self.log.write("non_finite_loss", stage=self.number, epoch=self.epoch, step=self.step)
-        return False
 
     def _end_epoch(self) -> None:
         config, training = self.config, self.training
@@ -234,16 +286,16 @@ class StageTrainer:
         self.stage.eval()
         val_loss = validation_loss(self.stage, self.val, self.device, self.dtype)
         if not math.isfinite(val_loss):
-            training.stopped = "non-finite loss"
-            self.log.write("non_finite_loss", stage=self.number, epoch=self.epoch, step=self.step)
+            self._diverged()
             return
         record = {
             "epoch": self.epoch,
-            "train_loss": self.loss_sum.item() / seen,
+            "train_loss": self.last_look.loss_sum / self.last_look.tokens,
             "val_loss": val_loss,
             "val_ppl": math.exp(min(val_loss, 700.0)),
             "seconds": self.epoch_seconds,
             "tokens_per_second": seen / max(self.epoch_seconds, 1e-9),
+            "skipped_steps": self.last_look.not_finite,
         }
         training.epochs.append(record)
         self.log.write("epoch", stage=self.number, tokens=seen, **record)
@@ -258,7 +310,8 @@ class StageTrainer:
         elif self.epoch == config.epochs:
             training.stopped = "all epochs done"
         self.epoch, self.step, self.epoch_seconds = self.epoch + 1, 0, 0.0
-        self.loss_sum.zero_()
+        self.totals.zero_()
+        self.last_look = EpochTotals(0.0, 0, 0, 0)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -266,11 +319,12 @@ class StageTrainer:
         optimizer, optimizer_values = optimizer_tensors(self.optimizer)
         tensors = {f"stage.{name}": t for name, t in self.stage.state_dict().items()}
         tensors |= {f"optimizer.{name}": t for name, t in optimizer.items()}
-        tensors["loss_sum"] = self.loss_sum
+        tensors["totals"] = self.totals
         state = {
             "epoch": self.epoch,
             "step": self.step,
             "epoch_seconds": self.epoch_seconds,
+            "last_look": list(self.last_look),
             "training": vars(self.training) | {"best_val_loss": _json_number(self.training.best_val_loss)},
             "optimizer": optimizer_values,
             "scaler": self.scaler.state_dict(),
@@ -293,7 +347,8 @@ class StageTrainer:
         load_optimizer_tensors(self.optimizer, parts["optimizer"], state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.loss_sum.copy_(tensors["loss_sum"])
+        self.totals.copy_(tensors["totals"])
+        self.last_look = EpochTotals(*state["last_look"])
         self.epoch, self.step, self.epoch_seconds = state["epoch"], state["step"], state["epoch_seconds"]
         training = state["training"]
         self.training = StageTraining(**{**training, "best_val_loss": float(training["best_val_loss"])})

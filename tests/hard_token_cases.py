@@ -5,7 +5,9 @@ import torch
 from cascade_fast import ops
 
 CPU = torch.device("cpu")
-BACKENDS = [name for name in ("reference", "cpp") if all(ops.why_not(op, CPU, name) is None for op in ops.OPS)]
+BACKENDS = [
+    name for name in ("reference", "cpp") if all(ops.why_not(op, CPU, name) is None for op in ops.SELECTION_OPS)
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -57,7 +57,9 @@ def test_a_warm_cascade_helps_and_says_where_everything_is(tiny_settings, tmp_pa
         "stage", "threshold", "train_hard", "train_total", "val_hard", "added_parameters", "trainable_parameters",
         "epochs", "best_epoch", "best_val_ppl", "seconds", "accepted", "all_token_val_ppl", "exit_share",
     }  # fmt: skip
-    assert set(first["epochs"][0]) == {"epoch", "train_loss", "val_loss", "val_ppl", "seconds", "tokens_per_second"}
+    assert set(first["epochs"][0]) == {
+        "epoch", "train_loss", "val_loss", "val_ppl", "seconds", "tokens_per_second", "skipped_steps",
+    }  # fmt: skip
     assert first["train_hard"] == hard_count(0.6, 1280)
     assert first["accepted"]
     assert first["all_token_val_ppl"] < base["val_ppl"]
@@ -84,7 +86,7 @@ def test_records_tie_the_cascade_together(tiny_settings, tmp_path):
     stage_config = json.loads((run.path / "stages/1/config.json").read_text())
     assert stage_config["threshold"] == results["stages"][0]["threshold"]
     events = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    assert [e["event"] for e in events] == ["start", "epoch", "epoch", "stage", "end"]
+    assert [e["event"] for e in events] == ["start", "steps", "epoch", "steps", "epoch", "stage", "end"]
     config = json.loads((run.path / "config.json").read_text())
     assert {"torch", "transformers", "python", "cascade_fast"} <= set(config["versions"])
     # What was saved is what was measured.

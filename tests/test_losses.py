@@ -1,5 +1,7 @@
 """Chunked cross-entropy against torch's own over whole logits."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -72,18 +74,29 @@ def test_no_token_has_no_losses():
     assert loss.shape == entropy.shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [0, 1, 100, 512, 513, 5000])
+def test_chunks_are_even_and_fit(monkeypatch, n, dtype):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 48 * 2**20)
+    step = losses.chunk_tokens(n, 49_152, dtype)
+    assert step * 49_152 * dtype.itemsize <= 48 * 2**20
+    assert n % step == 0 or n % step > step - math.ceil(n / step) - 1  # the last one is hardly shorter
+
+
 def test_extra_memory_is_one_chunk():
-    largest = 0
+    """Whatever the batch: all memory asked for at any one time, besides the results."""
+    hidden, weight, labels = _inputs(n=400, d=24, v=5000)
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
+    def most(n):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            linear_cross_entropy(hidden[:n].requires_grad_(), weight, labels[:n])
+        held, peak = 0, 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        return peak - n * 24 * 4  # the gradient of the hidden states is a result
 
-    hidden, weight, labels = _inputs(n=400)
-    with Watch():
-        linear_cross_entropy(hidden.requires_grad_(), weight, labels)
-    assert largest <= max(16 * weight.shape[0], hidden.numel(), weight.numel())
+    one_chunk = 16 * 5000 * 4
+    assert one_chunk <= most(400) < 1.2 * one_chunk
+    assert most(400) < most(64) + 4096

@@ -30,7 +30,7 @@ hypothesis_settings = settings(max_examples=60, deadline=None, derandomize=True,
 
 def need(backend: str) -> str:
     """Skips where the extension is missing; fails instead where CASCADE_FAST_REQUIRE_EXT=1 says it must be there."""
-    reasons = [reason for op in ops.OPS if (reason := ops.why_not(op, CPU, backend))]
+    reasons = [reason for op in ops.SELECTION_OPS if (reason := ops.why_not(op, CPU, backend))]
     if reasons:
         required = os.environ.get("CASCADE_FAST_REQUIRE_EXT", "0") not in ("", "0")
         (pytest.fail if required else pytest.skip)(f"backend {backend}: {reasons[0]}")
@@ -323,7 +323,7 @@ def test_gradcheck_of_the_reference():
 # --- every op --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ops.OPS)
+@pytest.mark.parametrize("op", ops.SELECTION_OPS)
 def test_runs_and_thread_counts_agree_bit_for_bit(backend, threads, op):
     args, keywords = cases.one_call_of_each(20_011, 24, scores=700_001)[op]
     results = []
@@ -334,7 +334,7 @@ def test_runs_and_thread_counts_agree_bit_for_bit(backend, threads, op):
         assert all(torch.equal(cases.bits(a), cases.bits(b)) for a, b in zip(results[0], others, strict=True))
 
 
-@pytest.mark.parametrize("op", ops.OPS)
+@pytest.mark.parametrize("op", ops.SELECTION_OPS)
 def test_opcheck(backend, op):
     args, keywords = cases.one_call_of_each(10, 6)[op]
     trainable = [a.clone().requires_grad_(a.is_floating_point()) if isinstance(a, torch.Tensor) else a for a in args]
@@ -414,7 +414,7 @@ def test_auto_takes_the_extension_on_the_cpu(monkeypatch):
     assert {ops.choose(op, CPU) for op in ops.OPS} == {"cpp"}
 
 
-@pytest.mark.parametrize("op", ops.OPS)
+@pytest.mark.parametrize("op", ops.SELECTION_OPS)
 def test_a_backend_asked_for_by_name_that_cannot_run_is_an_error(op):
     args, keywords = cases.one_call_of_each(4, 3)[op]
     with pytest.raises(RuntimeError, match=f"backend='cuda' cannot run {op}: it serves CUDA tensors"):

@@ -3,7 +3,10 @@
 Every operator has one contract (``schema.py``), a plain torch body (``reference.py``) and faster bodies picked by
 ``backends.py``. ``backend`` is ``"auto"`` or a name of :data:`BACKENDS`; a name that cannot run is an error.
 
-Shape legend: N rows (tokens), B independent selections, D hidden size, K selected rows.
+A trailing underscore: the operator writes into its first argument, as torch's own.
+
+Shape legend: N rows (tokens), B independent selections, D hidden size, K selected rows, C tokens of a chunk,
+V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -12,9 +15,20 @@ import torch
 from torch import Tensor
 
 from cascade_fast.ops import schema  # noqa: F401  (declares the operators)
-from cascade_fast.ops.backends import BACKENDS, OPS, choose, why_not
+from cascade_fast.ops.backends import BACKENDS, OPS, SELECTION_OPS, choose, why_not
 
-__all__ = ["BACKENDS", "OPS", "choose", "cosine_score", "gather_rows", "scatter_rows", "select_hard", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "SELECTION_OPS",
+    "choose",
+    "cosine_score",
+    "cross_entropy_",
+    "gather_rows",
+    "scatter_rows",
+    "select_hard",
+    "why_not",
+]
 
 
 def cosine_score(h_in_ND: Tensor, h_out_ND: Tensor, *, backend: str = "auto") -> Tensor:
@@ -99,3 +113,27 @@ def scatter_rows(
         IndexError: on the CPU, an index outside ``[0, N)``. Undefined on a GPU.
     """
     return torch.ops.cascade_fast.scatter_rows(rows_KD, index_K, into_ND, add=add, backend=backend)
+
+
+def cross_entropy_(
+    logits_CV: Tensor, labels_C: Tensor, *, grad: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and entropy of every row of logits and, with ``grad``, the logits' gradient in their own place.
+
+    All arithmetic in float32, in one pass over memory: what ``logits.float()``, ``log_softmax``, ``nll_loss`` and their
+    backward would do in ten. A logit of -inf is a probability of 0; a row with NaN or +inf gives NaN.
+
+    Args:
+        logits_CV: ``(C, V)`` float32, float16 or bfloat16, contiguous, V >= 1. With ``grad`` it is overwritten by
+            ``softmax(logits) - one_hot(labels)``, the gradient of the *summed* loss, rounded once to its dtype.
+        labels_C: ``(C,)`` int64 in ``[0, V)``.
+
+    Returns:
+        ``loss`` and ``entropy``, each ``(C,)`` float32, in nats. Not differentiable by autograd: see
+        :func:`cascade_fast.losses.linear_cross_entropy`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match; names the argument.
+        IndexError: on the CPU, a label outside ``[0, V)``. Undefined on a GPU.
+    """
+    return torch.ops.cascade_fast.cross_entropy_(logits_CV, labels_C, grad=grad, backend=backend)

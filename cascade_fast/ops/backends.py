@@ -18,7 +18,9 @@ import torch
 from cascade_fast.ops import reference
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
-OPS = ("cosine_score", "select_hard", "gather_rows", "scatter_rows")
+SELECTION_OPS = ("cosine_score", "select_hard", "gather_rows", "scatter_rows")
+CPU_OPS = ("cross_entropy_",)  # on a GPU plain torch serves them, and nothing is missing there
+OPS = SELECTION_OPS + CPU_OPS
 
 if importlib.util.find_spec("cascade_fast._C") is not None:
     # An extension that is there but fails to import is an error: a broken .so is not a missing one.
@@ -74,10 +76,10 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
     return None if op in launchers else f"cascade_kernels has no launcher for {op}"
 
 
-def _preference(device: torch.device) -> tuple[str, ...]:
+def _preference(op: str, device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         return ("cpp", "reference")
-    if device.type == "cuda":
+    if device.type == "cuda" and op in SELECTION_OPS:
         ampere = _capability(device.index or 0) >= (8, 0)
         return ("triton", "cuda", "reference") if ampere else ("cuda", "reference")
     return ("reference",)
@@ -106,7 +108,7 @@ def choose(op: str, device: torch.device, backend: str = "auto") -> str:
         if reason is not None:
             raise RuntimeError(f"{source}={backend!r} cannot run {op}: {reason}")
         return backend
-    wanted = _preference(device)
+    wanted = _preference(op, device)
     reasons = [why_not(op, device, name) for name in wanted]
     taken = reasons.index(None)  # the reference, last in every preference, runs everywhere
     if taken > 0:

@@ -20,6 +20,9 @@ _LIB.define("cosine_score(Tensor h_in, Tensor h_out, *, str backend='auto') -> T
 _LIB.define("select_hard(Tensor scores, SymInt k, *, str backend='auto') -> (Tensor, Tensor)")
 _LIB.define("gather_rows(Tensor hidden, Tensor index, Tensor[] carried, *, str backend='auto') -> (Tensor, Tensor[])")
 _LIB.define("scatter_rows(Tensor rows, Tensor index, Tensor into, *, bool add=False, str backend='auto') -> Tensor")
+_LIB.define(
+    "cross_entropy_(Tensor(a!) logits, Tensor labels, *, bool grad=False, str backend='auto') -> (Tensor, Tensor)"
+)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -75,6 +78,15 @@ def _check_scatter_rows(rows: Tensor, index: Tensor, into: Tensor) -> None:
     _check(rows.device == into.device, f"rows: {_shape(rows)}; must be on the device of into, {into.device}")
 
 
+def _check_cross_entropy(logits: Tensor, labels: Tensor) -> None:
+    _check(logits.dim() == 2, f"logits: {_shape(logits)}; must have 2 dimensions (C, V)")
+    _check(logits.dtype in FLOAT_DTYPES, f"logits: {_shape(logits)}; must be float32, float16 or bfloat16")
+    _check(logits.is_contiguous(), f"logits: strides {tuple(logits.stride())}; must be contiguous")
+    _check(labels.shape == logits.shape[:1], f"labels: {_shape(labels)}; must have shape ({logits.shape[0]},)")
+    _check(labels.dtype == torch.int64, f"labels: {_shape(labels)}; must be int64")
+    _check(labels.device == logits.device, f"labels: {_shape(labels)}; must be on the device of logits")
+
+
 # --- fakes: shapes and dtypes of the results -------------------------------------------------------------------------
 
 
@@ -104,6 +116,12 @@ def _(rows, index, into, *, add=False, backend="auto"):
     return into.new_empty(into.shape)
 
 
+@torch.library.register_fake("cascade_fast::cross_entropy_", lib=_LIB)
+def _(logits, labels, *, grad=False, backend="auto"):
+    _check_cross_entropy(logits, labels)
+    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+
+
 # --- bodies: checked, then handed to whoever serves this device ------------------------------------------------------
 
 
@@ -129,10 +147,18 @@ def _scatter_rows(rows: Tensor, index: Tensor, into: Tensor, *, add: bool = Fals
     return backends.body("scatter_rows", into.device, backend)(rows, index, into, add)
 
 
+def _cross_entropy_(
+    logits: Tensor, labels: Tensor, *, grad: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    _check_cross_entropy(logits, labels)
+    return backends.body("cross_entropy_", logits.device, backend)(logits, labels, grad)
+
+
 _LIB.impl("cosine_score", _cosine_score, "CompositeExplicitAutograd")
 _LIB.impl("select_hard", _select_hard, "CompositeExplicitAutograd")
 _LIB.impl("gather_rows", _gather_rows, "CompositeExplicitAutograd")
 _LIB.impl("scatter_rows", _scatter_rows, "CompositeExplicitAutograd")
+_LIB.impl("cross_entropy_", _cross_entropy_, "CompositeExplicitAutograd")
 
 
 # --- autograd: gather and scatter are each other's backward; a selection has no gradient -----------------------------

@@ -1,92 +1,13 @@
 // cosine_score: <a, b> / (|a| |b| + 1e-8) per row in one pass over both arrays, accumulated in float32.
 //
-// One body written with the compiler's portable vectors, compiled three times on x86-64 (AVX-512, AVX2 and the SSE2
-// baseline), each with vectors of that set's own width, and picked at run time. One body with vectors of 16 floats for
-// all is shorter, but GCC 12 splits them through the stack: AVX2 then reached 0.4 to 0.6 of the memory's bandwidth.
-//
 // Shape legend: N rows, D hidden size.
 #include "../common.h"
-
-#include <cmath>
-#include <cstring>
-
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#if defined(__x86_64__)
-#define CASCADE_X86 1
-#else
-#define CASCADE_X86 0
-#endif
-#define CASCADE_INLINE __attribute__((always_inline)) inline
+#include "vectors.h"
 
 namespace cascade_fast {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-
 constexpr float kEps = 1e-8f;
-template <int Lanes>
-struct Vectors {  // of one instruction set
-  static constexpr int kLanes = Lanes;      // floats in a vector
-  static constexpr int kStep = 2 * Lanes;   // values of a row taken at once
-  // typedef, not using: GCC ignores the attribute of an alias that depends on a template parameter.
-  typedef float Floats __attribute__((vector_size(4 * Lanes)));
-  typedef uint32_t Bits __attribute__((vector_size(4 * Lanes)));
-  typedef int32_t SignedBits __attribute__((vector_size(4 * Lanes)));
-  static_assert(sizeof(Floats) == 4 * Lanes && sizeof(Bits) == 4 * Lanes && sizeof(SignedBits) == 4 * Lanes);
-};
-
-// The next 2 * Lanes values as two vectors of float32, written through references: a vector returned by value would tie
-// the function to one instruction set's calling convention. 16-bit values are read as 32-bit words and split into lower
-// and upper halves, so even and odd columns part: the order within a row is the same for both arrays, which is all
-// that sums of products ask for.
-template <class V>
-CASCADE_INLINE void load(const float* p, typename V::Floats& x, typename V::Floats& y) {
-  std::memcpy(&x, p, sizeof(x));
-  std::memcpy(&y, p + V::kLanes, sizeof(y));
-}
-
-template <class V>  // a bfloat16 is the upper half of a float32
-CASCADE_INLINE void load(const BFloat16* p, typename V::Floats& x, typename V::Floats& y) {
-  typename V::Bits words;
-  std::memcpy(&words, p, sizeof(words));
-  x = (typename V::Floats)(words << 16);
-  y = (typename V::Floats)(words & 0xffff0000u);
-}
-
-// From a float16 in the upper half of a word: its exponent and mantissa move to a float32's place (the arithmetic
-// shift keeps the sign), 2^112 is the difference of the exponents' biases and normalises subnormals too, and
-// exponent 31, which means inf or NaN, becomes 255.
-template <class V>
-CASCADE_INLINE void from_half(const typename V::SignedBits& upper, typename V::Floats& x) {
-  using Floats = typename V::Floats;
-  using SignedBits = typename V::SignedBits;
-  const SignedBits moved = (upper >> 3) & static_cast<int32_t>(0x8fffe000u);
-  const Floats scaled = (Floats)moved * 0x1p112f;
-  const SignedBits special = (moved & 0x0f800000) == 0x0f800000;
-  x = (Floats)((SignedBits)scaled | (special & 0x7f800000));
-}
-
-template <class V>
-CASCADE_INLINE void load(const Half* p, typename V::Floats& x, typename V::Floats& y) {
-  typename V::SignedBits words;
-  std::memcpy(&words, p, sizeof(words));
-  const auto lower = (typename V::SignedBits)((typename V::Bits)words << 16);
-  from_half<V>(lower, x);
-  from_half<V>(words, y);
-}
-
-template <class V>
-CASCADE_INLINE float sum(const typename V::Floats& v) {
-  float lane[V::kLanes];
-  std::memcpy(lane, &v, sizeof(lane));
-  for (int width = V::kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  }
-  return lane[0];
-}
 
 template <class V>
 struct Sums {
@@ -144,13 +65,12 @@ void score_rows_baseline(const Rows& rows, int64_t begin, int64_t end) {
 
 #if CASCADE_X86
 template <class T>
-__attribute__((target("avx2,fma"))) void score_rows_avx2(const Rows& rows, int64_t begin, int64_t end) {
+CASCADE_AVX2 void score_rows_avx2(const Rows& rows, int64_t begin, int64_t end) {
   score_rows<Vectors<8>, T>(rows, begin, end);
 }
 
 template <class T>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void score_rows_avx512(
-    const Rows& rows, int64_t begin, int64_t end) {
+CASCADE_AVX512 void score_rows_avx512(const Rows& rows, int64_t begin, int64_t end) {
   score_rows<Vectors<16>, T>(rows, begin, end);
 }
 #endif
@@ -158,10 +78,8 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void score_row
 template <class T>
 ScoreRows best_for_this_cpu() {
 #if CASCADE_X86
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return score_rows_avx512<T>;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return score_rows_avx2<T>;
+  if (cpu_has_avx512()) return score_rows_avx512<T>;
+  if (cpu_has_avx2()) return score_rows_avx2<T>;
 #endif
   return score_rows_baseline<T>;
 }

@@ -7,4 +7,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
   m.def("select_hard(Tensor scores, int k) -> (Tensor, Tensor)");
   m.def("gather_rows(Tensor hidden, Tensor index, Tensor[] carried) -> (Tensor, Tensor[])");
   m.def("scatter_rows(Tensor rows, Tensor index, Tensor into, bool add) -> Tensor");
+  m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, bool grad) -> (Tensor, Tensor)");
 }
