@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from cascade_fast import ops
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
@@ -76,7 +78,7 @@ class StageConfig:
 
 
 class RMSNorm(nn.Module):
-    """``weight * x / rms(x)`` in float32, whatever the input's dtype."""
+    """``weight * x / rms(x)`` in float32, rounded to the dtype that autocast multiplies in, if it is on."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -84,7 +86,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_KD: Tensor) -> Tensor:
-        return nn.functional.rms_norm(x_KD.float(), x_KD.shape[-1:], self.weight.float(), self.eps)
+        device = x_KD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        if device == "cpu":
+            return ops.rms_norm(x_KD.float(), self.weight.float(), self.eps, dtype=dtype)
+        return nn.functional.rms_norm(x_KD.float(), x_KD.shape[-1:], self.weight.float(), self.eps).to(dtype)
 
 
 class SingleKeyAttention(nn.Module):

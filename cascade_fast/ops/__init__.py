@@ -25,6 +25,7 @@ __all__ = [
     "cosine_score",
     "cross_entropy_",
     "gather_rows",
+    "rms_norm",
     "scatter_rows",
     "select_hard",
     "why_not",
@@ -137,3 +138,21 @@ def cross_entropy_(
         IndexError: on the CPU, a label outside ``[0, V)``. Undefined on a GPU.
     """
     return torch.ops.cascade_fast.cross_entropy_(logits_CV, labels_C, grad=grad, backend=backend)
+
+
+def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, *, dtype: torch.dtype, backend: str = "auto") -> Tensor:
+    """``weight * x / sqrt(mean(x^2) + eps)`` of every row, in float32, rounded once to ``dtype``.
+
+    Args:
+        x_ND: ``(N, D)`` float32; any strides.
+        weight_D: ``(D,)`` float32.
+        eps: added to the mean square.
+        dtype: of the result: float32, float16 or bfloat16.
+
+    Returns:
+        ``(N, D)`` of ``dtype``. Differentiable in ``x_ND`` and ``weight_D``, whose gradients are float32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match; names the argument.
+    """
+    return torch.ops.cascade_fast.rms_norm(x_ND, weight_D, eps, dtype=dtype, backend=backend)[0]

@@ -19,7 +19,11 @@ from cascade_fast.ops import reference
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 SELECTION_OPS = ("cosine_score", "select_hard", "gather_rows", "scatter_rows")
-CPU_OPS = ("cross_entropy_",)  # on a GPU plain torch serves them, and nothing is missing there
+CPU_OPS = (
+    "cross_entropy_",
+    "rms_norm",
+    "rms_norm_backward",
+)  # on a GPU plain torch serves them, and nothing is missing there
 OPS = SELECTION_OPS + CPU_OPS
 
 if importlib.util.find_spec("cascade_fast._C") is not None:

@@ -65,3 +65,18 @@ def cross_entropy_(logits_CV: Tensor, labels_C: Tensor, grad: bool) -> tuple[Ten
     if grad:
         logits_CV.copy_(probs_CV.scatter_add_(1, labels_C1, probs_CV.new_full(labels_C1.shape, -1.0)))
     return loss_C, entropy_C
+
+
+def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``weight * x / rms(x)`` in float32, rounded once to ``dtype``; and ``1 / rms(x)``, ``(N,)`` float32."""
+    inv_rms_N1 = torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps)
+    return (x_ND * inv_rms_N1 * weight_D).to(dtype), inv_rms_N1.squeeze(-1)
+
+
+def rms_norm_backward(grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, inv_rms_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`rms_norm` in ``x`` and ``weight``, in their dtype."""
+    inv_rms_N1, grad_ND = inv_rms_N.unsqueeze(-1), grad_ND.to(x_ND.dtype)
+    unit_ND = x_ND * inv_rms_N1
+    grad_unit_ND = grad_ND * weight_D
+    grad_x_ND = inv_rms_N1 * (grad_unit_ND - unit_ND * (grad_unit_ND * unit_ND).mean(-1, keepdim=True))
+    return grad_x_ND, (grad_ND * unit_ND).sum(0)

@@ -23,6 +23,10 @@ _LIB.define("scatter_rows(Tensor rows, Tensor index, Tensor into, *, bool add=Fa
 _LIB.define(
     "cross_entropy_(Tensor(a!) logits, Tensor labels, *, bool grad=False, str backend='auto') -> (Tensor, Tensor)"
 )
+_LIB.define("rms_norm(Tensor x, Tensor weight, float eps, *, ScalarType dtype, str backend='auto') -> (Tensor, Tensor)")
+_LIB.define(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inv_rms, *, str backend='auto') -> (Tensor, Tensor)"
+)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -87,6 +91,15 @@ def _check_cross_entropy(logits: Tensor, labels: Tensor) -> None:
     _check(labels.device == logits.device, f"labels: {_shape(labels)}; must be on the device of logits")
 
 
+def _check_rms_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+    _check(x.dim() == 2, f"x: {_shape(x)}; must have 2 dimensions (N, D)")
+    _check(x.dtype == torch.float32, f"x: {_shape(x)}; must be float32")
+    _check(weight.shape == x.shape[1:], f"weight: {_shape(weight)}; must have shape ({x.shape[1]},)")
+    _check(weight.dtype == torch.float32, f"weight: {_shape(weight)}; must be float32")
+    _check(weight.device == x.device, f"weight: {_shape(weight)}; must be on the device of x, {x.device}")
+    _check(dtype in FLOAT_DTYPES, f"dtype: {dtype}; must be float32, float16 or bfloat16")
+
+
 # --- fakes: shapes and dtypes of the results -------------------------------------------------------------------------
 
 
@@ -122,6 +135,17 @@ def _(logits, labels, *, grad=False, backend="auto"):
     return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
 
 
+@torch.library.register_fake("cascade_fast::rms_norm", lib=_LIB)
+def _(x, weight, eps, *, dtype, backend="auto"):
+    _check_rms_norm(x, weight, dtype)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0])
+
+
+@torch.library.register_fake("cascade_fast::rms_norm_backward", lib=_LIB)
+def _(grad, x, weight, inv_rms, *, backend="auto"):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
 # --- bodies: checked, then handed to whoever serves this device ------------------------------------------------------
 
 
@@ -154,11 +178,26 @@ def _cross_entropy_(
     return backends.body("cross_entropy_", logits.device, backend)(logits, labels, grad)
 
 
+def _rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, dtype: torch.dtype, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    _check_rms_norm(x, weight, dtype)
+    return backends.body("rms_norm", x.device, backend)(x, weight, eps, dtype)
+
+
+def _rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, inv_rms: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    return backends.body("rms_norm_backward", x.device, backend)(grad, x, weight, inv_rms)
+
+
 _LIB.impl("cosine_score", _cosine_score, "CompositeExplicitAutograd")
 _LIB.impl("select_hard", _select_hard, "CompositeExplicitAutograd")
 _LIB.impl("gather_rows", _gather_rows, "CompositeExplicitAutograd")
 _LIB.impl("scatter_rows", _scatter_rows, "CompositeExplicitAutograd")
 _LIB.impl("cross_entropy_", _cross_entropy_, "CompositeExplicitAutograd")
+_LIB.impl("rms_norm", _rms_norm, "CompositeExplicitAutograd")
+_LIB.impl("rms_norm_backward", _rms_norm_backward, "CompositeExplicitAutograd")
 
 
 # --- autograd: gather and scatter are each other's backward; a selection has no gradient -----------------------------
@@ -214,6 +253,19 @@ def _scatter_rows_backward(ctx, grad_ND):
     return grad_rows_KD, None, grad_into_ND
 
 
+def _rms_norm_setup(ctx, inputs, keyword_only_inputs, output):
+    x, weight, _eps = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.backend = keyword_only_inputs["backend"]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _rms_norm_backward_of(ctx, grad_ND, _inv_rms_grad):
+    x_ND, weight_D, inv_rms_N = ctx.saved_tensors
+    grads = torch.ops.cascade_fast.rms_norm_backward(grad_ND, x_ND, weight_D, inv_rms_N, backend=ctx.backend)
+    return *grads, None
+
+
 torch.library.register_autograd(
     "cascade_fast::cosine_score", _cosine_score_backward, setup_context=_cosine_score_setup, lib=_LIB
 )
@@ -225,4 +277,7 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "cascade_fast::scatter_rows", _scatter_rows_backward, setup_context=_scatter_rows_setup, lib=_LIB
+)
+torch.library.register_autograd(
+    "cascade_fast::rms_norm", _rms_norm_backward_of, setup_context=_rms_norm_setup, lib=_LIB
 )

@@ -8,4 +8,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
   m.def("gather_rows(Tensor hidden, Tensor index, Tensor[] carried) -> (Tensor, Tensor[])");
   m.def("scatter_rows(Tensor rows, Tensor index, Tensor into, bool add) -> Tensor");
   m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, bool grad) -> (Tensor, Tensor)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)");
+  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inv_rms) -> (Tensor, Tensor)");
 }
