@@ -7,4 +7,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
   m.def("select_hard(Tensor scores, int k) -> (Tensor, Tensor)");
   m.def("gather_rows(Tensor hidden, Tensor index, Tensor[] carried) -> (Tensor, Tensor[])");
   m.def("scatter_rows(Tensor rows, Tensor index, Tensor into, bool add) -> Tensor");
+  m.def(
+      "adamw8bit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, "
+      "Tensor(e!)[] absmax2, int[] steps, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");
 }
