@@ -44,40 +44,45 @@ struct Vectors {  // of one instruction set; typedef, not using: see cosine_scor
 
 // --- the dynamic map: values, and the code nearest to a value ---------------------------------------------------------
 
-constexpr int kDecades = 7;   // 1e-7 to 1, in powers of ten
-constexpr int kFirst = 2;     // the lowest one that a value can be rounded to: the grid's first point is 1.5e-5
-constexpr int kLines = 2 * (kDecades - kFirst) - 1;
-constexpr float kGrid = 32767.5f;  // points of the grid for each sign: (2 t + 1) / 65535, t = 0 .. 32767
+constexpr int kDecades = 7;  // 1e-7 to 1, in powers of ten
 
 struct Line {
   float offset, slope;
 };
 
-// One sign of a map. Position p >= first is in the decade of the largest power of two in p / first.
+// One sign of a map. Its values are numbered by position: p = first * 2^i, first * 2^i + 1, ... are those of decade i.
 struct Map {
-  Line value[8];        // by the exponent of the position, modulo 8
-  Line position[kLines];  // of the grid's t
-  float top;            // t above it belong to the map's last value, 1
-  float last;           // position of that value
-  float value_scale;    // positions are multiplied by it before they meet value[]
+  Line value[8];        // of a position, by its exponent modulo 8
+  Line position[3][8];  // the least of three lines of a grid point's number, by that number's power of four
+  float last, top;      // position of the last value, 1; grid points above `top` belong to it
+  float position_scale; // positions are multiplied by it before they meet value[]
 
-  constexpr Map(int first, int scale) : value{}, position{}, top(0), last(128.0f * first), value_scale(scale) {
+  constexpr Map(int first, int scale) : value{}, position{}, last(128.0f * first), top(0), position_scale(scale) {
+    int exponent = 127;
+    for (int s = first * scale; s > 1; s /= 2) ++exponent;
     double low = 1e-7;
-    for (int i = 0, line = 0; i < kDecades; ++i, low *= 10) {
-      const double count = first * (1 << i), step = 9 * low / count;  // value = low + (position - count + 1/2) * step
-      int exponent = i;
-      for (int s = first * scale; s > 1; s /= 2) ++exponent;
-      value[(127 + exponent) % 8] = {static_cast<float>(low + (0.5 - count) * step), static_cast<float>(step / scale)};
+    for (int i = 0; i < kDecades; ++i, low *= 10) {  // value = low + (position - count + 1/2) * step
+      const double count = first * (1 << i), step = 9 * low / count;
+      value[(exponent + i) % 8] = {static_cast<float>(low + (0.5 - count) * step), static_cast<float>(step / scale)};
+      if (i == kDecades - 1) top = static_cast<float>((1 - step / 4) * kGrid);
       // The first value of a decade takes over one fifth of a step after the decade begins, halfway from the last value
       // of the decade before, whose steps are a fifth as long: a steeper line through that point and the next bound.
-      if (i > kFirst) position[line++] = on_grid(count - 0.25, low, 0.8 * step);
-      if (i >= kFirst) position[line++] = on_grid(count, low, step);
-      if (i == kDecades - 1) top = static_cast<float>(((1 - step / 4) * 65535 - 1) / 2);
+      // A power of four has at most one such place in it.
+      double end = 4;
+      for (int power = 0; power < 8; ++power, end *= 4) {
+        if (i > 0 && low * kPoints < end) {
+          position[0][power] = on_grid(count / 2, low / 10, step / 5);
+          position[1][power] = on_grid(count - 0.25, low, 0.8 * step);
+          position[2][power] = on_grid(count, low, step);
+        }
+      }
     }
   }
 
+  static constexpr double kPoints = 65535, kGrid = 2 * kPoints;
+  // A hair below, so that a value at a bound does not depend on the last bit, and 1 itself stays in the last decade.
   static constexpr Line on_grid(double at_low, double low, double step) {
-    return {static_cast<float>(at_low + (1 / 65535.0 - low) / step), static_cast<float>(2 / (65535.0 * step))};
+    return {static_cast<float>(at_low - low / step - 1e-4), static_cast<float>(1 / (kGrid * step))};
   }
 };
 
@@ -98,16 +103,20 @@ CASCADE_INLINE void least(typename V::Floats& x, const typename V::Floats& y) {
   x = x < y ? x : y;
 }
 
-// table[bits of x's exponent, modulo 8], offset + slope * x
+// y = offset + slope * x, of the line table[index modulo 8]
 template <class V>
-CASCADE_INLINE void on_line(const Line (&table)[8], typename V::Floats& x) {
-  const auto exponent = (typename V::Ints)x >> 23;
-  typename V::Floats offset, slope;
-  for (int i = 0; i < V::kLanes; ++i) offset[i] = table[i % 8].offset, slope[i] = table[i % 8].slope;
+CASCADE_INLINE void on_line(const Line (&table)[8], const typename V::Ints& index, const typename V::Floats& x,
+                            typename V::Floats& y) {
+  typename V::Floats offset = {}, slope = {};
   if constexpr (V::kLanes >= 8) {
-    x = __builtin_shuffle(offset, exponent) + __builtin_shuffle(slope, exponent) * x;
+    for (int i = 0; i < V::kLanes; ++i) offset[i] = table[i % 8].offset, slope[i] = table[i % 8].slope;
+    y = __builtin_shuffle(offset, index) + __builtin_shuffle(slope, index) * x;
   } else {
-    for (int i = 0; i < V::kLanes; ++i) x[i] = table[exponent[i] % 8].offset + table[exponent[i] % 8].slope * x[i];
+    for (int i = 0; i < V::kLanes; ++i) {
+      offset[i] = table[index[i] % 8].offset;
+      slope[i] = table[index[i] % 8].slope;
+    }
+    y = offset + slope * x;
   }
 }
 
@@ -120,18 +129,18 @@ CASCADE_INLINE void decode(const uint8_t* codes, typename V::Floats& x) {
   const auto code = __builtin_convertvector(integers, Floats);
   constexpr const Map& map = Signed ? kSigned : kUnsigned;
   // The map's last value, 1, is where the line of the last decade ends, half a step after the value before it.
-  const Floats end = Floats{} + map.value_scale * (map.last - 0.5f);
+  const Floats end = Floats{} + map.position_scale * (map.last - 0.5f);
   if constexpr (Signed) {
     const Floats position = code * 4.0f - 4.0f * 127.0f;
     const auto sign = (Ints)position & static_cast<int32_t>(0x80000000u);
     x = (Floats)((Ints)position & 0x7fffffff);
     least<V>(x, end);
-    on_line<V>(map.value, x);
+    on_line<V>(map.value, (Ints)x >> 23, x, x);
     x = (Floats)((Ints)x | sign);
   } else {
     x = code + 1.0f;
     least<V>(x, end);
-    on_line<V>(map.value, x);
+    on_line<V>(map.value, (Ints)x >> 23, x, x);
   }
 }
 
@@ -141,24 +150,30 @@ CASCADE_INLINE void encode(const typename V::Floats& x, float inverse, uint8_t* 
   using Floats = typename V::Floats;
   using Ints = typename V::Ints;
   constexpr const Map& map = Signed ? kSigned : kUnsigned;
-  const Floats scaled = x * inverse;
-  Ints t = __builtin_convertvector((scaled + 1.0f) * kGrid + 0.5f, Ints) - 32768;  // rounded as bitsandbytes rounds
-  Ints negative = {};
-  if constexpr (Signed) {
-    negative = t >> 31;
-    t ^= negative;
+  // Points are numbered 2, 6, 10, ... 131070 and likewise below 0; rounded as bitsandbytes rounds. NaN comes out as a
+  // number far below.
+  const auto floor = __builtin_convertvector((x * inverse + 1.0f) * 32767.5f + 0.5f, Ints);
+  const Floats point = __builtin_convertvector(floor, Floats) * 4.0f - 131070.0f;
+  Floats distance = point;
+  if constexpr (Signed) distance = (Floats)((Ints)point & 0x7fffffff);
+  least<V>(distance, Floats{} + 131070.0f);
+  const auto power = (Ints)distance >> 24;
+  Floats position, line;
+  on_line<V>(map.position[0], power, distance, position);
+  for (int i = 1; i < 3; ++i) {
+    on_line<V>(map.position[i], power, distance, line);
+    least<V>(position, line);
   }
-  const auto point = __builtin_convertvector(t, Floats);
-  Floats lines = map.position[0].offset + map.position[0].slope * point;
-  for (int i = 1; i < kLines; ++i) least<V>(lines, map.position[i].offset + map.position[i].slope * point);
-  Ints code = __builtin_convertvector(point > map.top ? Floats{} + map.last : lines, Ints);
+  position = point > map.top ? Floats{} + map.last : position;
+  Ints code;
   if constexpr (Signed) {
-    code = ((code ^ negative) - negative) + 127;
-    code = code > 0 ? code : 0;  // -1 has no code of its own
+    position = (Floats)((Ints)position | ((Ints)point & static_cast<int32_t>(0x80000000u)));
+    code = __builtin_convertvector(position, Ints) + 127;
   } else {
-    code -= 1;
+    position = position > 1.0f ? position : Floats{} + 1.0f;
+    code = __builtin_convertvector(position, Ints) - 1;
   }
-  const auto bytes = __builtin_convertvector(code & (scaled == scaled), typename V::Bytes);
+  const auto bytes = __builtin_convertvector(code, typename V::Bytes);
   std::memcpy(codes, &bytes, sizeof(bytes));
 }
 
@@ -219,10 +234,17 @@ CASCADE_INLINE float largest(const typename V::Floats& v) {
   return most;
 }
 
-// Finite for a subnormal scale; NaN for 0, so that every code of such a block becomes 0.
-CASCADE_INLINE float inverse(float absmax) {
-  if (absmax == 0.0f) return std::numeric_limits<float>::quiet_NaN();
-  return std::min(1.0f / absmax, std::numeric_limits<float>::max());
+// One moment at a time: the constants of one map's lines fill the registers.
+template <class V, bool Signed>
+CASCADE_INLINE void encode_block(const float* moments, float absmax, uint8_t* codes) {
+  // Finite for a subnormal scale; NaN for 0, so that every code of such a block becomes 0.
+  const float inverse = absmax == 0.0f ? std::numeric_limits<float>::quiet_NaN()
+                                       : std::min(1.0f / absmax, std::numeric_limits<float>::max());
+  for (int i = 0; i < kBlock; i += V::kLanes) {
+    typename V::Floats x;
+    load<V>(moments + i, x);
+    encode<V, Signed>(x, inverse, codes + i);
+  }
 }
 
 template <class V, class G>
@@ -244,14 +266,8 @@ CASCADE_INLINE void step_block(const Rates rates, float* param, const G* grad, u
   }
   absmax1 = largest<V>(most1);
   absmax2 = largest<V>(most2);
-  const float inverse1 = inverse(absmax1), inverse2 = inverse(absmax2);
-  for (int i = 0; i < kBlock; i += V::kLanes) {
-    Floats m, v;
-    load<V>(moment1 + i, m);
-    load<V>(moment2 + i, v);
-    encode<V, true>(m, inverse1, code1 + i);
-    encode<V, false>(v, inverse2, code2 + i);
-  }
+  encode_block<V, true>(moment1, absmax1, code1);
+  encode_block<V, false>(moment2, absmax2, code2);
 }
 
 template <class V, class G>
