@@ -321,7 +321,8 @@ class TestCompile:
                 assert "ld.global.v4" in ptx, f"{entry['name']}: no 16-byte loads"
 
     def test_every_launcher_has_variants(self):
-        assert {entry["name"].split("-")[0] for entry in AOT} == set(LAUNCHERS) == set(ops.OPS)
+        assert {entry["name"].split("-")[0] for entry in AOT} == set(LAUNCHERS)
+        assert set(LAUNCHERS) == set(ops.OPS) - {"adamw8bit"}  # a GPU has bitsandbytes'
 
 
 @pytest.mark.gpu

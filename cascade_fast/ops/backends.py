@@ -18,7 +18,7 @@ import torch
 from cascade_fast.ops import reference
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
-OPS = ("cosine_score", "select_hard", "gather_rows", "scatter_rows")
+OPS = ("cosine_score", "select_hard", "gather_rows", "scatter_rows", "adamw8bit")
 
 if importlib.util.find_spec("cascade_fast._C") is not None:
     # An extension that is there but fails to import is an error: a broken .so is not a missing one.
