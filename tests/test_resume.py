@@ -111,7 +111,7 @@ def test_killed_with_8_bit_moments(settings, environment, tmp_path):
     """Matrices of 32 x 160 are large enough to have them."""
     from conftest import save_tiny_base
 
-    settings = [*settings, "--optimizer", "adamw8bit"]
+    settings = [*settings, "--optimizer", "adamw8bit", "--num-stages", "1", "--epochs", "2"]
     settings[1] = str(save_tiny_base(tmp_path / "base", intermediate_size=160))
     _finish(settings, tmp_path / "undisturbed", environment)
     process = _start(settings, tmp_path / "run", environment)

@@ -8,7 +8,7 @@
 // A table lookup for each value would cost more than the memory does, so codes are computed. The map's values are
 // evenly spaced within a decade and each decade has twice the values of the one below. So, with the values of one sign
 // numbered by *position*, value(position) is made of straight lines, one for each power of two, found by the float's
-// exponent; and position(value) is the integer part of the least of some lines, because their slopes fall.
+// exponent; and position(value) is the integer part of the least of three lines for each power of four.
 #include "../common.h"
 
 #include <cmath>
@@ -31,8 +31,8 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-constexpr int64_t kBlock = 256;       // values that share a scale
-constexpr int64_t kBlocksAtOnce = 64; // that a thread takes
+constexpr int64_t kBlock = 256;        // values that share a scale
+constexpr int64_t kBlocksAtOnce = 64;  // that a thread takes
 
 template <int Lanes>
 struct Vectors {  // of one instruction set; typedef, not using: see cosine_score.cpp
