@@ -134,7 +134,12 @@ class RunConfig:
         0.01, "training", "decoupled weight decay (on matrices and norms alike, as torch.optim.AdamW)"
     )
     grad_clip: float = _setting(1.0, "training", "largest gradient norm; 0 turns clipping off")
-    optimizer: str = _setting("adamw", "training", "adamw, or bitsandbytes' 8-bit ones", choices=OPTIMIZERS)
+    optimizer: str = _setting(
+        "adamw",
+        "training",
+        "adamw, or with 8-bit moments: bitsandbytes' on a GPU, our own with the same state on the CPU",
+        choices=OPTIMIZERS,
+    )
     patience: int = _setting(1, "training", "epochs without a better validation loss before a stage stops")
 
     def __post_init__(self) -> None:

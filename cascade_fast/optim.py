@@ -7,19 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cascade_fast.adamw8bit import NESTED, AdamW8bit
 from cascade_fast.config import ConfigError, RunConfig
 
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: RunConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """``adamw`` is torch's fused AdamW; ``adamw8bit`` and ``paged_adamw8bit`` are bitsandbytes'.
+    """``adamw`` is torch's fused AdamW. ``adamw8bit`` and ``paged_adamw8bit`` are bitsandbytes' on a GPU and, with the
+    same state, our own :class:`~cascade_fast.adamw8bit.AdamW8bit` on the CPU, where there is nothing to page.
 
     Raises:
-        ConfigError: bitsandbytes is asked for and not installed.
+        ConfigError: bitsandbytes is needed and not installed.
     """
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    if device.type == "cpu":
+        return AdamW8bit(parameters, lr=config.lr, weight_decay=config.weight_decay)
     try:
         import bitsandbytes
     except ImportError as error:
@@ -49,12 +53,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state as flat tensors ``"<parameter>.<name>"`` and, apart, what is no tensor."""
+    """The state as flat tensors ``"<parameter>.<name>"`` and, apart, what is no tensor.
+
+    No two tensors share memory, as safetensors asks for; the maps of 8-bit states do, and are copied.
+    """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for index, entries in optimizer.state_dict()["state"].items():
-        for name, value in entries.items():
-            (tensors if isinstance(value, Tensor) else values)[f"{index}.{name}"] = value
+        for name, value in {**entries, **entries.get(NESTED, {})}.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value.clone() if name.startswith("qmap") else value
+            elif name != NESTED:
+                values[f"{index}.{name}"] = value
     return tensors, values
 
 

@@ -53,10 +53,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
-def save_tiny_base(folder: Path, seed: int = 0) -> Path:
+def save_tiny_base(folder: Path, seed: int = 0, **changes) -> Path:
     """A tiny random Llama, taught a little so that its hidden states are not all alike, with a byte tokenizer."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(tiny_llama_config())
+    model = LlamaForCausalLM(tiny_llama_config(**changes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     tokenizer = byte_tokenizer()
     ids = torch.tensor([tokenizer(text)["input_ids"][:64] for text in english_texts(32, 70)])

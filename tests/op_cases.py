@@ -128,9 +128,37 @@ def one_call_of_each(n: int, d: int, scores: int | None = None) -> dict[str, tup
         "select_hard": ((scores_BN, scores_BN.shape[1] // 2), {}),
         "gather_rows": ((h_in_ND, index_K, [torch.arange(n)]), {}),
         "scatter_rows": ((h_out_ND[: n // 2].clone(), index_K, h_in_ND), {"add": True}),
+        "adamw8bit": (adamw8bit_arguments([(n, d), (7,), (0,)], coded=lambda i: i != 1), ADAMW_SETTINGS),
     }
 
 
+ADAMW_SETTINGS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+
+
+def adamw8bit_arguments(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, coded=lambda i: True, step: int = 3
+) -> tuple[list, ...]:
+    """Parameters, gradients, a state with every code in it, and steps; tensor ``i`` has codes where ``coded(i)``."""
+    generator = torch.Generator().manual_seed(3)
+    params = [torch.randn(shape, generator=generator) / 20 for shape in shapes]
+    # From nothing to a hundred times the usual within a block.
+    grads = [
+        (torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator) ** 6 * 0.1).to(dtype)
+        for shape in shapes
+    ]
+    state1, state2, absmax1, absmax2 = [], [], [], []
+    for i, p in enumerate(params):
+        blocks = -(-p.numel() // 256) if coded(i) else 0
+        absmax1.append(torch.rand(blocks, generator=generator) * 1e-3)
+        absmax2.append(torch.rand(blocks, generator=generator) * 1e-6)
+        for state, scale in ((state1, 1e-3), (state2, 1e-6)):
+            codes = torch.randint(0, 256, p.shape, generator=generator, dtype=torch.uint8)
+            state.append(codes if coded(i) else codes.float() * scale / 256)
+    return params, grads, state1, state2, absmax1, absmax2, [step + i for i in range(len(shapes))]
+
+
 def flat(result: object) -> list[Tensor]:
-    """The tensors of an operator's result."""
-    return [result] if isinstance(result, Tensor) else [leaf for part in result for leaf in flat(part)]
+    """The tensors of an operator's result, or of its arguments."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [leaf for part in result for leaf in flat(part)] if isinstance(result, list | tuple) else []

@@ -107,6 +107,30 @@ def test_killed_three_times_at_random(settings, environment, undisturbed, tmp_pa
     _assert_same(undisturbed, out)
 
 
+def test_killed_with_8_bit_moments(settings, environment, tmp_path):
+    """Matrices of 32 x 160 are large enough to have them."""
+    from conftest import save_tiny_base
+
+    settings = [*settings, "--optimizer", "adamw8bit", "--num-stages", "1", "--epochs", "2"]
+    settings[1] = str(save_tiny_base(tmp_path / "base", intermediate_size=160))
+    _finish(settings, tmp_path / "undisturbed", environment)
+    process = _start(settings, tmp_path / "run", environment)
+    _wait_for(tmp_path / "run", "checkpoint-", process)
+    process.kill()
+    process.communicate()
+    checkpoints = list((tmp_path / "run").glob("training/*/checkpoint-*.safetensors"))
+    assert any("U8" in {e["dtype"] for e in _entries(path)} for path in checkpoints)
+    assert "resumed at epoch" in _finish(settings, tmp_path / "run", environment, "--resume", "auto")
+    _assert_same(tmp_path / "undisturbed", tmp_path / "run")
+
+
+def _entries(path: Path) -> list[dict]:
+    """What the header of a safetensors file says about its tensors."""
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return [entry for name, entry in header.items() if name != "__metadata__"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_first(settings, environment, undisturbed, tmp_path, number):
     out = tmp_path / "run"

@@ -1,4 +1,5 @@
-"""Operators of the cascade: score tokens, select the hard ones, gather their rows, scatter results back.
+"""Operators of the cascade: score tokens, select the hard ones, gather their rows, scatter results back; and a step
+of 8-bit AdamW.
 
 Every operator has one contract (``schema.py``), a plain torch body (``reference.py``) and faster bodies picked by
 ``backends.py``. ``backend`` is ``"auto"`` or a name of :data:`BACKENDS`; a name that cannot run is an error.
@@ -21,6 +22,7 @@ __all__ = [
     "BACKENDS",
     "OPS",
     "SELECTION_OPS",
+    "adamw8bit",
     "choose",
     "cosine_score",
     "cross_entropy_",
@@ -156,3 +158,47 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, *, dtype: torch.dtype, 
         ValueError: shapes, dtypes or devices that do not match; names the argument.
     """
     return torch.ops.cascade_fast.rms_norm(x_ND, weight_D, eps, dtype=dtype, backend=backend)[0]
+
+
+def adamw8bit(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state1: Sequence[Tensor],
+    state2: Sequence[Tensor],
+    absmax1: Sequence[Tensor],
+    absmax2: Sequence[Tensor],
+    steps: Sequence[int],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    backend: str = "auto",
+) -> None:
+    """One step of AdamW (arXiv 1711.05101) in place, with moments in blockwise 8-bit codes (arXiv 2110.02861).
+
+    The state is that of bitsandbytes' CPU optimizer: each moment is a code of the dynamic map times its block's scale,
+    the largest magnitude of 256 consecutive values. ``m = beta1 m + (1 - beta1) g``, ``v = beta2 v + (1 - beta2) g^2``,
+    ``p = (1 - lr weight_decay) p - lr / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step) + eps)`` in float32, with
+    the moments before they are rounded. One result whatever the number of threads.
+
+    A NaN gradient makes its parameter NaN and leaves its codes at 0; an infinite one makes its block's scales infinite,
+    and with the next step all 256 parameters NaN: do not step with either.
+
+    Args:
+        params: contiguous float32, any shape; changed.
+        grads: like ``params``, or float16 or bfloat16; any strides.
+        state1, state2: first and second moments, both uint8 or both float32 (tensors too small to be worth rounding);
+            contiguous, in the parameters' shapes; changed.
+        absmax1, absmax2: float32 scales, one for each 256 values or what is left; empty for float32 moments; changed.
+        steps: the number of this step, from 1.
+
+    Raises:
+        ValueError: a shape, dtype, device or memory layout that does not fit; names the argument.
+        RuntimeError: ``backend`` asked for by name cannot run here.
+    """
+    torch.ops.cascade_fast.adamw8bit(
+        list(params), list(grads), list(state1), list(state2), list(absmax1), list(absmax2), list(steps),
+        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, backend=backend,
+    )  # fmt: skip

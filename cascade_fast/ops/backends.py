@@ -19,11 +19,13 @@ from cascade_fast.ops import reference
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 SELECTION_OPS = ("cosine_score", "select_hard", "gather_rows", "scatter_rows")
+# On a GPU plain torch serves these (and bitsandbytes the optimizer); nothing is missing there.
 CPU_OPS = (
     "cross_entropy_",
     "rms_norm",
     "rms_norm_backward",
-)  # on a GPU plain torch serves them, and nothing is missing there
+    "adamw8bit",
+)
 OPS = SELECTION_OPS + CPU_OPS
 
 if importlib.util.find_spec("cascade_fast._C") is not None:

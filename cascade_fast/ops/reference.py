@@ -3,6 +3,9 @@
 Shape legend: N rows (tokens), B independent selections, D hidden size, K selected rows.
 """
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
@@ -80,3 +83,84 @@ def rms_norm_backward(grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, inv_rms_N
     grad_unit_ND = grad_ND * weight_D
     grad_x_ND = inv_rms_N1 * (grad_unit_ND - unit_ND * (grad_unit_ND * unit_ND).mean(-1, keepdim=True))
     return grad_x_ND, (grad_ND * unit_ND).sum(0)
+
+
+# --- 8-bit AdamW -----------------------------------------------------------------------------------------------------
+
+BLOCK = 256  # values that share a scale
+
+
+@functools.cache
+def dynamic_map(signed: bool) -> Tensor:
+    """The ``(256,)`` float32 values of the dynamic 8-bit data type (arXiv 2110.02861), ascending: 0, 1 and the seven
+    decades below 1, each with twice as many evenly spaced values as the one below it; without a sign twice as fine."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        bounds = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float32)
+        positive = (10.0 ** (decade - 6) * ((bounds[:-1] + bounds[1:]) / 2)).tolist()
+        values += positive + [-value for value in positive] * signed
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@functools.cache
+def _code_of_grid_point(signed: bool, device: torch.device) -> Tensor:
+    values = dynamic_map(signed).double()
+    points = torch.linspace(-1, 1, 65536, dtype=torch.float64)
+    return torch.bucketize(points, (values[:-1] + values[1:]) / 2).to(device, torch.uint8)
+
+
+def _in_blocks(flat_N: Tensor) -> Tensor:
+    return torch.nn.functional.pad(flat_N, (0, -len(flat_N) % BLOCK)).view(-1, BLOCK)
+
+
+def quantize_blockwise(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """``(codes, absmax)``: uint8 in the shape of ``values`` and the ``(blocks,)`` float32 scales.
+
+    A value over its block's scale is rounded to the grid ``(2 k - 65535) / 65535``, and that to the nearest of the map,
+    as bitsandbytes' CPU code does. NaN is passed over by the scale and gets code 0, as does all of a block of zeros.
+    """
+    blocks = _in_blocks(values.flatten())
+    absmax = blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(1)
+    inverse = torch.where(absmax > 0, (1.0 / absmax).clamp(max=torch.finfo(torch.float32).max), torch.nan)
+    scaled = blocks * inverse[:, None]
+    grid = ((scaled + 1.0) * 32767.5 + 0.5).nan_to_num(nan=0.0).long().clamp(0, 65535)
+    codes = _code_of_grid_point(signed, values.device)[grid]
+    return codes.masked_fill(scaled.isnan(), 0).flatten()[: values.numel()].view(values.shape), absmax
+
+
+def dequantize_blockwise(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    """The float32 values of ``codes``."""
+    values = dynamic_map(signed).to(codes.device)[codes.flatten().long()]
+    return (_in_blocks(values) * absmax[:, None]).flatten()[: codes.numel()].view(codes.shape)
+
+
+def adamw8bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    state1: list[Tensor],
+    state2: list[Tensor],
+    absmax1: list[Tensor],
+    absmax2: list[Tensor],
+    steps: list[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step in place, see :func:`cascade_fast.ops.adamw8bit`."""
+    for i, (param, step) in enumerate(zip(params, steps, strict=True)):
+        grad, coded = grads[i].float(), state1[i].dtype == torch.uint8
+        m = dequantize_blockwise(state1[i], absmax1[i], True) if coded else state1[i]
+        v = dequantize_blockwise(state2[i], absmax2[i], False) if coded else state2[i]
+        m = m * beta1 + grad * (1.0 - beta1)
+        v = v * beta2 + grad * grad * (1.0 - beta2)
+        root = v.sqrt() / math.sqrt(1.0 - beta2**step) + eps
+        param.mul_(1.0 - lr * weight_decay).addcdiv_(m, root, value=-lr / (1.0 - beta1**step))
+        if coded:
+            m, absmax = quantize_blockwise(m, True)
+            absmax1[i].copy_(absmax)
+            v, absmax = quantize_blockwise(v, False)
+            absmax2[i].copy_(absmax)
+        state1[i].copy_(m)
+        state2[i].copy_(v)

@@ -7,6 +7,8 @@ and reaches the backward pass.
 Shape legend: N rows (tokens), B independent selections, D hidden size, K selected rows.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,11 @@ _LIB.define(
 _LIB.define("rms_norm(Tensor x, Tensor weight, float eps, *, ScalarType dtype, str backend='auto') -> (Tensor, Tensor)")
 _LIB.define(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inv_rms, *, str backend='auto') -> (Tensor, Tensor)"
+)
+_LIB.define(
+    "adamw8bit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, "
+    "Tensor(e!)[] absmax2, int[] steps, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
+    "str backend='auto') -> ()"
 )
 
 
@@ -100,6 +107,53 @@ def _check_rms_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
     _check(dtype in FLOAT_DTYPES, f"dtype: {dtype}; must be float32, float16 or bfloat16")
 
 
+def _check_adamw8bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    state1: list[Tensor],
+    state2: list[Tensor],
+    absmax1: list[Tensor],
+    absmax2: list[Tensor],
+    steps: list[int],
+) -> None:
+    lists: dict[str, Sequence] = {
+        "grads": grads,
+        "state1": state1,
+        "state2": state2,
+        "absmax1": absmax1,
+        "absmax2": absmax2,
+        "steps": steps,
+    }
+    for name, values in lists.items():
+        _check(
+            len(values) == len(params), f"{name}: {len(values)} of them; must be one for each of {len(params)} params"
+        )
+    for i, param in enumerate(params):
+        first, second, scale1, scale2 = state1[i], state2[i], absmax1[i], absmax2[i]
+        blocks = -(-param.numel() // reference.BLOCK) if first.dtype == torch.uint8 else 0
+        _check(param.dtype == torch.float32, f"params[{i}]: {_shape(param)}; must be float32")
+        _check(param.is_contiguous(), f"params[{i}]: {_shape(param)}, strides {param.stride()}; must be contiguous")
+        _check(grads[i].shape == param.shape, f"grads[{i}]: {_shape(grads[i])}; must have shape {tuple(param.shape)}")
+        _check(grads[i].dtype in FLOAT_DTYPES, f"grads[{i}]: {_shape(grads[i])}; must be float32, float16 or bfloat16")
+        _check(grads[i].device == param.device, f"grads[{i}]: {_shape(grads[i])}; must be on {param.device}")
+        for name, state in (("state1", first), ("state2", second)):
+            good = state.shape == param.shape and state.dtype in (torch.uint8, torch.float32)
+            good = good and state.dtype == first.dtype and state.device == param.device and state.is_contiguous()
+            _check(
+                good,
+                f"{name}[{i}]: {_shape(state)}; must be uint8 or float32 like state1, contiguous, in the shape "
+                f"and on the device of params[{i}], {_shape(param)}",
+            )
+        for name, scale in (("absmax1", scale1), ("absmax2", scale2)):
+            good = scale.shape == (blocks,) and scale.dtype == torch.float32 and scale.device == param.device
+            _check(
+                good and scale.is_contiguous(),
+                f"{name}[{i}]: {_shape(scale)}; must be contiguous float32 of shape "
+                f"({blocks},), one for each block of 256 of a uint8 state",
+            )
+        _check(steps[i] >= 1, f"steps[{i}]: {steps[i]}; must be 1 for the first step, or more")
+
+
 # --- fakes: shapes and dtypes of the results -------------------------------------------------------------------------
 
 
@@ -144,6 +198,11 @@ def _(x, weight, eps, *, dtype, backend="auto"):
 @torch.library.register_fake("cascade_fast::rms_norm_backward", lib=_LIB)
 def _(grad, x, weight, inv_rms, *, backend="auto"):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+@torch.library.register_fake("cascade_fast::adamw8bit", lib=_LIB)
+def _(params, grads, state1, state2, absmax1, absmax2, steps, *, lr, beta1, beta2, eps, weight_decay, backend="auto"):
+    _check_adamw8bit(params, grads, state1, state2, absmax1, absmax2, steps)
 
 
 # --- bodies: checked, then handed to whoever serves this device ------------------------------------------------------
@@ -191,6 +250,28 @@ def _rms_norm_backward(
     return backends.body("rms_norm_backward", x.device, backend)(grad, x, weight, inv_rms)
 
 
+def _adamw8bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    state1: list[Tensor],
+    state2: list[Tensor],
+    absmax1: list[Tensor],
+    absmax2: list[Tensor],
+    steps: list[int],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    backend: str = "auto",
+) -> None:
+    _check_adamw8bit(params, grads, state1, state2, absmax1, absmax2, steps)
+    if params:
+        step = backends.body("adamw8bit", params[0].device, backend)
+        step(params, grads, state1, state2, absmax1, absmax2, steps, lr, beta1, beta2, eps, weight_decay)
+
+
 _LIB.impl("cosine_score", _cosine_score, "CompositeExplicitAutograd")
 _LIB.impl("select_hard", _select_hard, "CompositeExplicitAutograd")
 _LIB.impl("gather_rows", _gather_rows, "CompositeExplicitAutograd")
@@ -198,6 +279,7 @@ _LIB.impl("scatter_rows", _scatter_rows, "CompositeExplicitAutograd")
 _LIB.impl("cross_entropy_", _cross_entropy_, "CompositeExplicitAutograd")
 _LIB.impl("rms_norm", _rms_norm, "CompositeExplicitAutograd")
 _LIB.impl("rms_norm_backward", _rms_norm_backward, "CompositeExplicitAutograd")
+_LIB.impl("adamw8bit", _adamw8bit, "CompositeExplicitAutograd")
 
 
 # --- autograd: gather and scatter are each other's backward; a selection has no gradient -----------------------------
