@@ -16,7 +16,7 @@ LAYERS = [
     ["ops.reference", "ops.backends", "ops.schema", "ops"],
     ["checkpoint", "metrics", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage"],
-    ["hard_token_gather", "base_model", "data", "adamw8bit", "optim", "exits"],
+    ["hard_token_gather", "fused_base", "base_model", "data", "adamw8bit", "optim", "exits"],
     ["base_pass", "stage_trainer", "report"],
     ["run_folder"],
     ["cascade"],

@@ -324,7 +324,7 @@ def test_gradcheck_of_the_reference():
 # --- every op --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", (*ops.SELECTION_OPS, "adamw8bit"))
+@pytest.mark.parametrize("op", [*ops.SELECTION_OPS, "adamw8bit"])
 def test_runs_and_thread_counts_agree_bit_for_bit(backend, threads, op):
     args, keywords = cases.one_call_of_each(20_011, 24, scores=700_001)[op]
     results = []
@@ -336,7 +336,7 @@ def test_runs_and_thread_counts_agree_bit_for_bit(backend, threads, op):
         assert all(torch.equal(cases.bits(a), cases.bits(b)) for a, b in zip(results[0], others, strict=True))
 
 
-@pytest.mark.parametrize("op", (*ops.SELECTION_OPS, "adamw8bit"))
+@pytest.mark.parametrize("op", [*ops.SELECTION_OPS, "adamw8bit"])
 def test_opcheck(backend, op):
     args, keywords = cases.one_call_of_each(10, 6)[op]
     trainable = [a.clone().requires_grad_(a.is_floating_point()) if isinstance(a, torch.Tensor) else a for a in args]

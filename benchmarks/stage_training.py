@@ -1,0 +1,433 @@
+"""The stage trainer against the loop of the original experiment: ``python benchmarks/stage_training.py [--json FILE]``.
+
+Everything takes turns in one run, on the shapes of SmolLM2-135M (hidden size 576, vocabulary 49,152, stages of 8
+layers) with random weights and tokens: speed does not depend on them. The baseline (``naive_loop.py``, and for the base
+pass an ``output_hidden_states=True`` pass in float32 with all logits) runs in a process of its own: how a process keeps
+freed memory is a setting of the whole process, and ours would make the baseline faster than it is.
+
+- *warm*: hard tokens a second of the default preset, everything included, against the baseline's.
+- *MFU*: the time of the bare matrix products that a warm step needs, in bfloat16, alone, over the step's time.
+- *seed*: steps a second of the preset ``seed`` (the same arithmetic) against the baseline's.
+- *base pass*: tokens a second. *optimizer*: a step over the stage's parameters. *loss*: memory beside its results.
+- *plan error* (``--plan``, minutes): planned over measured peak memory, less 1.
+- *time to quality* (``--quality``, many minutes): real weights, real text; seconds until the hard-token validation
+  perplexity is as good as the baseline's best, base pass included on both sides.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from naive_loop import BATCH_TOKENS, naive_losses, naive_stage
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from cascade_fast import base_pass as ours_pass
+from cascade_fast.config import RunConfig, make_config
+from cascade_fast.fused_base import fuse
+from cascade_fast.hardware import choose_dtype, keep_freed_memory
+from cascade_fast.hidden_store import HiddenStore
+from cascade_fast.losses import linear_cross_entropy
+from cascade_fast.metrics import MetricsLog
+from cascade_fast.stage import Stage, StageConfig
+from cascade_fast.stage_trainer import StageTokens, StageTrainer
+
+CPU = torch.device("cpu")
+LAYERS, TOKENS, BLOCKS, SEQ_LEN = 8, 8192, 16, 128
+
+
+def base_config() -> LlamaConfig:
+    """SmolLM2-135M's."""
+    return LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49_152,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+    )
+
+
+# --- the baseline, in its own process ---------------------------------------------------------------------------------
+
+
+def timed_order(batches: Iterator[Tensor], times: list[float]) -> Iterator[Tensor]:
+    """Notes when each batch is asked for: the naive loop itself stays untouched."""
+    for batch in batches:
+        times.append(time.perf_counter())
+        yield batch
+
+
+def baseline_process(link: Connection) -> None:
+    """Answers ``steps`` with the seconds of a naive step, ``pass`` with those of a naive base pass."""
+    config = base_config()
+    stage = naive_stage(config, LAYERS)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    hidden_ND, label_N = torch.randn(TOKENS, 576), torch.randint(0, 49_152, (TOKENS,))
+    ids_BT = torch.randint(0, 49_152, (BLOCKS, SEQ_LEN))
+    while (task := link.recv()) != "stop":
+        if task == "steps":
+            times: list[float] = []
+            batches = torch.arange(8 * BATCH_TOKENS).split(BATCH_TOKENS)
+            naive_losses(stage, hidden_ND, label_N, timed_order(iter(batches), times))
+            # The first steps make the optimizer's state; in a long run they do not count.
+            link.send(statistics.median(b - a for a, b in itertools.pairwise(times[2:])))
+        else:
+            start = time.perf_counter()
+            with torch.inference_mode():
+                out = base(ids_BT, output_hidden_states=True)
+                torch.nn.functional.cosine_similarity(out.hidden_states[0], out.hidden_states[-1], dim=-1)
+                del out
+            link.send(time.perf_counter() - start)
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+def random_store(folder: Path, dtype: torch.dtype) -> HiddenStore:
+    store = HiddenStore.create(folder, TOKENS, 576, dtype, with_loss=True, meta={"reads": "residual"})
+    generator = torch.Generator().manual_seed(0)
+    store["hidden"][:] = torch.randn(TOKENS, 576, generator=generator)
+    store["label"][:] = torch.randint(0, 49_152, (TOKENS,), generator=generator)
+    return store.finish()
+
+
+def trainer(config: RunConfig, folder: Path, dtype: torch.dtype) -> StageTrainer:
+    shape = StageConfig.from_base(
+        base_config(), layers=config.layers_per_stage, init=config.init, head=config.head, reads=config.reads
+    )
+    head_VD = (torch.randn(49_152, 576, generator=torch.Generator().manual_seed(1)) * 0.02).to(dtype)
+    stage = Stage(shape, head_VD=head_VD if config.head == "shared" else None)
+    store = random_store(folder / "store", torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    tokens = StageTokens(store, torch.arange(TOKENS))
+    return StageTrainer(
+        stage, tokens, tokens, config, number=1, folder=folder, device=CPU, dtype=dtype,
+        log=MetricsLog(folder / "log.jsonl"), log_size=0,
+    )  # fmt: skip
+
+
+def steps_of(trainer: StageTrainer, count: int) -> Callable[[], None]:
+    batches = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(2)).split(trainer.config.batch_tokens)
+    done = 0
+
+    def run() -> None:
+        nonlocal done
+        for _ in range(count):
+            trainer._train_step(batches[done % (len(batches) - 1)])
+            done += 1
+
+    return run
+
+
+def bare_products(tokens: int, dtype: torch.dtype) -> tuple[Callable[[], None], float]:
+    """The matrix products of one warm step, each alone and into memory that is there; and their FLOPs."""
+    weights = [(192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+    todo: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def product(a: Tensor, b: Tensor) -> None:
+        todo.append((a, b, torch.empty(a.shape[0], b.shape[1], dtype=dtype)))
+
+    for out, inner in weights:
+        w, x, g = (torch.randn(s).to(dtype) for s in ((out, inner), (tokens, inner), (tokens, out)))
+        for _ in range(LAYERS):
+            product(x, w.T)  # forward
+            product(g, w)  # gradient of the input
+            product(g.T, x)  # gradient of the weight
+    head, x, g = (torch.randn(s).to(dtype) for s in ((49_152, 576), (tokens, 576), (tokens, 49_152)))
+    product(x, head.T)
+    product(g, head)
+
+    def run() -> None:
+        for a, b, out in todo:
+            torch.mm(a, b, out=out)
+
+    return run, sum(2.0 * a.shape[0] * a.shape[1] * b.shape[1] for a, b, _ in todo)
+
+
+def our_base_pass(folder: Path, dtype: torch.dtype, criterion: str) -> Callable[[], None]:
+    torch.manual_seed(0)
+    model = fuse(AutoModelForCausalLM.from_config(base_config(), dtype=dtype, attn_implementation="sdpa").eval())
+    ids_BT = torch.randint(0, 49_152, (BLOCKS, SEQ_LEN + 1), dtype=torch.int32)
+    store_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    tokens, meta = BLOCKS * SEQ_LEN, {"reads": "residual"}
+    store = HiddenStore.create(folder, tokens, 576, store_dtype, with_loss=criterion == "entropy", meta=meta)
+
+    def run() -> None:
+        with ours_pass.Progress("base pass", tokens) as progress:
+            ours_pass._fill(model, ids_BT, store, 0, criterion, progress)
+
+    return run
+
+
+def loss_extra_bytes(dtype: torch.dtype) -> dict[int, int]:
+    """Most memory the fused loss holds beside its results, for several batch sizes."""
+    head_VD = torch.randn(49_152, 576).to(dtype)
+    extra = {}
+    for n in (32, 512, 4096, 32_768):
+        hidden_ND, label_N = torch.randn(n, 576).to(dtype).requires_grad_(), torch.randint(0, 49_152, (n,))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            loss = linear_cross_entropy(hidden_ND, head_VD, label_N, dtype=dtype)
+        held = peak = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        extra[n] = peak - hidden_ND.numel() * hidden_ND.element_size()  # the gradient of the hidden states
+        del loss
+    return extra
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measure_speed(rounds: int) -> dict[str, Any]:
+    keep_freed_memory()  # as `python -m cascade_fast.train` does on a CPU
+    dtype, _ = choose_dtype(CPU, "auto")
+    context = multiprocessing.get_context("spawn")
+    link, other_end = context.Pipe()
+    process = context.Process(target=baseline_process, args=(other_end,), daemon=True)
+    process.start()
+
+    def ask(task: str) -> float:
+        link.send(task)
+        return link.recv()
+
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        warm_config, seed_config = make_config({}), make_config({"preset": "seed"})
+        warm = trainer(warm_config, folder / "warm", dtype)
+        products, flops = bare_products(warm_config.batch_tokens, dtype)
+        variants = {
+            "warm step": steps_of(warm, 1),
+            "bare products": products,
+            "seed step": steps_of(trainer(seed_config, folder / "seed", torch.float32), 1),
+            "base pass": our_base_pass(folder / "pass", dtype, "entropy"),
+            "base pass, cosine": our_base_pass(folder / "pass2", dtype, "cosine"),
+        }
+        seconds = {name: [] for name in ("naive step", "naive base pass", *variants)}
+        for _ in range(rounds + 1):
+            seconds["naive step"].append(ask("steps"))
+            seconds["naive base pass"].append(ask("pass"))
+            for name, run in variants.items():
+                taken = []
+                for _ in range(1 if "pass" in name else 5):
+                    start = time.perf_counter()
+                    run()
+                    taken.append(time.perf_counter() - start)
+                seconds[name].append(statistics.median(taken))
+    link.send("stop")
+    process.join()
+    seconds = {name: values[1:] for name, values in seconds.items()}
+    share = warm_config.batch_tokens / BATCH_TOKENS
+    ratios = {
+        "warm_ratio": common.ratio(seconds, "naive step", "warm step", share),
+        "warm_mfu": common.ratio(seconds, "bare products", "warm step"),
+        "seed_step_ratio": common.ratio(seconds, "naive step", "seed step"),
+        "base_pass_ratio": common.ratio(seconds, "naive base pass", "base pass"),
+        "base_pass_ratio_cosine": common.ratio(seconds, "naive base pass", "base pass, cosine"),
+    }
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    rates = {
+        "naive hard tokens/s": BATCH_TOKENS / median["naive step"],
+        "warm hard tokens/s": warm_config.batch_tokens / median["warm step"],
+        "seed hard tokens/s": seed_config.batch_tokens / median["seed step"],
+        "naive base pass tokens/s": BLOCKS * SEQ_LEN / median["naive base pass"],
+        "base pass tokens/s": BLOCKS * SEQ_LEN / median["base pass"],
+        "base pass tokens/s, cosine": BLOCKS * SEQ_LEN / median["base pass, cosine"],
+        "bare products GFLOP/s": flops / median["bare products"] / 1e9,
+    }
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": {name: common.percentiles(values) for name, values in seconds.items()},
+        "ratios": ratios,
+        "rates": rates,
+        "loss_extra_bytes": loss_extra_bytes(dtype),
+    }
+
+
+def naive_base_pass(path: str, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(hidden_ND, label_N, score_N)`` the plain way: float32, every hidden state, all logits."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    hidden, scores = [], []
+    with torch.inference_mode():
+        for ids in ids_BT.split(BLOCKS):
+            out = model(ids[:, :-1].long(), output_hidden_states=True)
+            first, last = out.hidden_states[0].flatten(0, 1), out.hidden_states[-1].flatten(0, 1)
+            hidden.append(last.clone())
+            scores.append(torch.nn.functional.cosine_similarity(first, last, dim=-1))
+    return torch.cat(hidden), ids_BT[:, 1:].flatten().long(), torch.cat(scores)
+
+
+def naive_to_best(link: Connection, path: str, blocks: dict[str, Tensor], ratio: float, most_epochs: int) -> None:
+    """The baseline from the start until its hard-token validation perplexity stops falling."""
+    start = time.perf_counter()
+    data = {split: naive_base_pass(path, ids) for split, ids in blocks.items()}
+    hard = {s: torch.nonzero(score <= torch.quantile(score, ratio)).flatten() for s, (_, _, score) in data.items()}
+    pass_seconds = time.perf_counter() - start
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model, generator = naive_stage(base.config, LAYERS, seed=42), torch.Generator().manual_seed(42)
+    del base
+    hidden_ND, label_N, _ = data["train"]
+    epochs: list[dict[str, float]] = []
+    while len(epochs) < most_epochs and (len(epochs) < 2 or epochs[-1]["val_ppl"] < epochs[-2]["val_ppl"]):
+        order = hard["train"][torch.randperm(len(hard["train"]), generator=generator)]
+        losses = naive_losses(model, hidden_ND, label_N, iter(order.split(BATCH_TOKENS)))
+        model.eval()
+        total = 0.0
+        with torch.inference_mode():
+            for picked in hard["val"].split(1024):
+                logits = model(inputs_embeds=data["val"][0][picked].unsqueeze(1)).logits.squeeze(1)
+                total += torch.nn.functional.cross_entropy(logits, data["val"][1][picked], reduction="sum").item()
+        val_ppl = math.exp(total / len(hard["val"]))
+        epochs.append(
+            {"seconds": time.perf_counter() - start, "val_ppl": val_ppl, "train_loss": statistics.mean(losses)}
+        )
+    link.send({"base_pass_seconds": pass_seconds, "epochs": epochs, "hard": {s: len(h) for s, h in hard.items()}})
+
+
+def measure_quality(config: RunConfig, most_epochs: int) -> dict[str, Any]:
+    """Both from the start: loading the base, the base pass, selection, training."""
+    from cascade_fast.base_model import find_base
+    from cascade_fast.data import load_blocks
+    from cascade_fast.exits import evaluate_exits
+    from cascade_fast.selection import select_below, select_hardest
+    from cascade_fast.stage_trainer import validation_loss
+
+    keep_freed_memory()
+    base = find_base(config)
+    blocks = load_blocks(config, base.tokenizer())
+    context = multiprocessing.get_context("spawn")
+    link, other_end = context.Pipe()
+    args = (other_end, str(base.path), {s: blocks.ids[s] for s in ("train", "val")}, config.hard_ratio, most_epochs)
+    process = context.Process(target=naive_to_best, args=args, daemon=True)
+    process.start()
+    naive = link.recv()
+    process.join()
+
+    dtype, _ = choose_dtype(CPU, "auto")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "stage").mkdir()
+        start = time.perf_counter()
+        passed = ours_pass.base_pass(base, blocks, config, CPU, dtype, folder)
+        pass_seconds = time.perf_counter() - start
+        train, val = passed.stores["train"], passed.stores["val"]
+        selection = select_hardest(train["score"], config.hard_ratio)
+        shape = StageConfig.from_base(
+            base.config, layers=config.layers_per_stage, init=config.init, head=config.head, reads=config.reads
+        )
+        stage = Stage(shape, head_VD=passed.head_VD, norm_D=passed.norm_D, seed=config.seed + 1)
+        hard, hard_val = (
+            StageTokens(train, selection.index_K),
+            StageTokens(val, select_below(val["score"], selection.threshold)),
+        )
+        steps = [{"step": 0, "val_ppl": math.exp(validation_loss(stage, hard_val, CPU, dtype)),
+                  "seconds": time.perf_counter() - start}]  # fmt: skip
+        one = StageTrainer(
+            stage, hard, hard_val, config, number=1, folder=folder / "stage", device=CPU, dtype=dtype,
+            log=MetricsLog(folder / "log.jsonl"), log_size=0,
+        )  # fmt: skip
+        training = one.run()
+        for epoch in training.epochs:
+            spent = steps[0]["seconds"] + sum(e["seconds"] for e in training.epochs[: epoch["epoch"]])
+            steps.append({"step": epoch["epoch"] * one.steps_per_epoch, "val_ppl": epoch["val_ppl"], "seconds": spent})
+        base_loss = evaluate_exits([], val, criterion=config.criterion, device=CPU, dtype=dtype).perplexity
+    best = min(naive["epochs"], key=lambda e: e["val_ppl"])
+    reached = next(s for s in steps if s["val_ppl"] <= best["val_ppl"])
+    return {
+        "ratio": best["seconds"] / reached["seconds"],
+        "naive": naive,
+        "warm": {
+            "base_pass_seconds": pass_seconds,
+            "points": steps,
+            "hard": {"train": len(hard), "val": len(hard_val)},
+        },
+        "naive_best": best,
+        "reached": reached,
+        "base_all_token_val_ppl": base_loss,
+        "settings": {
+            k: v
+            for k, v in dataclasses.asdict(config).items()
+            if k in ("dataset", "train_blocks", "val_blocks", "hard_ratio")
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--plan", action="store_true", help="also measure the memory plan's error")
+    parser.add_argument(
+        "--quality", action="store_true", help="also measure the time to the baseline's best perplexity"
+    )
+    parser.add_argument("--dataset", default="pydoc", help="text of --quality (default: %(default)s)")
+    parser.add_argument("--train-blocks", type=int, default=112)
+    parser.add_argument("--val-blocks", type=int, default=24)
+    parser.add_argument("--most-epochs", type=int, default=10, help="of the baseline in --quality, as the seed's")
+    parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
+    args = parser.parse_args()
+
+    import optimizer_step
+
+    result: dict[str, Any] = {"environment": common.environment()}
+    speed = measure_speed(args.rounds)
+    common.print_table(f"{speed['dtype']} (seed and naive: float32)", list(speed["seconds"].items()), "s")
+    common.print_table("ratios", list(speed["ratios"].items()), "times")
+    for name, rate in speed["rates"].items():
+        print(f"  {name:<32}{rate:>12,.0f}")
+    result |= {name: round(values["p50"], 3) for name, values in speed["ratios"].items()}
+    result["loss_extra_bytes"] = max(speed["loss_extra_bytes"].values())
+    print(f"  loss: at most {result['loss_extra_bytes'] / 1e6:.1f} MB beside its results")
+    step = optimizer_step.measure(args.rounds)
+    common.print_table("optimizer step", list(step["seconds"].items()), "ms", 1e3)
+    for key in ("adamw8bit_vs_bitsandbytes", "adamw8bit_vs_fused_adamw"):
+        result[key] = round(step[key]["p50"], 3)
+        print(f"  {key:<32}{result[key]:>12.2f}")
+    result["details"] = {"speed": speed, "optimizer": step}
+    if args.plan:
+        import plan_error
+
+        result["plan_error"] = plan_error.measure()
+        print("plan error: " + ", ".join(f"{name} {error:+.1%}" for name, error in result["plan_error"].items()))
+    if args.quality:
+        config = make_config(
+            {
+                "dataset": args.dataset,
+                "train_blocks": args.train_blocks,
+                "val_blocks": args.val_blocks,
+                "test_blocks": 0,
+            }
+        )
+        quality = measure_quality(config, args.most_epochs)
+        result["time_to_quality_ratio"], result["details"]["quality"] = round(quality["ratio"], 2), quality
+        best, reached = quality["naive_best"], quality["reached"]
+        print(
+            f"time to a hard-token validation perplexity of {best['val_ppl']:.1f}: baseline {best['seconds']:.0f} s, "
+            f"ours {reached['seconds']:.1f} s (step {reached['step']}, {reached['val_ppl']:.2f}): "
+            f"{quality['ratio']:.1f} times"
+        )
+    if not args.no_record:
+        print(f"\nrecorded in {common.record('stage_training', result).relative_to(common.ROOT)}")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
