@@ -24,7 +24,7 @@ from cascade_fast.exits import (
     handed_on_dtype,
     run_stage,
 )
-from cascade_fast.hardware import choose_device, choose_dtype
+from cascade_fast.hardware import choose_device, choose_dtype, release_memory
 from cascade_fast.hidden_store import HiddenStore, StoreError
 from cascade_fast.metrics import MetricsLog, Progress, format_count, peak_rss_bytes, say, say_table
 from cascade_fast.run_folder import RunFolder
@@ -154,7 +154,10 @@ class CascadeRun:
             log_size=self.folder.metrics_before(number),
             deadline=self.deadline,
         )
-        return trainer.run()
+        training = trainer.run()
+        del trainer
+        release_memory()  # of gradients and optimizer state, before evaluation
+        return training
 
     def _judge(self, training: StageTraining, evaluation: ExitEvaluation | None, before: float) -> tuple[bool, str]:
         """Whether the stage is kept, and the sentence that says why."""

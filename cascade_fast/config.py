@@ -22,6 +22,7 @@ def _setting(default: Any, group: str, help: str, **extra: Any) -> Any:
 CRITERIA = ("cosine", "entropy")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BASE_QUANTIZATIONS = ("none", "nf4")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -59,7 +60,12 @@ class RunConfig:
     dtype: str = _setting(
         "auto", "base model", "compute dtype; auto takes the fastest this hardware has", choices=DTYPES
     )
-
+    base_quantization: str = _setting(
+        "none",
+        "base model",
+        "nf4: load the base in 4 bit for the base pass (needs bitsandbytes and accelerate)",
+        choices=BASE_QUANTIZATIONS,
+    )
     store_dtype: str = _setting(
         "auto",
         "base model",
@@ -122,6 +128,11 @@ class RunConfig:
 
     epochs: int = _setting(2, "training", "epochs for each stage at most")
     batch_tokens: int = _setting(512, "training", "hard tokens in an optimizer step")
+    micro_batch_tokens: int | None = _setting(
+        None,
+        "training",
+        "tokens run through the stage at once; gradients of the parts of a batch add up (default: as many as fit)",
+    )
     lr: float = _setting(6e-4, "training", "peak learning rate")
     lr_schedule: str = _setting("cosine", "training", "shape of the learning rate after warm-up", choices=LR_SCHEDULES)
     warmup_steps: int = _setting(10, "training", "steps of linear learning-rate warm-up")
@@ -160,6 +171,9 @@ class RunConfig:
             "patience",
         ):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        self._require(
+            "micro_batch_tokens", self.micro_batch_tokens is None or self.micro_batch_tokens >= 1, "must be at least 1"
+        )
         self._require("seq_len", self.seq_len >= 2, "must be at least 2")
         self._require("test_blocks", self.test_blocks is None or self.test_blocks >= 0, "must be at least 0")
         self._require("lr", self.lr > 0, "must be above 0")
