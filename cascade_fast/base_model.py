@@ -68,7 +68,7 @@ class BaseModel:
             else:
                 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-                model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
+                model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
                 weights = read_weights(Path(self.path), dtype)
                 model = model_class.from_pretrained(None, config=self.config, state_dict=weights, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -1,11 +1,13 @@
 """Device and compute dtype, chosen by what the hardware does fast, with the reason in words."""
 
+import contextlib
 import ctypes
 import gc
 
 import torch
 
 from cascade_fast.config import ConfigError
+from cascade_fast.metrics import peak_rss_bytes
 
 
 def choose_device(asked: str) -> torch.device:
@@ -45,6 +47,11 @@ def choose_dtype(device: torch.device, asked: str) -> tuple[torch.dtype, str]:
     return torch.float32, "this CPU has neither AVX512-BF16 nor AMX"
 
 
+def peak_memory_bytes(device: torch.device) -> int:
+    """What the plan's peak is compared with: the most torch has held on the GPU, or this process's resident set."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
+
+
 def release_memory() -> None:
     """Gives what has been freed back to the device and the system; for the seam between two phases of a run.
 
@@ -53,7 +60,5 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc: macOS, Windows, musl
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        pass  # not glibc: macOS, Windows, musl
