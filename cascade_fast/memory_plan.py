@@ -34,6 +34,7 @@ GIB = 2**30
 PROCESS_BYTES = 455 * 2**20
 # CUDA context, cuBLAS and kernels' code; counts for what fits, not for max_memory_allocated. Estimate for a T4.
 CONTEXT_BYTES = GIB // 2
+HOST_BYTES = 2.5 * GIB  # of the process beside a GPU: torch's CUDA build, the driver. Estimate
 NF4_BYTES = 0.5 + 4 / 64  # half a byte and a float32 absmax for 64 weights (arXiv 2305.14314)
 EIGHT_BIT_MINIMUM = 4096  # bitsandbytes keeps the state of smaller tensors in float32
 TOKEN_BYTES = 8 + 4 + 4 + 4 + 4  # of a hidden store, beside the hidden state: see hidden_store.py
@@ -173,7 +174,9 @@ class MemoryPlan:
     """Phases, and what else a run takes. All in bytes."""
 
     phases: list[Phase]
-    ram: dict[str, float]  # of the host, beside a GPU; empty on the CPU, where the phases are the host's
+    ram: dict[str, float]  # of the host during training, beside a GPU; empty on the CPU: the phases are the host's
+    ram_loading: float  # of the host while the base passes through it on its way to the GPU
+    ram_mapped: float  # pages of hidden stores, which the system may drop
     disk: dict[str, float]
     micro_batch_tokens: int
 
@@ -186,9 +189,15 @@ class MemoryPlan:
     def needed(self) -> float:
         return max(phase.needed for phase in self.phases)
 
-    def fits(self, memory_bytes: float) -> bool:
+    @property
+    def ram_needed(self) -> float:
+        """Of the host, beside a GPU; 0 on the CPU."""
+        return max(self.ram_loading, sum(self.ram.values()))
+
+    def fits(self, memory_bytes: float, ram_bytes: float = math.inf) -> bool:
+        """Whether the device has room for what is needed, mapped pages left out, and the host beside it too."""
         context = 0 if self.worst.on_cpu else CONTEXT_BYTES
-        return self.needed + context <= memory_bytes
+        return self.needed + context <= memory_bytes and self.ram_needed <= ram_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Bytes as integers, for ``results.json``."""
@@ -234,21 +243,21 @@ def memory_plan(
     if on_cpu:
         phases.append(_keeping_phase(step, shape))
     phases.append(_evaluation_phase(config, shape, width, on_cpu))
-    ram = {}
+    ram: dict[str, float] = {}
+    loading = 0.0
     if on_cpu:
         for phase in phases:
             phase.lasting = {**process, **phase.lasting}
             phase.mapped["hidden stores"] = stores if phase is not base else store_disk
     else:
-        # The base passes through the host's memory on its way to the GPU; in 4 bit tensor by tensor.
-        ram = {
-            "process with CUDA (estimate)": 2.5 * GIB,
-            "base on its way to the GPU": 0.0 if config.base_quantization == "nf4" else shape.base_parameters() * width,
-            "earlier stages during training": _earlier_stage_bytes(config, shape),
-            "hidden stores (mapped; may be dropped)": stores,
-        }
+        ram["process with CUDA (estimate)"] = HOST_BYTES
+        if config.num_stages > 1:
+            ram["earlier stages (float32)"] = _earlier_stage_bytes(config, shape)
         if config.optimizer.startswith("paged"):  # managed memory: the GPU's where there is room, else the host's
             ram[f"optimizer state ({config.optimizer})"] = optimizer_bytes(shape, config.optimizer)
+        # In 4 bit the base goes to the GPU tensor by tensor.
+        whole = 0.0 if config.base_quantization == "nf4" else float(shape.base_parameters() * width)
+        loading = HOST_BYTES + whole
     saved = 4.0 * shape.stage_parameters()
     disk = {
         "base pass (hidden stores, head)": store_disk + shape.head * width,
@@ -256,7 +265,7 @@ def memory_plan(
         "two checkpoints, best weights": 2 * (saved + optimizer_bytes(shape, config.optimizer)) + saved,
         "stages": config.num_stages * saved,
     }
-    return MemoryPlan(phases, ram, disk, micro)
+    return MemoryPlan(phases, ram, loading, 0.0 if on_cpu else stores, disk, micro)
 
 
 def _base_phase(config: RunConfig, shape: Shape, width: int, fused_attention: bool, on_cpu: bool) -> Phase:
@@ -305,13 +314,17 @@ def _earlier_stage_bytes(config: RunConfig, shape: Shape) -> float:
 
 def _keeping_phase(step: Phase, shape: Shape) -> Phase:
     """The end of training: the best weights are read back from their file. The step's freed blocks are still there but
-    for those of 32 MiB and more, which glibc hands back at once."""
-    lasting = dict(step.lasting)
-    largest = 4 * shape.stage.hidden_size * shape.stage.intermediate_size
-    if largest >= 32 * 2**20:
-        del lasting["gradients"]
+    for those of 32 MiB and more (logits, large gradients), which glibc hands back at once."""
+    s, at_once = shape.stage, 32 * 2**20
+    lasting, passing = dict(step.lasting), dict(step.passing)
+    del passing["logits (a chunk)"]
+    head = 4.0 * shape.head if s.head == "own" else 0.0
+    if 4 * s.hidden_size * s.intermediate_size >= at_once:
+        lasting["gradients"] = head
+    if head >= at_once:
+        lasting["gradients"] -= head
     best = {"best weights read back": 4.0 * shape.stage_parameters()}
-    return Phase("best epoch kept", True, lasting, dict(step.passing), {**step.mapped, **best})
+    return Phase("best epoch kept", True, lasting, passing, {**step.mapped, **best})
 
 
 def _evaluation_phase(config: RunConfig, shape: Shape, width: int, on_cpu: bool) -> Phase:

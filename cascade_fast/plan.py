@@ -132,7 +132,7 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
     base_time = base_pass_time(config, base_config, device, dtype)
     epoch = epoch_time(config, base_config, device, dtype, plan.micro_batch_tokens)
     largest = largest_batch_tokens(config, base_config, device.memory_bytes, dtype=dtype, on_cpu=device.on_cpu)
-    fits = plan.fits(device.memory_bytes) and sum(plan.ram.values()) <= device.ram_bytes
+    fits = plan.fits(device.memory_bytes, device.ram_bytes)
     if as_json:
         print(
             json.dumps(
@@ -161,13 +161,16 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
         print(f"| {phase.name:<16} | {'**peak**':<38} | {gib(phase.peak):>7} |")
     for name, size in plan.ram.items():
         print(f"| {'host RAM':<16} | {name:<38} | {gib(size):>7} |")
+    if plan.ram:
+        print(f"| {'host RAM':<16} | {'while the base is loaded':<38} | {gib(plan.ram_loading):>7} |")
+        print(f"| {'host RAM':<16} | {'hidden stores (mapped)':<38} | {gib(plan.ram_mapped):>7} |")
     for name, size in plan.disk.items():
         print(f"| {'disk':<16} | {name:<38} | {gib(size):>7} |")
     print()
     context = "" if device.on_cpu else f", {gib(CONTEXT_BYTES)} GiB of it the CUDA context's"
     print(f"{short_memory(plan, device)}{context}")
     if plan.ram:
-        print(f"host RAM: {gib(sum(plan.ram.values()))} GiB of {gib(device.ram_bytes)}")
+        print(f"host RAM: {gib(plan.ram_needed)} GiB of {gib(device.ram_bytes)}")
     print(f"batch: {config.batch_tokens} tokens, {plan.micro_batch_tokens} at once; the largest that fits: {largest:,}")
     for what, taken in (("base pass", base_time), ("an epoch of stage 1", epoch)):
         print(

@@ -287,7 +287,7 @@ def plan_on(config: RunConfig, base_config: Any, device: Device, dtype: torch.dt
 
 
 def short_memory(plan: MemoryPlan, device: Device) -> str:
-    fits = "fits" if plan.fits(device.memory_bytes) else "does NOT fit"
+    fits = "fits" if plan.fits(device.memory_bytes, device.ram_bytes) else "does NOT fit"
     phases = ", ".join(f"{phase.name} {gib(phase.peak)}" for phase in plan.phases)
     return f"peak {gib(plan.worst.peak)} GiB of {gib(device.memory_bytes)} ({phases}): {fits}"
 
