@@ -175,7 +175,7 @@ class MemoryPlan:
 
     phases: list[Phase]
     ram: dict[str, float]  # of the host during training, beside a GPU; empty on the CPU: the phases are the host's
-    ram_loading: float  # of the host while the base passes through it on its way to the GPU
+    ram_loading: float  # of the host while the base, or a new stage, passes through it on its way to the GPU
     ram_mapped: float  # pages of hidden stores, which the system may drop
     disk: dict[str, float]
     micro_batch_tokens: int
@@ -253,11 +253,14 @@ def memory_plan(
         ram["process with CUDA (estimate)"] = HOST_BYTES
         if config.num_stages > 1:
             ram["earlier stages (float32)"] = _earlier_stage_bytes(config, shape)
+        state = optimizer_bytes(shape, config.optimizer)
         if config.optimizer.startswith("paged"):  # managed memory: the GPU's where there is room, else the host's
-            ram[f"optimizer state ({config.optimizer})"] = optimizer_bytes(shape, config.optimizer)
+            ram[f"optimizer state ({config.optimizer})"] = state
+            state = 0.0
+        ram["a checkpoint on its way to disk"] = 4.0 * shape.stage_parameters() + state
         # In 4 bit the base goes to the GPU tensor by tensor.
         whole = 0.0 if config.base_quantization == "nf4" else float(shape.base_parameters() * width)
-        loading = HOST_BYTES + whole
+        loading = HOST_BYTES + max(whole, 4.0 * shape.stage_parameters())
     saved = 4.0 * shape.stage_parameters()
     disk = {
         "base pass (hidden stores, head)": store_disk + shape.head * width,

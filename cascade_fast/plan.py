@@ -162,7 +162,7 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
     for name, size in plan.ram.items():
         print(f"| {'host RAM':<16} | {name:<38} | {gib(size):>7} |")
     if plan.ram:
-        print(f"| {'host RAM':<16} | {'while the base is loaded':<38} | {gib(plan.ram_loading):>7} |")
+        print(f"| {'host RAM':<16} | {'while base or a new stage is loaded':<38} | {gib(plan.ram_loading):>7} |")
         print(f"| {'host RAM':<16} | {'hidden stores (mapped)':<38} | {gib(plan.ram_mapped):>7} |")
     for name, size in plan.disk.items():
         print(f"| {'disk':<16} | {name:<38} | {gib(size):>7} |")
