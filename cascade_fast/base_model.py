@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import tempfile
 import urllib.error
@@ -19,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from cascade_fast.checkpoint import file_sha256
 from cascade_fast.config import ConfigError, RunConfig
+from cascade_fast.fused_base import fuse
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -40,6 +44,7 @@ class BaseModel:
     revision: str | None  # commit on the hub
     config: Any  # transformers' configuration
     fingerprint: str  # SHA-256 of configuration and weights
+    quantization: str = "none"  # see RunConfig.base_quantization
 
     @property
     def layers(self) -> int:
@@ -54,25 +59,72 @@ class BaseModel:
             raise ConfigError(f"base: {self.name!r}; no tokenizer: {_first_line(error)}") from error
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """The model, frozen, in evaluation mode."""
-        from transformers import AutoModelForCausalLM
-
+        """The model, frozen, in evaluation mode. In 4 bit its linear layers hold NF4 and multiply in ``dtype``
+        (QLoRA, arXiv 2305.14314); embeddings, norms and the output head stay in ``dtype``."""
+        # dtype is always passed: transformers >= 5 would take the checkpoint's (bfloat16, emulated on a T4).
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
         try:
-            # dtype is always passed: transformers >= 5 would take the checkpoint's (bfloat16, emulated on a T4).
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path, revision=self.revision, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
-            )
-        except (OSError, ValueError, RuntimeError) as error:
+            if self.quantization == "nf4":
+                model = self._load_nf4(device, options)
+            else:
+                from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+                model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
+                weights = read_weights(Path(self.path), dtype)
+                model = model_class.from_pretrained(None, config=self.config, state_dict=weights, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"base: {self.name!r}; cannot be loaded: {_first_line(error)}") from error
-        return model.requires_grad_(False).eval().to(device)
+        model = model.requires_grad_(False).eval().to(device)
+        return fuse(model) if device.type == "cpu" else model
+
+    def _load_nf4(self, device: torch.device, options: dict[str, Any]) -> Any:
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=options["dtype"],
+            llm_int8_skip_modules=["lm_head"],  # of 4-bit too, whatever the name says: the stages share the head
+        )
+        return AutoModelForCausalLM.from_pretrained(
+            self.path,
+            revision=self.revision,
+            use_safetensors=True,
+            quantization_config=quantization,
+            device_map={"": device},
+            **options,
+        )
+
+
+def read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of a model folder in ``dtype``. What is stored so already stays in the file, memory-mapped."""
+    index = folder / "model.safetensors.index.json"
+    names = (
+        set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if index.is_file()
+        else {"model.safetensors"}
+    )
+    weights = {}
+    for file in sorted(folder / name for name in names):
+        with safe_open(file, framework="pt") as mapped:
+            for key in list(mapped.keys()):
+                weights[key] = mapped.get_tensor(key)  # a view of the file; nothing is read yet
+                if weights[key].dtype != dtype:
+                    # Converted through a mapping of its own: the common one would keep every page read resident, so
+                    # that the file and its converted copy would be in memory at once.
+                    with safe_open(file, framework="pt") as again:
+                        weights[key] = again.get_tensor(key).to(dtype)
+    return weights
 
 
 def find_base(config: RunConfig) -> BaseModel:
     """Finds ``config.base`` and checks that a cascade can be built on it; downloads or converts it if need be.
 
     Raises:
-        ConfigError: nothing of that name, not of the Llama family, or ``seq_len`` beyond its positions.
+        ConfigError: nothing of that name, not of the Llama family, ``seq_len`` beyond its positions, or a package
+            that is missing.
     """
+    _check_quantization(config.base_quantization)
     source, path, revision = _locate(config.base, cache_folder(config))
     hf_config = _read_config(config.base, path, revision)
     if hf_config.model_type not in FAMILY:
@@ -82,7 +134,16 @@ def find_base(config: RunConfig) -> BaseModel:
     longest = hf_config.max_position_embeddings
     if config.seq_len > longest:
         raise ConfigError(f"seq_len: {config.seq_len}; {config.base!r} has {longest} positions")
-    return BaseModel(config.base, source, path, revision, hf_config, _fingerprint(config.base, path))
+    fingerprint = _fingerprint(config.base, path)
+    return BaseModel(config.base, source, path, revision, hf_config, fingerprint, config.base_quantization)
+
+
+def _check_quantization(quantization: str) -> None:
+    missing = [p for p in ("bitsandbytes", "accelerate") if importlib.util.find_spec(p) is None]
+    if quantization != "none" and missing:
+        raise ConfigError(
+            f"base_quantization: {quantization!r}; needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+        )
 
 
 def cache_folder(config: RunConfig) -> Path:

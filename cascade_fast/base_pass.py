@@ -23,6 +23,7 @@ from cascade_fast.base_model import BaseModel
 from cascade_fast.checkpoint import save_tensors, write_json
 from cascade_fast.config import RunConfig
 from cascade_fast.data import SPLITS, TokenBlocks
+from cascade_fast.hardware import release_memory
 from cascade_fast.hidden_store import HiddenStore, StoreError
 from cascade_fast.losses import token_losses
 from cascade_fast.metrics import Progress
@@ -66,6 +67,7 @@ def base_pass(
             folder.touch()  # recently used: pruned last
             return found
         parameters, seconds = _read_all(base, blocks, config, device, dtype, folder, meta)
+        release_memory()  # of the base, which nobody needs any more
         # Written last: a folder with this file is complete.
         write_json(folder / "base_pass.json", {**meta, "parameters": parameters, "seconds": seconds})
         _prune(folder.parent)
@@ -90,7 +92,7 @@ def _read_all(
             with_loss = split != "train" or config.criterion == "entropy"
             _run_split(model, blocks.ids[split], folder / split, config, meta, progress, with_loss)
         save_tensors(folder / "head.safetensors", {"head": model.lm_head.weight, "norm": model.model.norm.weight})
-        return sum(p.numel() for p in model.parameters()), progress.seconds()
+        return model.num_parameters(), progress.seconds()  # numel() of a 4-bit weight counts bytes, not numbers
 
 
 def _meta(
@@ -103,6 +105,7 @@ def _meta(
         "reads": config.reads,
         "criterion": config.criterion,
         "store_dtype": config.store_dtype,
+        "base_quantization": config.base_quantization,
         "dtype": str(dtype),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,

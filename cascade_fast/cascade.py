@@ -4,6 +4,7 @@ The algorithm is :meth:`CascadeRun.train`; what surrounds it (what is said and w
 ``run_folder.py``.
 """
 
+import dataclasses
 import math
 import time
 from dataclasses import dataclass, field
@@ -24,9 +25,16 @@ from cascade_fast.exits import (
     handed_on_dtype,
     run_stage,
 )
-from cascade_fast.hardware import choose_device, choose_dtype, keep_freed_memory
+from cascade_fast.hardware import (
+    choose_device,
+    choose_dtype,
+    keep_freed_memory,
+    peak_memory_bytes,
+    release_memory,
+)
 from cascade_fast.hidden_store import HiddenStore, StoreError
 from cascade_fast.metrics import MetricsLog, Progress, format_count, peak_rss_bytes, say, say_table
+from cascade_fast.roofline import plan_for_run
 from cascade_fast.run_folder import RunFolder
 from cascade_fast.selection import check_finite, select_below, select_hardest
 from cascade_fast.stage import Stage, StageConfig
@@ -49,6 +57,7 @@ class CascadeRun:
     dtype: torch.dtype
     log: MetricsLog
     deadline: float | None
+    micro_batch_tokens: int | None = None  # of the memory plan
     stages: list[ExitStage] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)  # of each stage trained, kept or not
 
@@ -153,8 +162,16 @@ class CascadeRun:
             log=self.log,
             log_size=self.folder.metrics_before(number),
             deadline=self.deadline,
+            micro_batch_tokens=self.micro_batch_tokens,
         )
-        return trainer.run()
+        for earlier in self.stages:  # they wait in the host's memory
+            earlier.stage.layers.to("cpu")
+        training = trainer.run()
+        del trainer
+        release_memory()  # of gradients and optimizer state, before evaluation
+        for earlier in self.stages:
+            earlier.stage.layers.to(self.device)
+        return training
 
     def _judge(self, training: StageTraining, evaluation: ExitEvaluation | None, before: float) -> tuple[bool, str]:
         """Whether the stage is kept, and the sentence that says why."""
@@ -262,11 +279,16 @@ def run_cascade(config: RunConfig) -> RunFolder:
             say(f"finished already: {folder.report}")
             return folder
         _say_start(config, folder, base, blocks, device, dtype, reason)
+        plan, lines = plan_for_run(config, base.config, device, dtype)
+        for line in lines:
+            say(line)
         passed = base_pass(base, blocks, config, device, dtype, cache_folder(config))
         _say_base_pass(passed)
-        run = CascadeRun(config, folder, base, passed, device, dtype, folder.log, deadline)
+        passed = dataclasses.replace(passed, head_VD=passed.head_VD.to(device))  # once, for all stages
+        run = CascadeRun(config, folder, base, passed, device, dtype, folder.log, deadline, plan.micro_batch_tokens)
         run.train()
         results = run.results(started)
+        results["memory"] = {"planned": plan.to_dict(), "measured_peak_bytes": peak_memory_bytes(device)}
         folder.finish(results, run.stages, base)
         _say_summary(results, folder)
         if results["stages"] and results["stages"][-1]["stopped"] == "non-finite loss":
@@ -322,14 +344,15 @@ def _say_stage(record: dict[str, Any]) -> None:
 
 
 def _say_summary(results: dict[str, Any], folder: RunFolder) -> None:
-    base, final = results["base"], results["final"]
+    base, final, memory = results["base"], results["final"], results["memory"]
     rows = [["validation", _number(base["val_ppl"]), _number(final["all_token_val_ppl"])]]
     if final["base_test_ppl"] is not None:
         rows.append(["test", _number(final["base_test_ppl"]), _number(final["all_token_test_ppl"])])
     say_table("all-token perplexity", ["split", "base", "cascade"], rows)
     say(
         f"{final['stages_kept']} stage(s) kept, {format_count(final['total_parameters'])} parameters, "
-        f"{final['seconds']:.1f} s, peak memory {final['peak_rss_bytes'] / 2**30:.2f} GiB"
+        f"{final['seconds']:.1f} s, peak memory {memory['measured_peak_bytes'] / 2**30:.2f} GiB (planned "
+        f"{memory['planned']['peak_bytes'] / 2**30:.2f}, {memory['planned']['phase']})"
     )
     say(f"report: {folder.report}")
 

@@ -22,6 +22,7 @@ def _setting(default: Any, group: str, help: str, **extra: Any) -> Any:
 CRITERIA = ("cosine", "entropy")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BASE_QUANTIZATIONS = ("none", "nf4")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -59,7 +60,12 @@ class RunConfig:
     dtype: str = _setting(
         "auto", "base model", "compute dtype; auto takes the fastest this hardware has", choices=DTYPES
     )
-
+    base_quantization: str = _setting(
+        "none",
+        "base model",
+        "nf4: load the base in 4 bit for the base pass (needs bitsandbytes and accelerate)",
+        choices=BASE_QUANTIZATIONS,
+    )
     store_dtype: str = _setting(
         "auto",
         "base model",

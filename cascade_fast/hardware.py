@@ -1,11 +1,14 @@
 """Device and compute dtype, chosen by what the hardware does fast, with the reason in words."""
 
+import contextlib
 import ctypes
+import gc
 import sys
 
 import torch
 
 from cascade_fast.config import ConfigError
+from cascade_fast.metrics import peak_rss_bytes
 
 
 def choose_device(asked: str) -> torch.device:
@@ -59,3 +62,20 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     return mallopt is not None and mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, -1) == 1
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """What the plan's peak is compared with: the most torch has held on the GPU, or this process's resident set."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
+
+
+def release_memory() -> None:
+    """Gives what has been freed back to the device and the system; for the seam between two phases of a run.
+
+    glibc keeps freed blocks below 32 MiB for itself: after the base pass that would be most of the base.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc: macOS, Windows, musl
+        ctypes.CDLL(None).malloc_trim(0)

@@ -149,6 +149,7 @@ class RunFolder:
                 "source": base.source,
                 "revision": base.revision,
                 "fingerprint": base.fingerprint,
+                "quantization": base.quantization,
             },
             "criterion": settings["criterion"],
             "reads": stages[0].stage.config.reads if stages else None,

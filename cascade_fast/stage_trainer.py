@@ -133,6 +133,7 @@ class StageTrainer:
         folder: where checkpoints and the best weights so far are kept.
         log_size: how long the log is before this stage; on resuming, what came after the checkpoint is dropped.
         deadline: ``time.monotonic()`` after which training ends with what it has, or None.
+        micro_batch_tokens: how many go through the stage at once; by default as the settings say, or a whole batch.
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class StageTrainer:
         log: MetricsLog,
         log_size: int,
         deadline: float | None = None,
+        micro_batch_tokens: int | None = None,
     ) -> None:
         self.stage, self.train, self.val, self.config = stage.to(device), train, val, config
         self.number, self.folder, self.device, self.dtype = number, folder, device, dtype
@@ -160,7 +162,7 @@ class StageTrainer:
         self.parameters = [p for p in stage.parameters() if id(p) not in without_gradient]
         self.optimizer = build_optimizer(self.parameters, config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.micro_batch_tokens = config.micro_batch_tokens or config.batch_tokens
+        self.micro_batch_tokens = micro_batch_tokens or config.micro_batch_tokens or config.batch_tokens
         self.steps_per_epoch = math.ceil(len(train) / config.batch_tokens)
         self.training = StageTraining()
         self.epoch, self.step = 1, 0  # the epoch being run, and its next step

@@ -9,13 +9,17 @@ from typing import Any
 
 from cascade_fast.config import ConfigError, RunConfig, make_config
 
+DESCRIPTION = (
+    "Train a cascade: new layers on the hard tokens of a frozen language model. With no flags: SmolLM2-135M-Instruct "
+    "on CPython's reference text."
+)
 
-def build_parser() -> argparse.ArgumentParser:
+
+def build_parser(prog: str = "python -m cascade_fast.train", description: str = DESCRIPTION) -> argparse.ArgumentParser:
     """The command line, one flag for each setting, in the settings' groups."""
     parser = argparse.ArgumentParser(
-        prog="python -m cascade_fast.train",
-        description="Train a cascade: new layers on the hard tokens of a frozen language model. With no flags: "
-        "SmolLM2-135M-Instruct on CPython's reference text.",
+        prog=prog,
+        description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )

@@ -17,10 +17,10 @@ LAYERS = [
     ["checkpoint", "metrics", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage"],
     ["hard_token_gather", "fused_base", "base_model", "data", "adamw8bit", "optim", "exits"],
-    ["base_pass", "stage_trainer", "report"],
+    ["base_pass", "memory_plan", "roofline", "stage_trainer", "report"],
     ["run_folder"],
     ["cascade"],
-    ["train", "env"],
+    ["train", "env", "plan"],
 ]
 ORDER = {f"cascade_fast.{name}": i for i, name in enumerate(name for layer in LAYERS for name in layer)}
 SOURCES = sorted((ROOT / "cascade_fast").rglob("*.py"))

@@ -1,0 +1,302 @@
+"""How long a base pass and an epoch should take, and what limits them: a roofline over a small table of devices.
+
+A time is the largest of three: floating-point operations over the rate of matrix products, bytes over the bandwidth,
+and kernel launches times what one costs. Peaks are the vendor's; no program reaches them, so each is multiplied by an
+assumed fraction, which the plan prints. These are estimates for choosing settings, not measurements.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade_fast.config import ConfigError, RunConfig
+from cascade_fast.hardware import choose_device, choose_dtype
+from cascade_fast.losses import chunk_tokens
+from cascade_fast.memory_plan import (
+    GIB,
+    PROCESS_BYTES,
+    MemoryPlan,
+    Shape,
+    base_tokens_at_once,
+    base_weight_bytes,
+    memory_plan,
+    resident_bytes,
+    saved_activation_bytes,
+)
+from cascade_fast.selection import hard_count
+
+PROBE_SECONDS = 0.2
+# Kernels of a layer in eager mode, counted with TorchDispatchMode: a stage's forward 35 and backward 75; of a base
+# layer's forward about 30 (queries, keys and rotary embedding more); of a chunk of logits about 10.
+STAGE_LAYER_LAUNCHES, BASE_LAYER_LAUNCHES, CHUNK_LAUNCHES = 110, 30, 10
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a run computes on. ``flops``: dtype name -> peak FLOP/s; ``*_fraction``: what of a peak is assumed."""
+
+    name: str
+    on_cpu: bool
+    memory_bytes: float
+    ram_bytes: float
+    flops: dict[str, float]
+    bytes_per_second: float
+    flops_fraction: float
+    bandwidth_fraction: float
+    launch_seconds: float
+    dtype: torch.dtype  # what ``dtype: auto`` takes there
+    fused_attention: bool = True
+
+    def rate(self, dtype: torch.dtype) -> float:
+        return self.flops[str(dtype).removeprefix("torch.")] * self.flops_fraction
+
+
+def _gpu(name: str, memory: float, ram: float, half: float, single: float, bandwidth: float, capability: int) -> Device:
+    bfloat16 = half if capability >= 80 else single  # emulated below sm_80
+    return Device(
+        name,
+        on_cpu=False,
+        memory_bytes=memory * GIB,
+        ram_bytes=ram * GIB,
+        flops={"float16": half, "bfloat16": bfloat16, "float32": single},
+        bytes_per_second=bandwidth,
+        # Fractions of peak: assumptions. Eager matrix products of these sizes reach a third to a half, copies 70-80 %.
+        flops_fraction=0.4,
+        bandwidth_fraction=0.7,
+        launch_seconds=10e-6,  # eager PyTorch on a cloud host's CPU: 5 to 10 us a kernel
+        dtype=torch.bfloat16 if capability >= 80 else torch.float16,
+        fused_attention=capability >= 80,
+    )
+
+
+# Peaks from NVIDIA's data sheets, dense (no sparsity): T4 "65 TFLOPS mixed precision, 8.1 single, 320 GB/s"; L4 "121
+# TFLOPS FP16 (242 with sparsity), 30.3 FP32, 300 GB/s, 24 GB"; A100 40GB "312 TFLOPS FP16, 19.5 FP32, 1,555 GB/s".
+# Memory: what torch reports as total on Google Colab's machines (14.56 GiB of a T4's 16 GB), and their RAM.
+DEVICES = {
+    "t4": _gpu("Tesla T4", 14.56, 12.7, 65e12, 8.1e12, 320e9, 75),
+    "l4": _gpu("L4", 22.16, 53.0, 121e12, 30.3e12, 300e9, 89),
+    "a100": _gpu("A100 40GB", 39.56, 83.5, 312e12, 19.5e12, 1555e9, 80),
+}
+
+
+def find_device(
+    asked: str, dtype: str, *, tflops: float | None = None, gbs: float | None = None, memory_gib: float | None = None
+) -> tuple[Device, torch.dtype]:
+    """A device of the table by name, or this machine's (``cpu``, ``cuda``, ``auto``), and the compute dtype there.
+
+    Args:
+        dtype: ``RunConfig.dtype``.
+        tflops, gbs, memory_gib: instead of the table's peaks, or of this machine's probed ones.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    if asked in DEVICES:
+        device = DEVICES[asked]
+        compute = device.dtype if dtype == "auto" else getattr(torch, dtype)
+    else:
+        try:
+            here = choose_device(asked)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; or one of {', '.join(DEVICES)}") from None
+        compute = choose_dtype(here, dtype)[0]
+        device = this_machine(here, compute, probe=tflops is None or gbs is None)
+    changes: dict[str, Any] = {}
+    if tflops is not None:
+        changes["flops"] = dict.fromkeys(("float16", "bfloat16", "float32"), tflops * 1e12)
+    if gbs is not None:
+        changes["bytes_per_second"] = gbs * 1e9
+    if memory_gib is not None:
+        changes["memory_bytes"] = memory_gib * GIB
+    return Device(**{**vars(device), **changes}), compute
+
+
+@functools.cache
+def this_machine(device: torch.device, dtype: torch.dtype, *, probe: bool = True) -> Device:
+    """This machine's CPU or GPU: memory as the system tells it, rates measured by a probe of half a second."""
+    ram = ram_bytes()
+    flops = _probe_flops(device, dtype) if probe else 1.0
+    bandwidth = _probe_bandwidth(device) if probe else 1.0
+    on_cpu = device.type == "cpu"
+    memory = ram if on_cpu else torch.cuda.get_device_properties(device).total_memory
+    fused = on_cpu or torch.cuda.get_device_capability(device) >= (8, 0)
+    return Device(
+        f"this machine's CPU, {torch.get_num_threads()} thread(s)" if on_cpu else torch.cuda.get_device_name(device),
+        on_cpu=on_cpu,
+        memory_bytes=memory,
+        ram_bytes=ram,
+        flops={str(dtype).removeprefix("torch."): flops},
+        bytes_per_second=bandwidth,
+        flops_fraction=0.7,  # of the probe's square product, which flatters thin ones
+        bandwidth_fraction=0.7,
+        launch_seconds=5e-6 if on_cpu else 10e-6,
+        dtype=dtype,
+        fused_attention=fused,
+    )
+
+
+def ram_bytes() -> float:
+    """Of this machine, or of the control group (container) this process is in."""
+    try:
+        total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):  # Windows
+        return math.inf
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+            total = min(total, float(Path(limit).read_text()))
+    return total
+
+
+def _probe_flops(device: torch.device, dtype: torch.dtype) -> float:
+    a, b = (torch.ones(768, 768, device=device, dtype=dtype) for _ in range(2))
+    return 2 * 768**3 / _seconds(lambda: a @ b, device)
+
+
+def _probe_bandwidth(device: torch.device) -> float:
+    source = torch.zeros(2**24, device=device)  # 64 MiB: beyond the caches
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / _seconds(lambda: target.copy_(source), device)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    best, end = math.inf, time.perf_counter() + PROBE_SECONDS
+    while time.perf_counter() < end:
+        best = min(best, once())
+    return best
+
+
+# --- times ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds by each limit; the largest counts."""
+
+    flops: float
+    bytes: float
+    launches: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.flops, self.bytes, self.launches)
+
+    @property
+    def limit(self) -> str:
+        return max(("FLOPs", self.flops), ("bytes", self.bytes), ("launches", self.launches), key=lambda pair: pair[1])[
+            0
+        ]
+
+
+def base_pass_time(config: RunConfig, base_config: Any, device: Device, dtype: torch.dtype) -> Time:
+    """The base over every block of every split; logits where the loss or the criterion needs them."""
+    shape, width = Shape.of(config, base_config), dtype.itemsize
+    s, layers, seq = shape.stage, base_config.num_hidden_layers, config.seq_len
+    test = config.val_blocks if config.test_blocks is None else config.test_blocks
+    tokens = (config.train_blocks + config.val_blocks + test) * seq
+    with_logits = tokens if config.criterion == "entropy" else tokens - config.train_blocks * seq
+    at_once = base_tokens_at_once(config, device.on_cpu)
+    passes = math.ceil(tokens / at_once)
+    attention = layers * 4 * seq * shape.attention_inner
+    flops = tokens * (2 * shape.base_quantized() + attention) + with_logits * 2 * shape.head
+    weights = base_weight_bytes(shape, config.base_quantization, width)
+    if config.base_quantization == "nf4":  # every product writes and reads the weights it unpacks
+        weights += 2 * width * shape.base_quantized()
+    per_token = layers * width * (14 * s.hidden_size + 7 * s.intermediate_size)
+    moved = passes * weights + tokens * per_token + with_logits * s.vocab_size * (2 * width + 7 * 4)
+    launches = (
+        passes * layers * BASE_LAYER_LAUNCHES + with_logits / chunk_tokens(2**31, s.vocab_size, dtype) * CHUNK_LAUNCHES
+    )
+    return _time(flops, moved, launches, device, dtype)
+
+
+def epoch_time(config: RunConfig, base_config: Any, device: Device, dtype: torch.dtype, micro: int) -> Time:
+    """An epoch of stage 1 over its hard tokens, without validation."""
+    shape, width = Shape.of(config, base_config), dtype.itemsize
+    s, trained = shape.stage, shape.stage_trained()
+    tokens = hard_count(config.hard_ratio, config.train_blocks * config.seq_len)
+    steps = math.ceil(tokens / config.batch_tokens)
+    parts = steps * math.ceil(config.batch_tokens / micro)
+    matrices = s.layers * shape.value_output_mlp()
+    head_factor = 6 if s.head == "own" else 4  # a frozen head has no gradient of its own
+    flops = tokens * (6 * matrices + head_factor * shape.head)
+    step_bytes = trained * (28 if config.optimizer == "adamw" else 16)  # weights, gradient, state: read and written
+    if config.grad_clip > 0:
+        step_bytes += 12 * trained
+    casts = (4 + width) * matrices if width < 4 else 0
+    part_bytes = casts + matrices * (2 * width + 4 + (2 * width if width < 4 else 0)) + 2 * shape.head * width
+    activations = s.layers * 4 * saved_activation_bytes(shape, width)  # each written and read, there and back
+    token_bytes = activations + s.vocab_size * (3 * width + 6 * 4)
+    moved = steps * step_bytes + parts * part_bytes + tokens * token_bytes
+    chunks = max(parts, tokens / chunk_tokens(2**31, s.vocab_size, dtype))
+    launches = parts * (s.layers * STAGE_LAYER_LAUNCHES + 50) + chunks * CHUNK_LAUNCHES + steps * 30
+    return _time(flops, moved, launches, device, dtype)
+
+
+def _time(flops: float, moved: float, launches: float, device: Device, dtype: torch.dtype) -> Time:
+    return Time(
+        flops / device.rate(dtype),
+        moved / (device.bytes_per_second * device.bandwidth_fraction),
+        launches * device.launch_seconds,
+    )
+
+
+# --- the short form ---------------------------------------------------------------------------------------------------
+
+
+def plan_for_run(
+    config: RunConfig, base_config: Any, device: torch.device, dtype: torch.dtype
+) -> tuple[MemoryPlan, list[str]]:
+    """The plan of a run on this machine, and the lines the trainer says of it."""
+    machine = this_machine(device, dtype)
+    plan = plan_on(config, base_config, machine, dtype)
+    lines = [f"plan: {short_memory(plan, machine)}"]
+    base = base_pass_time(config, base_config, machine, dtype)
+    epoch = epoch_time(config, base_config, machine, dtype, plan.micro_batch_tokens)
+    lines.append(f"plan: base pass {_about(base)}; an epoch of stage 1 {_about(epoch)}")
+    if plan.micro_batch_tokens < config.batch_tokens:
+        parts = math.ceil(config.batch_tokens / plan.micro_batch_tokens)
+        lines.append(f"plan: a batch of {config.batch_tokens} tokens in {parts} parts of {plan.micro_batch_tokens}")
+    return plan, lines
+
+
+def plan_on(config: RunConfig, base_config: Any, device: Device, dtype: torch.dtype) -> MemoryPlan:
+    """:func:`memory_plan` for ``device``."""
+    return memory_plan(
+        config,
+        base_config,
+        dtype=dtype,
+        on_cpu=device.on_cpu,
+        memory_bytes=device.memory_bytes,
+        fused_attention=device.fused_attention,
+        process_bytes=max(PROCESS_BYTES, resident_bytes()),
+    )
+
+
+def short_memory(plan: MemoryPlan, device: Device) -> str:
+    fits = "fits" if plan.fits(device.memory_bytes, device.ram_bytes) else "does NOT fit"
+    phases = ", ".join(f"{phase.name} {gib(phase.peak)}" for phase in plan.phases)
+    return f"peak {gib(plan.worst.peak)} GiB of {gib(device.memory_bytes)} ({phases}): {fits}"
+
+
+def _about(taken: Time) -> str:
+    return f"at least {taken.seconds:.1f} s (limit: {taken.limit})"
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f}"

@@ -1,0 +1,107 @@
+"""The base in 4 bit for the base pass: what is quantised, what is not, and what the run remembers of it."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama_config
+from transformers import LlamaForCausalLM
+
+from cascade_fast.base_model import find_base, read_weights
+from cascade_fast.base_pass import base_pass
+from cascade_fast.cascade import run_cascade
+from cascade_fast.config import ConfigError, make_config
+from cascade_fast.data import load_blocks
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def base_folder(request, tmp_path_factory):
+    """A random Llama whose matrices are whole numbers of 64-weight blocks."""
+    torch.manual_seed(0)
+    config = tiny_llama_config(hidden_size=64, intermediate_size=128, tie_word_embeddings=request.param)
+    folder = tmp_path_factory.mktemp("nf4") / "base"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(base_folder, tiny_settings):
+    return {**tiny_settings, "base": str(base_folder), "base_quantization": "nf4", "num_stages": 1, "epochs": 1}
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_are_4_bit_and_embeddings_norms_and_head_are_not(settings, dtype):
+    base = find_base(make_config(settings))
+    model = base.load(CPU, dtype)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            assert module.weight.dtype == torch.uint8
+            assert module.weight.quant_state.quant_type == "nf4"
+    for weight in (model.lm_head.weight, model.model.embed_tokens.weight, model.model.norm.weight):
+        assert weight.dtype == dtype
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == base.config.tie_word_embeddings
+    assert model.dtype == dtype
+
+
+@needs_bitsandbytes
+def test_the_4_bit_base_is_near_the_one_it_was_made_from(settings):
+    ids = torch.arange(32)[None]
+    exact = find_base(make_config({**settings, "base_quantization": "none"})).load(CPU, torch.float32)
+    quantised = find_base(make_config(settings)).load(CPU, torch.float32)
+    with torch.inference_mode():
+        a, b = exact(ids).logits, quantised(ids).logits
+    assert not torch.equal(a, b)
+    assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98
+
+
+@needs_bitsandbytes
+def test_the_fingerprint_of_the_base_pass_tells_the_two_apart_and_the_head_is_shared_unquantised(settings, tmp_path):
+    passes = {}
+    for quantization in ("none", "nf4"):
+        config = make_config({**settings, "base_quantization": quantization})
+        base = find_base(config)
+        blocks = load_blocks(config, base.tokenizer())
+        passes[quantization] = base_pass(base, blocks, config, CPU, torch.float32, tmp_path)
+    plain, nf4 = passes["none"], passes["nf4"]
+    assert not nf4.reused
+    assert nf4.stores["train"].meta["fingerprint"] != plain.stores["train"].meta["fingerprint"]
+    assert not torch.equal(plain.stores["train"].hidden, nf4.stores["train"].hidden)
+    assert torch.equal(plain.head_VD, nf4.head_VD)
+    assert nf4.parameters == plain.parameters
+
+
+@needs_bitsandbytes
+def test_a_whole_run_on_a_4_bit_base(settings, tmp_path):
+    run = run_cascade(make_config({**settings, "out": str(tmp_path / "run")}))
+    results = json.loads((run.path / "results.json").read_text())
+    assert results["settings"]["base_quantization"] == "nf4"
+    assert json.loads((run.path / "cascade.json").read_text())["base"]["quantization"] == "nf4"
+    assert results["stages"][0]["epochs"]
+
+
+def test_a_missing_bitsandbytes_is_said_before_any_work(settings, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
+    with pytest.raises(ConfigError, match="base_quantization: 'nf4'; needs bitsandbytes: pip install bitsandbytes"):
+        find_base(make_config(settings))
+
+
+def test_weights_of_several_files_are_read_and_converted(tmp_path):
+    model = LlamaForCausalLM(tiny_llama_config(tie_word_embeddings=False))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    expected = model.state_dict()
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = read_weights(tmp_path, dtype)
+        assert weights.keys() == expected.keys()
+        for name, weight in weights.items():
+            assert weight.dtype == dtype
+            assert torch.equal(weight, expected[name].to(dtype))
