@@ -93,9 +93,36 @@ def tiny_data(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny_settings(tiny_base, tiny_data) -> dict:
     """Settings of a run that takes a second or two."""
+    return _settings(tiny_base, tiny_data)
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tiny_base, tiny_data, tmp_path_factory) -> dict[str, Path]:
+    """Finished runs with two stages each: ``warm`` (entropy, shared head) and ``seed`` (cosine, own heads)."""
+    from cascade_fast.cascade import run_cascade
+    from cascade_fast.config import make_config
+
+    folder = tmp_path_factory.mktemp("runs")
+    runs = {}
+    for preset in ("warm", "seed"):
+        settings = {
+            **_settings(tiny_base, tiny_data),
+            "preset": preset,
+            "out": str(folder / preset),
+            "cache_dir": str(folder / "cache"),
+            "store_dtype": "float32",
+            "accept": "always",
+            "num_stages": 2,
+            "test_blocks": 12,
+        }
+        runs[preset] = run_cascade(make_config(settings)).path
+    return runs
+
+
+def _settings(base: Path, data: Path) -> dict:
     return {
-        "base": str(tiny_base),
-        "dataset": str(tiny_data),
+        "base": str(base),
+        "dataset": str(data),
         "seq_len": 32,
         "train_blocks": 40,
         "val_blocks": 12,

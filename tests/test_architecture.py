@@ -12,13 +12,13 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import from those below it and from modules of its own layer that stand before it.
 LAYERS = [
-    ["config"],
+    ["auto_classes", "config"],
     ["ops.reference", "ops.backends", "ops.schema", "ops"],
     ["checkpoint", "metrics", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage"],
     ["hard_token_gather", "base_model", "data", "optim", "exits"],
-    ["base_pass", "stage_trainer", "report"],
-    ["run_folder"],
+    ["configuration", "base_pass", "stage_trainer", "report"],
+    ["cascade_weights", "model_card", "modeling", "run_folder"],
     ["cascade"],
     ["train", "env"],
 ]
