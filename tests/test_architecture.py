@@ -20,7 +20,7 @@ LAYERS = [
     ["configuration", "base_pass", "stage_trainer", "report"],
     ["cascade_weights", "model_card", "modeling", "run_folder"],
     ["cascade"],
-    ["train", "env"],
+    ["train", "env", "generate"],
 ]
 ORDER = {f"cascade_fast.{name}": i for i, name in enumerate(name for layer in LAYERS for name in layer)}
 SOURCES = sorted((ROOT / "cascade_fast").rglob("*.py"))
