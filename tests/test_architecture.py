@@ -19,8 +19,8 @@ LAYERS = [
     ["hard_token_gather", "base_model", "data", "optim", "exits"],
     ["configuration", "base_pass", "stage_trainer", "report"],
     ["cascade_weights", "model_card", "modeling", "run_folder"],
-    ["cascade"],
-    ["train", "env", "generate"],
+    ["cascade", "evaluation"],
+    ["train", "env", "generate", "evaluate"],
 ]
 ORDER = {f"cascade_fast.{name}": i for i, name in enumerate(name for layer in LAYERS for name in layer)}
 SOURCES = sorted((ROOT / "cascade_fast").rglob("*.py"))
