@@ -184,8 +184,9 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
             if threshold is None:  # the last exit takes all that is left
                 return self._put(logits_NV, self._head(number, normed_KD), token_K, n), exit_N, score_NE
             if self.config.criterion == "entropy":
-                logits_NV = self._put(logits_NV, self._head(number, normed_KD), token_K, n)
-                score_K = -token_entropy(logits_NV if len(token_K) == n else logits_NV[token_K])
+                rows_KV = self._head(number, normed_KD)
+                score_K = -token_entropy(rows_KV)
+                logits_NV = self._put(logits_NV, rows_KV, token_K, n)
             else:
                 score_K = ops.cosine_score(before_KD.detach(), after_KD.detach())
             if valid_N is not None and number == 0:
@@ -200,10 +201,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
                 break
             before_KD, (token_K,) = ops.gather_rows(hidden_KD, hard_J, (token_K,))
             exit_N[token_K] = number + 1
-            with self._autocast(before_KD):
-                output_KD, normed_KD = self.stages[number](before_KD)
-            # As between stages in training: bfloat16 if the base computes so, else float32.
-            hidden_KD = output_KD.to(torch.bfloat16 if last_ND.dtype == torch.bfloat16 else torch.float32)
+            output_KD, normed_KD, hidden_KD = self._run_stage(number, before_KD, last_ND.dtype)
             before_KD, after_KD = before_KD.float(), output_KD.float()
         assert logits_NV is not None
         return logits_NV, exit_N, score_NE
@@ -223,12 +221,16 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
             logits_NV = rows_KV.new_empty(n, rows_KV.shape[1])
         return logits_NV.index_copy_(0, token_K, rows_KV.to(logits_NV.dtype))
 
-    @staticmethod
-    def _autocast(hidden: Tensor) -> Any:
-        """A stage's matrix products run in the base's dtype, everything else in float32, as in training."""
-        if hidden.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(hidden.device.type, hidden.dtype)
+    def _run_stage(self, index: int, hidden_KD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Takes K tokens through a stage: its output, what its head takes, and what the next stage reads.
+
+        As in training: matrix products in the base's dtype, everything else in float32, and what is handed on in
+        bfloat16 if the base computes so, else in float32. The one place that knows how a stage is run.
+        """
+        autocast = nullcontext() if dtype == torch.float32 else torch.autocast(hidden_KD.device.type, dtype)
+        with autocast:
+            output_KD, normed_KD = self.stages[index](hidden_KD)
+        return output_KD, normed_KD, output_KD.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
 
     # --- loading and saving ------------------------------------------------------------------------------------------
 

@@ -30,7 +30,11 @@ def _inputs(tokenizer, prompts):
     return tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
 
 
-@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 0.8, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "sampling",
+    [{"do_sample": False}, {"do_sample": True, "temperature": 0.8, "top_p": 0.9}, {"num_beams": 3, "do_sample": False}],
+    ids=["greedy", "sampled", "beams"],
+)
 def test_the_cache_changes_no_token(loaded, sampling):
     model, tokenizer = loaded
     results = []
