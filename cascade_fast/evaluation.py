@@ -228,11 +228,17 @@ def sweep_threshold(
         raise ValueError(f"points: {points}, stages: {stages}; needs at least two points and one stage")
     first, *others = model.config.thresholds
     how: dict[str, Any] = {"batch_tokens": batch_tokens, "count_flops": True}
+
+    def row(threshold: float, measured: Measured, trained: bool = False) -> dict[str, Any]:
+        values = measured.row(stages)
+        del values["seconds"], values["tokens_per_second"]  # not taken while counting
+        return {"trained": trained, "threshold": threshold, **values}
+
     trained = measure(model, blocks, [first, *others], **how, name="trained threshold")
     score_N = trained.score_BSE[..., 0].flatten()
-    rows = [{"trained": True, "threshold": first, **trained.row(stages)}]
+    rows = [row(first, trained, trained=True)]
     for share in (n / (points - 1) for n in range(points)):
         threshold = select_hardest(score_N, share).threshold if share > 0 else -math.inf
         measured = measure(model, blocks, [threshold, *others], **how, name=f"share {share:.3f}")
-        rows.append({"trained": False, "threshold": threshold, **measured.row(stages)})
-    return sorted(rows, key=lambda row: row["threshold"])
+        rows.append(row(threshold, measured))
+    return sorted(rows, key=lambda r: r["threshold"])
