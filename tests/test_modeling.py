@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import byte_tokenizer, english_texts
+from conftest import byte_tokenizer, english_texts, tiny_llama_config
+from test_stage import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +20,7 @@ from cascade_fast.configuration import CascadeConfig
 from cascade_fast.data import load_blocks
 from cascade_fast.exits import ExitStage, evaluate_exits
 from cascade_fast.modeling import CascadeForCausalLM
+from cascade_fast.stage import StageConfig
 
 CPU = torch.device("cpu")
 CLOSED, OPEN = [-math.inf] * 2, [math.inf] * 2
@@ -216,6 +218,40 @@ def test_the_cache_changes_nothing(run, dtype):
         parts.append(model(ids[:, position : position + 1], past_key_values=cache, use_cache=True, output_exits=True))
     logits, exits = torch.cat([p.logits for p in parts], 1), torch.cat([p.exits for p in parts], 1)
     _agree(whole, [(row, slice(None), logits[row], exits[row]) for row in range(3)], dtype)
+
+
+def test_float16_says_nearly_the_same(run):
+    ids = _ids()
+    half, full = (CascadeForCausalLM.from_pretrained(run, dtype=d)(ids) for d in (torch.float16, torch.float32))
+    close = (half.logits.float() - full.logits).abs().amax(-1) < 3e-2
+    assert close.float().mean() > 0.97  # the others' scores rounded over a threshold
+    assert half.logits.dtype == torch.float16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("criterion", ["entropy", "cosine"])
+def test_every_family_has_its_cascade(family, criterion, tmp_path):
+    config_class, model_class, changes = FAMILIES[family]
+    base_config = config_class(**{**tiny_llama_config().to_dict(), **changes, "model_type": config_class.model_type})
+    shapes = [
+        StageConfig.from_base(base_config, layers=1, init="identity", head="shared", reads="residual"),
+        StageConfig.from_base(base_config, layers=2, init="random", head="own", reads="residual"),
+    ]
+    stages = [{**shape.to_dict(), "threshold": 0.0} for shape in shapes]
+    config = CascadeConfig(base_config=base_config, criterion=criterion, stages=stages)
+    model = CascadeForCausalLM(config).eval()
+    assert isinstance(model.base, model_class)
+    ids = _ids()
+    open_scores = model(ids, thresholds=OPEN, output_exits=True).scores
+    doors = open_scores.flatten(0, 1).median(0).values.tolist()
+    output = model(ids, thresholds=doors, output_exits=True)
+    assert output.exits.unique().tolist() == [0, 1, 2]
+    assert torch.equal(model(ids, thresholds=CLOSED).logits, model.base(ids).logits)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(ids, thresholds=doors).logits, output.logits)
+    how = {"max_new_tokens": 4, "do_sample": False, "thresholds": doors, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(loaded.generate(ids, **how), loaded.generate(ids, **how, use_cache=False))
 
 
 # --- real skipping ---------------------------------------------------------------------------------------------------
