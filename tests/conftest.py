@@ -77,6 +77,13 @@ def english_texts(count: int, length: int, start: int = 0) -> list[str]:
     return [whole[i : i + length] for i in range(start, start + count * length, length)]
 
 
+def text_ids(rows: int = 4, length: int = 24) -> torch.Tensor:
+    """Token ids of pieces of text, so that tokens leave at every exit."""
+    text = torch.tensor(byte_tokenizer()("".join(english_texts(30, 200)))["input_ids"])
+    starts = torch.randint(0, len(text) - length, (rows, 1))
+    return text[starts + torch.arange(length)]
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny")

@@ -2,13 +2,10 @@
 
 import json
 import math
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import byte_tokenizer, english_texts, tiny_llama_config
+from conftest import text_ids, tiny_llama_config
 from test_stage import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -49,13 +46,6 @@ def _settings(run):
 def _blocks(run, split="val"):
     config = make_config(_settings(run))
     return load_blocks(config, find_base(config).tokenizer()).ids[split].long()
-
-
-def _ids(rows=4, length=24):
-    """Pieces of text, so that tokens leave at every exit."""
-    text = torch.tensor(byte_tokenizer()("".join(english_texts(30, 200)))["input_ids"])
-    starts = torch.randint(0, len(text) - length, (rows, 1))
-    return text[starts + torch.arange(length)]
 
 
 def _calls(module):
@@ -107,7 +97,7 @@ def test_every_token_has_the_loss_and_exit_of_evaluate_exits(tiny_runs, preset, 
 
 
 def test_the_loss_is_transformers_shifted_loss(run, model):
-    ids = _ids()
+    ids = text_ids()
     labels = ids.clone()
     labels[:, :7] = -100
     output = model(ids, labels=labels)
@@ -119,7 +109,7 @@ def test_the_loss_is_transformers_shifted_loss(run, model):
 
 def test_the_loss_trains_the_stages_on_their_own_tokens(model):
     model.train()
-    ids = _ids()
+    ids = text_ids()
     output = model(ids, labels=ids, output_exits=True)
     output.loss.backward()
     assert set(output.exits.unique().tolist()) >= {1, 2}
@@ -136,7 +126,7 @@ def test_the_loss_trains_the_stages_on_their_own_tokens(model):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_token_let_in_is_the_base_exactly(run, dtype):
     model = CascadeForCausalLM.from_pretrained(run, dtype=dtype)
-    ids = _ids()
+    ids = text_ids()
     output = model(ids, thresholds=CLOSED, output_exits=True)
     assert torch.equal(output.logits, _base(run, dtype)(ids).logits)
     assert (output.exits == 0).all()
@@ -144,7 +134,7 @@ def test_no_token_let_in_is_the_base_exactly(run, dtype):
 
 
 def test_below_every_score_is_the_base_exactly(run, model):
-    ids = _ids()
+    ids = text_ids()
     output = model(ids, thresholds=[-1e9, -1e9], output_exits=True)
     assert (output.exits == 0).all()
     torch.testing.assert_close(output.logits, _base(run)(ids).logits, rtol=0, atol=0)
@@ -154,7 +144,7 @@ def test_below_every_score_is_the_base_exactly(run, model):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_token_let_in_goes_through_every_stage(run, dtype):
     model = CascadeForCausalLM.from_pretrained(run, dtype=dtype).requires_grad_(False)
-    ids = _ids()
+    ids = text_ids()
     output = model(ids, thresholds=OPEN, output_exits=True)
     assert (output.exits == 2).all()
     kept = {}
@@ -186,7 +176,7 @@ def _agree(output, rows, dtype):
 def test_padding_and_batching_change_nothing(run, dtype, side):
     model = CascadeForCausalLM.from_pretrained(run, dtype=dtype).requires_grad_(False)
     lengths = [24, 9, 17, 1]
-    sequences = [_ids(1, n) for n in lengths]
+    sequences = [text_ids(1, n) for n in lengths]
     ids, mask = torch.zeros(4, 24, dtype=torch.int64), torch.zeros(4, 24, dtype=torch.int64)
     kept = [slice(24 - n, 24) if side == "left" else slice(0, n) for n in lengths]
     for row, (sequence, where) in enumerate(zip(sequences, kept, strict=True)):
@@ -202,7 +192,7 @@ def test_padding_and_batching_change_nothing(run, dtype, side):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_order_of_sequences_changes_nothing(run, dtype):
     model = CascadeForCausalLM.from_pretrained(run, dtype=dtype).requires_grad_(False)
-    ids, order = _ids(6), torch.tensor([3, 0, 5, 1, 4, 2])
+    ids, order = text_ids(6), torch.tensor([3, 0, 5, 1, 4, 2])
     output, other = model(ids, output_exits=True), model(ids[order], output_exits=True)
     _agree(output, [(int(row), slice(None), other.logits[i], other.exits[i]) for i, row in enumerate(order)], dtype)
 
@@ -210,7 +200,7 @@ def test_the_order_of_sequences_changes_nothing(run, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_cache_changes_nothing(run, dtype):
     model = CascadeForCausalLM.from_pretrained(run, dtype=dtype).requires_grad_(False)
-    ids = _ids(3)
+    ids = text_ids(3)
     whole = model(ids, output_exits=True)
     first = model(ids[:, :10], use_cache=True, output_exits=True)
     parts, cache = [first], first.past_key_values
@@ -221,7 +211,7 @@ def test_the_cache_changes_nothing(run, dtype):
 
 
 def test_float16_says_nearly_the_same(run):
-    ids = _ids()
+    ids = text_ids()
     half, full = (CascadeForCausalLM.from_pretrained(run, dtype=d)(ids) for d in (torch.float16, torch.float32))
     close = (half.logits.float() - full.logits).abs().amax(-1) < 3e-2
     assert close.float().mean() > 0.97  # the others' scores rounded over a threshold
@@ -241,7 +231,7 @@ def test_every_family_has_its_cascade(family, criterion, tmp_path):
     config = CascadeConfig(base_config=base_config, criterion=criterion, stages=stages)
     model = CascadeForCausalLM(config).eval()
     assert isinstance(model.base, model_class)
-    ids = _ids()
+    ids = text_ids()
     open_scores = model(ids, thresholds=OPEN, output_exits=True).scores
     doors = open_scores.flatten(0, 1).median(0).values.tolist()
     output = model(ids, thresholds=doors, output_exits=True)
@@ -259,7 +249,7 @@ def test_every_family_has_its_cascade(family, criterion, tmp_path):
 
 def test_a_stage_computes_its_hard_tokens_only(model):
     rows = [_calls(stage.layers[0]) for stage in model.stages]
-    output = model(_ids(), output_exits=True)
+    output = model(text_ids(), output_exits=True)
     assert [sum(r) for r in rows] == [int((output.exits >= n).sum()) for n in (1, 2)]
     assert 0 < sum(rows[1]) < sum(rows[0]) < output.exits.numel()
 
@@ -268,13 +258,13 @@ def test_cosine_makes_logits_only_where_tokens_leave(tiny_runs):
     model = CascadeForCausalLM.from_pretrained(tiny_runs["seed"])
     heads = [model.base.lm_head, *(stage.lm_head for stage in model.stages)]
     rows = [_calls(head) for head in heads]
-    output = model(_ids(), output_exits=True)
+    output = model(text_ids(), output_exits=True)
     assert [sum(r) for r in rows] == torch.bincount(output.exits.flatten(), minlength=3).tolist()
 
 
 @pytest.mark.parametrize("keep", [1, 5, torch.tensor([0, 7, 20])], ids=["1", "5", "indices"])
 def test_logits_to_keep_computes_no_others(model, keep):
-    ids = _ids(3)
+    ids = text_ids(3)
     whole = model(ids, output_exits=True)
     kept = slice(-keep, None) if isinstance(keep, int) else keep
     rows, stage_rows = _calls(model.base.lm_head), _calls(model.stages[0])
@@ -286,20 +276,20 @@ def test_logits_to_keep_computes_no_others(model, keep):
 
 
 def test_scores_are_those_of_the_doors_a_token_came_to(model):
-    output = model(_ids(), output_exits=True)
+    output = model(text_ids(), output_exits=True)
     first, second = model.config.thresholds
     assert not output.scores[..., 0].isnan().any()
     assert torch.equal(output.scores[..., 1].isnan(), output.exits == 0)
     assert torch.equal(output.exits >= 1, output.scores[..., 0] <= first)
     assert torch.equal(output.exits == 2, output.scores[..., 1] <= second)
-    assert model(_ids()).exits is None
+    assert model(text_ids()).exits is None
 
 
 def test_mistakes_are_named(model):
     with pytest.raises(ConfigError, match=r"thresholds: \[0.0\]; must be 2 numbers"):
-        model(_ids(), thresholds=[0.0])
+        model(text_ids(), thresholds=[0.0])
     with pytest.raises(ConfigError, match="thresholds"):
-        model(_ids(), thresholds=[0.0, math.nan])
+        model(text_ids(), thresholds=[0.0, math.nan])
     with pytest.raises(ValueError, match="exactly one"):
         model()
     stages = [{**model.config.stages[0], "kind": "sideways"}]
@@ -312,155 +302,10 @@ def test_mistakes_are_named(model):
 def test_the_attention_asked_for_is_the_base_s(run):
     model = CascadeForCausalLM.from_pretrained(run, attn_implementation="eager")
     assert model.base.model.layers[0].self_attn.config._attn_implementation == "eager"
-    ids = _ids()
+    ids = text_ids()
     expected = CascadeForCausalLM.from_pretrained(run)(ids).logits
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_tuples_are_there_for_those_who_want_them(model):
-    assert isinstance(model(_ids(), return_dict=False), tuple)
-
-
-# --- Auto classes ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import cascade_fast; from transformers import AutoModelForCausalLM",
-        "from transformers import AutoModelForCausalLM; import cascade_fast",
-        "import cascade_fast.modeling; from transformers import AutoModelForCausalLM",
-    ],
-)
-def test_the_auto_classes_know_the_cascade_after_one_import(tiny_runs, imports):
-    script = f"{imports}; print(type(AutoModelForCausalLM.from_pretrained({str(tiny_runs['warm'])!r})).__name__)"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "CascadeForCausalLM"
-
-
-def test_the_package_alone_imports_neither_torch_nor_transformers():
-    script = "import cascade_fast, sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
-
-
-def test_auto_config_alone():
-    script = (
-        "import cascade_fast; from transformers import AutoConfig; print(AutoConfig.for_model('cascade').criterion)"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "entropy"
-
-
-# --- saving and loading ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("self_contained", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_saved_is_what_is_loaded(run, tmp_path, self_contained, dtype):
-    model = CascadeForCausalLM.from_pretrained(run, dtype=dtype)
-    model.save_pretrained(tmp_path / "saved", self_contained=self_contained)
-    other = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    assert other.dtype == dtype
-    ids = _ids()
-    assert torch.equal(model(ids).logits, other(ids).logits)
-    assert other.stages[0].layers[0].input_layernorm.weight.dtype == torch.float32
-    assert other.stages[0].layers[0].mlp.up_proj.weight.dtype == dtype
-    assert other.base.lm_head.weight.data_ptr() == other.base.model.embed_tokens.weight.data_ptr()
-    assert other.generation_config.eos_token_id == 0
-    files = {p.name for p in (tmp_path / "saved").rglob("*") if p.is_file()}
-    assert files >= {"config.json", "README.md", "model.safetensors", "tokenizer.json", "generation_config.json"}
-    assert not any(name.endswith((".bin", ".pt", ".pkl", ".py")) for name in files)
-    assert (tmp_path / "saved" / "model.safetensors").exists() == self_contained
-    assert (tmp_path / "saved" / "stages/1/model.safetensors").exists() != self_contained
-
-
-def test_a_self_contained_folder_needs_nothing_else(tiny_runs, tmp_path, monkeypatch):
-    model = CascadeForCausalLM.from_pretrained(tiny_runs["warm"])
-    model.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
-    assert len(list((tmp_path / "saved").glob("model-*.safetensors"))) > 1
-    monkeypatch.setattr("cascade_fast.modeling.find_base_of", None)
-    other = CascadeForCausalLM.from_pretrained(tmp_path / "saved")
-    ids = _ids()
-    assert torch.equal(model(ids).logits, other(ids).logits)
-    other.save_pretrained(tmp_path / "again")  # with the tokenizer that came along
-    assert (tmp_path / "again" / "tokenizer.json").exists()
-    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert not {"out", "cache_dir"} & set(saved["settings"])  # nobody's folders are published
-
-
-def test_the_base_is_checked_by_its_fingerprint(tiny_runs, tmp_path):
-    run = tiny_runs["warm"]
-    other = tmp_path / "base"
-    shutil.copytree(_settings(run)["base"], other)
-    ids = _ids()
-    moved = CascadeForCausalLM.from_pretrained(run, base_path=str(other))
-    assert torch.equal(moved(ids).logits, CascadeForCausalLM.from_pretrained(run)(ids).logits)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    with pytest.raises(ConfigError, match=r"is another model than the one the stages were trained on: fingerprint \w+"):
-        AutoModelForCausalLM.from_pretrained(run, base_path=str(other))
-    with pytest.raises(ConfigError, match="If it lies elsewhere now, pass base_path"):
-        CascadeForCausalLM.from_pretrained(run, base_path=str(tmp_path / "gone"))
-
-
-def test_what_is_no_finished_cascade_is_refused(tiny_runs, tmp_path):
-    unfinished = tmp_path / "run"
-    unfinished.mkdir()
-    config = json.loads((tiny_runs["warm"] / "config.json").read_text())
-    record = {k: config[k] for k in ("settings", "fingerprints", "versions", "machine")}
-    (unfinished / "config.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match="a training run has it once it is finished"):
-        CascadeForCausalLM.from_pretrained(unfinished)
-    (unfinished / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"stages/1/model.safetensors' is missing, but config.json names 2 stage"):
-        CascadeForCausalLM.from_pretrained(unfinished)
-    nameless = CascadeForCausalLM(CascadeConfig(base_config=config["base_config"]))
-    with pytest.raises(ConfigError, match="self_contained: False; needs to know"):
-        nameless.save_pretrained(tmp_path / "out", self_contained=False)
-
-
-def test_the_model_card_tells_what_it_is(run, tmp_path):
-    CascadeForCausalLM.from_pretrained(run).save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    results = json.loads((run / "results.json").read_text())
-    assert card.startswith("---\nlibrary_name: cascade_fast\n")
-    for number in (results["base"]["val_ppl"], results["final"]["all_token_test_ppl"]):
-        assert f"{number:.4f}" in card
-    assert f"{results['final']['total_parameters']:,}" in card
-    for word in ("base fingerprint", "hard_ratio", "AutoModelForCausalLM.from_pretrained", "| 2 | 2 |"):
-        assert word in card
-    assert "/tmp" not in card
-
-
-def test_push_to_hub_uploads_the_whole_folder(tiny_runs, monkeypatch):
-    import huggingface_hub
-
-    uploaded = {}
-
-    class Api:
-        def __init__(self, token=None):
-            pass
-
-        def create_repo(self, repo_id, **_):
-            return type("Url", (), {"repo_id": f"me/{repo_id}"})
-
-        def upload_folder(self, repo_id, folder_path, **_):
-            from pathlib import Path
-
-            uploaded[repo_id] = {p.name for p in Path(folder_path).iterdir()}
-            return "address"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert CascadeForCausalLM.from_pretrained(tiny_runs["warm"]).push_to_hub("cascade") == "address"
-    assert uploaded["me/cascade"] >= {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
-
-
-def test_a_run_that_kept_no_stage_is_its_base(tiny_settings, tmp_path):
-    from cascade_fast.cascade import run_cascade
-
-    run_cascade(make_config({**tiny_settings, "out": str(tmp_path / "run"), "min_improvement": 0.9}))
-    model = CascadeForCausalLM.from_pretrained(tmp_path / "run")
-    ids = _ids()
-    assert len(model.stages) == 0
-    assert torch.equal(model(ids).logits, _base(tmp_path / "run")(ids).logits)
+    assert isinstance(model(text_ids(), return_dict=False), tuple)
