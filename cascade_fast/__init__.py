@@ -2,10 +2,14 @@
 
 from typing import Any
 
+from cascade_fast import auto_classes
+
 __version__ = "0.1.0"
-__all__ = ["HardTokenGather", "RunConfig", "make_config", "run_cascade"]
+__all__ = ["CascadeConfig", "CascadeForCausalLM", "HardTokenGather", "RunConfig", "make_config", "run_cascade"]
 
 _HOMES = {
+    "CascadeConfig": "configuration",
+    "CascadeForCausalLM": "modeling",
     "HardTokenGather": "hard_token_gather",
     "RunConfig": "config",
     "make_config": "config",
@@ -20,3 +24,6 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+auto_classes.register()

@@ -61,7 +61,7 @@ def cut_blocks(texts: Iterable[str], tokenizer: Any, config: RunConfig) -> Token
         if all(len(blocks[name]) >= wanted[name] for name in SPLITS):
             break
         longest = max(longest, len(ids))
-        cut = [ids[i : i + config.seq_len + 1] for i in range(0, len(ids) - config.seq_len, config.seq_len)]
+        cut = _cut(ids, config.seq_len)
         found += len(cut)
         blocks[split] += cut[: wanted[split] - len(blocks[split])]
     if found == 0:
@@ -79,6 +79,29 @@ def cut_blocks(texts: Iterable[str], tokenizer: Any, config: RunConfig) -> Token
     shape = (-1, config.seq_len + 1)
     ids_by_split = {name: torch.tensor(rows, dtype=torch.int32).reshape(shape) for name, rows in blocks.items()}
     return TokenBlocks(ids_by_split, config.dataset)
+
+
+def text_blocks(config: RunConfig, tokenizer: Any, limit: int | None = None) -> Tensor:
+    """All blocks of ``config.dataset``, or the first ``limit``: ``(blocks, seq_len + 1)`` int32. No splits.
+
+    Raises:
+        ConfigError: as :func:`load_blocks`.
+    """
+    blocks: list[list[int]] = []
+    for ids in _tokenised(load_texts(config), tokenizer):
+        blocks += _cut(ids, config.seq_len)
+        if limit is not None and len(blocks) >= limit:
+            break
+    if not blocks:
+        raise ConfigError(
+            f"dataset: {config.dataset!r}: every text is shorter than one block of seq_len + 1 = {config.seq_len + 1} "
+            f"tokens; lower seq_len"
+        )
+    return torch.tensor(blocks[:limit], dtype=torch.int32)
+
+
+def _cut(ids: list[int], seq_len: int) -> list[list[int]]:
+    return [ids[i : i + seq_len + 1] for i in range(0, len(ids) - seq_len, seq_len)]
 
 
 def _tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:

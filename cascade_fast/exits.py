@@ -61,7 +61,7 @@ def run_stage(
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         output_KD, normed_KD = stage(hidden_in_KD)
     loss_K, entropy_K = token_losses(normed_KD, stage.head, label_K.to(device), dtype=dtype)
-    score_K = -entropy_K if criterion == "entropy" else ops.cosine_score(hidden_in_KD.float(), output_KD)
+    score_K = -entropy_K if criterion == "entropy" else ops.cosine_score(hidden_in_KD.float(), output_KD.float())
     return StageOutput(output_KD.float().cpu(), score_K.cpu(), loss_K.cpu())
 
 

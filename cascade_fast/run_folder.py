@@ -1,6 +1,7 @@
 """The folder of a run: what is in it, who may use it, and whether a run in it may go on.
 
-config.json         every setting as used, versions, machine, fingerprints of base and data
+config.json         every setting as used, versions, machine, fingerprints of base and data; once finished, also the
+                    cascade as ``AutoModelForCausalLM`` reads it
 metrics.jsonl       a record for each epoch and event
 stages/1/ ...       config.json, model.safetensors: the stages that are kept
 cascade.json        base, stages and thresholds: what loads the cascade
@@ -22,6 +23,7 @@ from cascade_fast import __version__
 from cascade_fast.base_model import BaseModel
 from cascade_fast.checkpoint import write_json
 from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig
+from cascade_fast.configuration import CascadeConfig
 from cascade_fast.exits import ExitStage
 from cascade_fast.metrics import MetricsLog, say
 from cascade_fast.report import write_report
@@ -130,6 +132,7 @@ class RunFolder:
     def finish(self, results: dict[str, Any], stages: list[ExitStage], base: BaseModel) -> None:
         """Writes what the run leaves and removes what only a run under way needs."""
         write_json(self.path / "cascade.json", self._cascade(results, stages, base))
+        write_json(self.path / "config.json", self._model_config(results, stages, base))
         write_json(self.path / "results.json", results)
         write_report(self.path)
         self.log.write("end", seconds=results["final"]["seconds"])
@@ -139,18 +142,37 @@ class RunFolder:
         for name in ("training", "hidden"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
+    def _model_config(self, results: dict[str, Any], stages: list[ExitStage], base: BaseModel) -> dict[str, Any]:
+        """The run's record together with the cascade's configuration: the folder loads as a model."""
+        record = _read(self.path / "config.json") or {}
+        final, tokens = results["final"], results["tokens"]
+        ppl = {
+            "validation": (tokens["val"], results["base"]["val_ppl"], final["all_token_val_ppl"]),
+            "test": (tokens["test"], final["base_test_ppl"], final["all_token_test_ppl"]),
+        }
+        config = CascadeConfig(
+            base_config=base.config,
+            base=_reference(base),
+            criterion=results["settings"]["criterion"],
+            stages=[{**entry.stage.config.to_dict(), "threshold": entry.threshold} for entry in stages],
+            self_contained=False,
+            settings=results["settings"],
+            measured={
+                split: {"tokens": n, "base_ppl": before, "cascade_ppl": after}
+                for split, (n, before, after) in ppl.items()
+                if after is not None
+            },
+            architectures=["CascadeForCausalLM"],
+            dtype=record["machine"]["dtype"],
+        )
+        return {**record, **{k: v for k, v in json.loads(config.to_json_string()).items() if k not in record}}
+
     def _cascade(self, results: dict[str, Any], stages: list[ExitStage], base: BaseModel) -> dict[str, Any]:
         """Ties base, stages and thresholds together."""
         settings = results["settings"]
         return {
             "format": CASCADE_FORMAT,
-            "base": {
-                "name": base.name,
-                "source": base.source,
-                "revision": base.revision,
-                "fingerprint": base.fingerprint,
-                "quantization": base.quantization,
-            },
+            "base": {**_reference(base), "quantization": base.quantization},
             "criterion": settings["criterion"],
             "reads": stages[0].stage.config.reads if stages else None,
             "stages": [
@@ -171,6 +193,10 @@ def _choose(config: RunConfig) -> Path:
     now = time.strftime("%Y%m%d-%H%M%S")
     names = (f"{now}-{config.preset}", *(f"{now}.{n}-{config.preset}" for n in range(2, 100)))  # within one second
     return next(RUNS / name for name in names if not (RUNS / name).exists())
+
+
+def _reference(base: BaseModel) -> dict[str, Any]:
+    return {"name": base.name, "source": base.source, "revision": base.revision, "fingerprint": base.fingerprint}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

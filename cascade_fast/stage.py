@@ -152,11 +152,12 @@ class Stage(nn.Module):
         config: the shape.
         head_VD: the base's output head ``(V, D)``, used frozen where ``config.head == "shared"``.
         norm_D: the base's final norm ``(D,)``, where an identity stage starts from.
-        seed: of the new weights.
+        seed: of the new weights; None where trained ones are about to be loaded: nothing is drawn, and a stage that
+            shares the base's head may do without it (its ``head`` is None).
     """
 
     def __init__(
-        self, config: StageConfig, *, head_VD: Tensor | None = None, norm_D: Tensor | None = None, seed: int = 0
+        self, config: StageConfig, *, head_VD: Tensor | None = None, norm_D: Tensor | None = None, seed: int | None = 0
     ) -> None:
         super().__init__()
         self.config = config
@@ -164,12 +165,13 @@ class Stage(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if config.head == "own" else None
         if config.head == "shared":
-            if head_VD is None:
+            if head_VD is None and seed is not None:
                 raise ValueError("head_VD: None; a stage with head 'shared' needs the base's output head")
             # Not a parameter of the stage: saved once with the base, never trained.
-            self.shared_head: Tensor
+            self.shared_head: Tensor  # None only in a stage made to be loaded into
             self.register_buffer("shared_head", head_VD, persistent=False)
-        self._initialise(norm_D, seed)
+        if seed is not None:
+            self._initialise(norm_D, seed)
 
     @torch.no_grad()
     def _initialise(self, norm_D: Tensor | None, seed: int) -> None:

@@ -77,6 +77,13 @@ def english_texts(count: int, length: int, start: int = 0) -> list[str]:
     return [whole[i : i + length] for i in range(start, start + count * length, length)]
 
 
+def text_ids(rows: int = 4, length: int = 24) -> torch.Tensor:
+    """Token ids of pieces of text, so that tokens leave at every exit."""
+    text = torch.tensor(byte_tokenizer()("".join(english_texts(30, 200)))["input_ids"])
+    starts = torch.randint(0, len(text) - length, (rows, 1))
+    return text[starts + torch.arange(length)]
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
@@ -93,9 +100,36 @@ def tiny_data(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny_settings(tiny_base, tiny_data) -> dict:
     """Settings of a run that takes a second or two."""
+    return _settings(tiny_base, tiny_data)
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tiny_base, tiny_data, tmp_path_factory) -> dict[str, Path]:
+    """Finished runs with two stages each: ``warm`` (entropy, shared head) and ``seed`` (cosine, own heads)."""
+    from cascade_fast.cascade import run_cascade
+    from cascade_fast.config import make_config
+
+    folder = tmp_path_factory.mktemp("runs")
+    runs = {}
+    for preset in ("warm", "seed"):
+        settings = {
+            **_settings(tiny_base, tiny_data),
+            "preset": preset,
+            "out": str(folder / preset),
+            "cache_dir": str(folder / "cache"),
+            "store_dtype": "float32",
+            "accept": "always",
+            "num_stages": 2,
+            "test_blocks": 12,
+        }
+        runs[preset] = run_cascade(make_config(settings)).path
+    return runs
+
+
+def _settings(base: Path, data: Path) -> dict:
     return {
-        "base": str(tiny_base),
-        "dataset": str(tiny_data),
+        "base": str(base),
+        "dataset": str(data),
         "seq_len": 32,
         "train_blocks": 40,
         "val_blocks": 12,

@@ -12,15 +12,15 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import from those below it and from modules of its own layer that stand before it.
 LAYERS = [
-    ["config"],
+    ["auto_classes", "config"],
     ["ops.reference", "ops.backends", "ops.schema", "ops"],
     ["checkpoint", "metrics", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage"],
     ["hard_token_gather", "fused_base", "base_model", "data", "adamw8bit", "optim", "exits"],
-    ["base_pass", "memory_plan", "roofline", "stage_trainer", "report"],
-    ["run_folder"],
-    ["cascade"],
-    ["train", "env", "plan"],
+    ["configuration", "base_pass", "memory_plan", "roofline", "stage_trainer", "report"],
+    ["cascade_weights", "model_card", "modeling", "run_folder"],
+    ["cascade", "evaluation"],
+    ["train", "env", "plan", "generate", "evaluate"],
 ]
 ORDER = {f"cascade_fast.{name}": i for i, name in enumerate(name for layer in LAYERS for name in layer)}
 SOURCES = sorted((ROOT / "cascade_fast").rglob("*.py"))

@@ -11,8 +11,10 @@ from cascade_fast.base_pass import base_pass
 from cascade_fast.cascade import run_cascade
 from cascade_fast.config import make_config
 from cascade_fast.data import load_blocks
+from cascade_fast.evaluation import measure
 from cascade_fast.exits import ExitStage, evaluate_exits
 from cascade_fast.hardware import choose_dtype
+from cascade_fast.modeling import CascadeForCausalLM
 from cascade_fast.selection import select_hardest
 from cascade_fast.stage import Stage, StageConfig
 
@@ -95,3 +97,9 @@ def test_a_run_from_end_to_end(cache, tmp_path):
     assert results["stages"][0]["train_hard"] == 461  # floor(0.6 * 767) + 1
     assert results["base"]["parameters"] == 134_515_008
     assert results["stages"][0]["all_token_val_ppl"] < results["base"]["val_ppl"] * 1.02
+    # The folder loads as a model, whose numbers are the run's.
+    model = CascadeForCausalLM.from_pretrained(run.path)
+    config = make_config(results["settings"])
+    blocks = load_blocks(config, find_base(config).tokenizer()).ids["val"]
+    measured = measure(model, blocks, model.config.thresholds)
+    assert measured.perplexity == pytest.approx(results["final"]["all_token_val_ppl"], rel=2e-3)

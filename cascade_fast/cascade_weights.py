@@ -1,0 +1,74 @@
+"""A cascade without its base's weights: ``stages/<n>/model.safetensors`` and a reference to the base.
+
+A training run leaves its stages so, and ``save_pretrained(..., self_contained=False)`` writes them so.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cascade_fast.base_model import BaseModel, find_base
+from cascade_fast.config import ConfigError, make_config
+from cascade_fast.configuration import CascadeConfig
+from cascade_fast.exits import ExitStage
+
+FILES = ["*.json", "*.jinja", "stages/*"]  # what is read of such a folder on the hub
+
+
+def local_folder(name: Any, **hub: Any) -> Path:
+    """The folder of that name, or a snapshot of the hub's repository."""
+    if Path(name).is_dir():
+        return Path(name)
+    import huggingface_hub
+
+    return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=FILES, **hub))
+
+
+def find_base_of(config: CascadeConfig, base_path: str | None = None) -> BaseModel:
+    """The base that the stages were trained on, found by the name it had then or at ``base_path``.
+
+    Raises:
+        ConfigError: not found, or another model than the one of training (fingerprint of configuration and weights).
+    """
+    name = base_path or config.base.get("name")
+    if name is None:
+        raise ConfigError("base: the configuration names none; pass base_path")
+    settings: dict[str, Any] = {"base": str(name), "seq_len": 2}
+    cache = config.settings.get("cache_dir")
+    if cache is not None and Path(cache).is_dir():
+        settings["cache_dir"] = cache
+    try:
+        base = find_base(make_config(settings))
+    except ConfigError as error:
+        raise ConfigError(f"{error}. If it lies elsewhere now, pass base_path") from error
+    if base.fingerprint != config.base["fingerprint"]:
+        raise ConfigError(
+            f"base: {name!r} is another model than the one the stages were trained on: fingerprint "
+            f"{base.fingerprint:.12}, then {config.base['fingerprint']:.12}"
+        )
+    return base
+
+
+def thin_state(folder: Path, config: CascadeConfig, base: BaseModel) -> dict[str, Tensor]:
+    """The weights of base and stages under the names they have in ``CascadeForCausalLM``, mapped from their files.
+
+    Raises:
+        ConfigError: a stage's file is missing.
+    """
+    state: dict[str, Tensor] = {}
+    for file in sorted(Path(base.path).glob("*.safetensors")):
+        state |= {f"base.{name}": tensor for name, tensor in load_file(file).items()}
+    for number in range(1, len(config.stages) + 1):
+        file = folder / "stages" / str(number) / "model.safetensors"
+        if not file.is_file():
+            raise ConfigError(f"stages: {str(file)!r} is missing, but config.json names {len(config.stages)} stage(s)")
+        state |= {f"stages.{number - 1}.{name}": tensor for name, tensor in load_file(file).items()}
+    return state
+
+
+def write_stages(folder: Path, config: CascadeConfig, stages: nn.ModuleList) -> None:
+    """The stages as a training run leaves them."""
+    for number, (stage, threshold) in enumerate(zip(stages, config.thresholds, strict=True), 1):
+        ExitStage(stage, threshold).save(folder / "stages" / str(number), criterion=config.criterion)  # type: ignore[arg-type]

@@ -1,0 +1,324 @@
+"""``CascadeForCausalLM``: base and stages as one Hugging Face causal language model with real skipping.
+
+The base reads every token; a stage computes only the tokens that enter it, and each token's logits are those of the
+exit where it leaves. The key/value cache is the base's: an appended stage sees each token alone and needs none.
+
+Shape legend: B sequences, S sequence length, T kept positions of a sequence, N = B * T tokens, K those of them that
+have come to an exit, D hidden size, V vocabulary, E doors (one before each stage).
+"""
+
+import copy
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from cascade_fast import ops
+from cascade_fast.cascade_weights import find_base_of, local_folder, thin_state, write_stages
+from cascade_fast.checkpoint import atomic_write_text
+from cascade_fast.config import ConfigError
+from cascade_fast.configuration import CascadeConfig
+from cascade_fast.criteria import token_entropy
+from cascade_fast.model_card import render_card
+from cascade_fast.selection import select_below
+from cascade_fast.stage import Stage
+
+
+@dataclass
+class CascadeOutput(CausalLMOutputWithPast):
+    """Also, where asked for with ``output_exits``:
+
+    ``exits``: (B, T) int64, 0 for the base, k for stage k, -1 for padding. ``scores``: (B, T, E) float32, the score at
+    the door of stage 1, 2, ..., low = hard; NaN where the token did not come to that door.
+    """
+
+    exits: Tensor | None = None
+    scores: Tensor | None = None
+
+
+class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
+    """A cascade. ``base`` is the base model as transformers has it, ``stages`` the trained stages in order."""
+
+    config_class = CascadeConfig
+    config: CascadeConfig
+    _no_split_modules = ["StageLayer"]  # noqa: RUF012 (as transformers has it)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    # As in training: norms in float32, whatever the dtype of the matrices.
+    _keep_in_fp32_modules_strict = ["stages.*norm"]  # noqa: RUF012
+
+    def __init__(self, config: CascadeConfig) -> None:
+        super().__init__(config)
+        self.base = AutoModelForCausalLM.from_config(config.base_config)
+        self.stages = nn.ModuleList(Stage(config.stage_config(n + 1), seed=None) for n in range(len(config.stages)))
+        self.base_folder: str | None = None  # where the base was found; its tokenizer is there
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_exits: bool = False,
+        thresholds: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> CascadeOutput:
+        """Every token's logits at its own exit.
+
+        Args:
+            input_ids: (B, S); or ``inputs_embeds`` (B, S, D).
+            attention_mask: (B, past + S), 0 for padding, on either side. Padding enters no stage.
+            labels: (B, S); the loss is transformers': shifted, -100 ignored, the mean over what is left.
+            logits_to_keep: the last so many positions (0: all), or their indices; the others get no logits and enter
+                no stage.
+            output_exits: also return the exit of every token and its scores.
+            thresholds: instead of the trained ones, one for each stage; -inf closes a stage and those behind it.
+
+        Returns:
+            :class:`CascadeOutput`; ``logits`` (B, T, V).
+
+        Raises:
+            ConfigError: another number of thresholds than stages, or NaN among them.
+            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: give exactly one of them")
+        doors = self._doors(thresholds)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        with self._residual_stream() as residual:
+            read = self.base.model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        last_BTD = read.last_hidden_state[:, kept]
+        reads_BTD = residual[0][:, kept] if self.config.reads == "residual" else last_BTD
+        valid_BT = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            valid_BT = attention_mask[:, -inputs_embeds.shape[1] :][:, kept].bool()
+        logits_NV, exit_N, score_NE = self._cascade(
+            inputs_embeds[:, kept].flatten(0, 1),
+            last_BTD.flatten(0, 1),
+            reads_BTD.flatten(0, 1),
+            None if valid_BT is None else valid_BT.flatten(),
+            doors,
+        )
+        shape = last_BTD.shape[:2]
+        logits = logits_NV.unflatten(0, shape)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CascadeOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=read.past_key_values,
+            hidden_states=read.hidden_states,
+            attentions=read.attentions,
+            exits=exit_N.unflatten(0, shape) if output_exits else None,
+            scores=score_NE.unflatten(0, shape) if output_exits else None,
+        )
+
+    def _doors(self, thresholds: Sequence[float] | None) -> list[float]:
+        """The thresholds in use, up to the first that lets no token in."""
+        doors = self.config.thresholds if thresholds is None else [float(t) for t in thresholds]
+        if len(doors) != len(self.stages) or any(math.isnan(t) for t in doors):
+            raise ConfigError(f"thresholds: {doors}; must be {len(self.stages)} numbers, one for each stage")
+        return doors[: doors.index(-math.inf)] if -math.inf in doors else doors
+
+    @contextmanager
+    def _residual_stream(self) -> Iterator[list[Tensor]]:
+        """What goes into the base's final norm, which transformers does not return."""
+        kept: list[Tensor] = []
+        hook = self.base.model.norm.register_forward_pre_hook(lambda _module, args: kept.append(args[0]))
+        try:
+            yield kept
+        finally:
+            hook.remove()
+
+    def _cascade(
+        self, embedded_ND: Tensor, last_ND: Tensor, reads_ND: Tensor, valid_N: Tensor | None, doors: list[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sends N tokens through base and stages: logits (N, V), exits (N,) and scores (N, E)."""
+        n, device = last_ND.shape[0], last_ND.device
+        exit_N = torch.zeros(n, dtype=torch.int64, device=device)
+        if valid_N is not None:
+            exit_N[~valid_N] = -1
+        score_NE = torch.full((n, len(self.stages)), math.nan, device=device)
+        token_K = torch.arange(n, device=device)  # which tokens have come this far
+        before_KD, after_KD, normed_KD, hidden_KD = embedded_ND, last_ND, last_ND, reads_ND
+        logits_NV: Tensor | None = None
+        for number, threshold in enumerate([*doors, None]):
+            if threshold is None:  # the last exit takes all that is left
+                return self._put(logits_NV, self._head(number, normed_KD), token_K, n), exit_N, score_NE
+            if self.config.criterion == "entropy":
+                rows_KV = self._head(number, normed_KD)
+                score_K = -token_entropy(rows_KV)
+                logits_NV = self._put(logits_NV, rows_KV, token_K, n)
+            else:
+                score_K = ops.cosine_score(before_KD.detach().float(), after_KD.detach().float())
+            if valid_N is not None and number == 0:
+                score_K = score_K.masked_fill(~valid_N, math.nan)  # NaN is below no threshold: padding enters no stage
+            score_NE[token_K, number] = score_K
+            hard_J = select_below(score_K, threshold)
+            if self.config.criterion != "entropy":  # logits only of those that leave: nobody asks for the others'
+                easy_K = torch.ones_like(token_K, dtype=torch.bool).index_fill_(0, hard_J, False)
+                if easy_K.any():
+                    logits_NV = self._put(logits_NV, self._head(number, normed_KD[easy_K]), token_K[easy_K], n)
+            if len(hard_J) == 0:
+                break
+            before_KD, (token_K,) = ops.gather_rows(hidden_KD, hard_J, (token_K,))
+            exit_N[token_K] = number + 1
+            output_KD, normed_KD, hidden_KD = self._run_stage(number, before_KD, last_ND.dtype)
+            before_KD, after_KD = before_KD.float(), output_KD.float()
+        assert logits_NV is not None
+        return logits_NV, exit_N, score_NE
+
+    def _head(self, exit_: int, normed_KD: Tensor) -> Tensor:
+        """Logits of the base (exit 0) or of stage ``exit_``; a stage without a head of its own uses the base's."""
+        stage: Any = self.stages[exit_ - 1] if exit_ else None
+        head = self.base.lm_head if stage is None or stage.lm_head is None else stage.lm_head
+        return head(normed_KD.to(head.weight.dtype))
+
+    @staticmethod
+    def _put(logits_NV: Tensor | None, rows_KV: Tensor, token_K: Tensor, n: int) -> Tensor:
+        """Rows of tokens in ascending order into the logits of all; in place, as these are the largest tensor here."""
+        if len(token_K) == n:
+            return rows_KV
+        if logits_NV is None:
+            logits_NV = rows_KV.new_empty(n, rows_KV.shape[1])
+        return logits_NV.index_copy_(0, token_K, rows_KV.to(logits_NV.dtype))
+
+    def _run_stage(self, index: int, hidden_KD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Takes K tokens through a stage: its output, what its head takes, and what the next stage reads.
+
+        As in training: matrix products in the base's dtype, everything else in float32, and what is handed on in
+        bfloat16 if the base computes so, else in float32. The one place that knows how a stage is run.
+        """
+        autocast = nullcontext() if dtype == torch.float32 else torch.autocast(hidden_KD.device.type, dtype)
+        with autocast:
+            output_KD, normed_KD = self.stages[index](hidden_KD)
+        return output_KD, normed_KD, output_KD.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+
+    # --- loading and saving ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, base_path: str | None = None, **kwargs: Any
+    ) -> "CascadeForCausalLM":
+        """Loads the folder of a finished run, or what :meth:`save_pretrained` wrote, from disk or the hub.
+
+        Args:
+            base_path: for a folder without the base's weights: where the base is now, if not where it was in training
+                (hub id, folder, .gguf file). Its fingerprint is checked either way.
+            kwargs: as in transformers (``dtype``, ``device_map``, ...); the default dtype is the one of training.
+
+        Raises:
+            ConfigError: no finished cascade there, a base that is not found or whose fingerprint differs, or stages
+                that do not fit it.
+        """
+        config = kwargs.pop("config", None)
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, config=config, **kwargs)
+        hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
+        if not isinstance(config, CascadeConfig):
+            config = CascadeConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
+        if config.self_contained:
+            model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+            model.base_folder = str(pretrained_model_name_or_path)
+            return model
+        folder = local_folder(pretrained_model_name_or_path, **hub)
+        base = find_base_of(config, base_path)
+        plain = {name: value for name, value in kwargs.items() if name not in hub}
+        dtype = plain.pop("dtype", None) or plain.pop("torch_dtype", None) or config.dtype or torch.float32
+        model = super().from_pretrained(
+            None, *args, config=config, state_dict=thin_state(folder, config, base), dtype=dtype, **plain
+        )
+        model.base_folder = base.path
+        if (Path(base.path) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(base.path)
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        return model
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], *, self_contained: bool = True, **kwargs: Any
+    ) -> None:
+        """Writes the cascade, its tokenizer and a model card: a folder that can be uploaded as it is.
+
+        Args:
+            self_contained: with the base's weights, as sharded safetensors (``kwargs`` as in transformers, such as
+                ``max_shard_size``); otherwise only the stages, and a reference to the base with its fingerprint.
+
+        Raises:
+            ConfigError: without the base's weights, but it is not known where the base came from.
+        """
+        folder = Path(save_directory)
+        if not self_contained and not self.config.base.get("fingerprint"):
+            raise ConfigError("self_contained: False; needs to know where the base came from, and this model does not")
+        before, self.config = self.config, copy.deepcopy(self.config)
+        try:
+            self.config.self_contained, self.config.settings = self_contained, before.portable_settings()
+            if self_contained:
+                super().save_pretrained(folder, **kwargs)
+            else:
+                self.config.architectures, self.config.dtype = [type(self).__name__], self.dtype
+                self.config.save_pretrained(folder)
+                self.generation_config.save_pretrained(folder)
+                write_stages(folder, self.config, self.stages)
+            self._save_tokenizer(folder)
+            atomic_write_text(folder / "README.md", render_card(self.config, parameters=self.num_parameters()))
+        finally:
+            self.config = before
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        if self.base_folder is None:
+            return
+        with suppress(OSError, ValueError):  # the base has none: the model is whole without it
+            AutoTokenizer.from_pretrained(self.base_folder).save_pretrained(folder)
+
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, *, self_contained: bool = True, private: bool | None = None, token: Any = None
+    ) -> str:
+        """Uploads what :meth:`save_pretrained` writes, model card included; the address of the commit."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, self_contained=self_contained)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload cascade"))
+
+
+AutoModelForCausalLM.register(CascadeConfig, CascadeForCausalLM, exist_ok=True)

@@ -1,0 +1,206 @@
+"""Evaluation: its numbers are training's, what it counts is what ran, and the command line writes what it says."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cascade_fast import evaluate
+from cascade_fast.base_model import find_base
+from cascade_fast.config import make_config
+from cascade_fast.data import load_blocks, text_blocks
+from cascade_fast.evaluation import bootstrap_difference, evaluate_cascade, measure, sweep_threshold
+from cascade_fast.modeling import CascadeForCausalLM
+
+
+@pytest.fixture(params=["warm", "seed"])
+def run(request, tiny_runs):
+    return tiny_runs[request.param]
+
+
+def _loaded(run, split="val"):
+    config = make_config(json.loads((run / "config.json").read_text())["settings"])
+    blocks = load_blocks(config, find_base(config).tokenizer()).ids[split]
+    return CascadeForCausalLM.from_pretrained(run).requires_grad_(False), blocks
+
+
+def test_the_rows_are_the_run_s_numbers(run):
+    model, blocks = _loaded(run)
+    results = json.loads((run / "results.json").read_text())
+    found = evaluate_cascade(model, blocks, batch_tokens=100)
+    rows = found["rows"]
+    assert [row["name"] for row in rows] == ["base", "+ stage 1", "+ stages 1-2"]
+    expected = [results["base"]["val_ppl"], *(s["all_token_val_ppl"] for s in results["stages"])]
+    assert [row["perplexity"] for row in rows] == pytest.approx(expected, rel=1e-5)
+    assert rows[2]["exit_share"] == pytest.approx(list(results["final"]["exit_share"].values()))
+    assert all(0 < row["accuracy"] < 1 and row["seconds"] > 0 for row in rows)
+    for row in rows:
+        assert row["difference"] == pytest.approx(row["perplexity"] - rows[0]["perplexity"])
+        assert row["difference_low"] <= row["difference"] <= row["difference_high"]
+    assert (rows[0]["difference_low"], rows[0]["difference_high"]) == (0, 0)
+
+
+def test_layers_are_those_that_ran(run):
+    model, blocks = _loaded(run)
+    for row in evaluate_cascade(model, blocks, count_flops=False)["rows"]:
+        shares = row["exit_share"]
+        # The tiny base has three layers, a stage two; a token in stage 2 has been through stage 1.
+        assert row["layers_per_token"] == pytest.approx(3 + 2 * shares[1] + 4 * shares[2])
+        assert row["flops_per_token"] is None
+    assert not any(layer._forward_hooks for layer in model.base.model.layers)
+
+
+def test_flops_are_those_of_the_matrix_products_that_ran(run):
+    model, blocks = _loaded(run)
+    products = [0]
+
+    def add(linear, args, _output):
+        products[0] += 2 * args[0].shape[:-1].numel() * linear.in_features * linear.out_features
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(add)
+    tokens = blocks.shape[0] * 32
+    # Scores and weighted values: two products of 32 x 32 for each of 4 heads of size 8, in 3 layers.
+    attention = blocks.shape[0] * 3 * 4 * 2 * (2 * 32 * 32 * 8)
+    for thresholds in ([-math.inf] * 2, model.config.thresholds, [math.inf] * 2):
+        products[0] = 0
+        measured = measure(model, blocks, thresholds, count_flops=True)
+        assert measured.flops == products[0] + attention
+        assert measured.loss_BS.numel() == tokens
+
+
+def test_the_easy_and_the_hard_apart(run):
+    model, blocks = _loaded(run)
+    found = evaluate_cascade(model, blocks, count_flops=False)
+    doors, rows = found["doors"], found["rows"]
+    assert [door["exit"] for door in doors] == ["base", "stage 1"]
+    tokens = blocks.shape[0] * 32
+    assert doors[0]["easy_tokens"] + doors[0]["hard_tokens"] == tokens
+    assert doors[1]["easy_tokens"] + doors[1]["hard_tokens"] == doors[0]["hard_tokens"]
+
+    def together(door, hard):
+        parts = [(door["easy_tokens"], door["easy_perplexity"]), (door["hard_tokens"], door[hard])]
+        return math.exp(sum(n * math.log(ppl) for n, ppl in parts) / sum(n for n, _ in parts))
+
+    # The first door's parts make up all tokens: had all left at the base, and where they did leave.
+    assert together(doors[0], "hard_perplexity_here") == pytest.approx(rows[0]["perplexity"], rel=1e-5)
+    assert together(doors[0], "hard_perplexity_at_its_exit") == pytest.approx(rows[2]["perplexity"], rel=1e-5)
+    arrived = together(doors[1], "hard_perplexity_at_its_exit")
+    assert arrived == pytest.approx(doors[0]["hard_perplexity_at_its_exit"], rel=1e-5)
+
+
+def test_the_bootstrap_s_interval():
+    generator = torch.Generator().manual_seed(1)
+    base = 3 + torch.randn(200, 16, generator=generator) * 0.5
+    better = base - 0.1 + torch.randn(200, 16, generator=generator) * 0.3
+    low, high = bootstrap_difference(better, base)
+    truth = (better.double().mean().exp() - base.double().mean().exp()).item()
+    assert low < truth < high < 0
+    # Against the normal approximation: exp(mean) varies by exp(mean) times the mean's standard error.
+    scale = better.double().mean().exp() * better.double().mean(1) - base.double().mean().exp() * base.double().mean(1)
+    assert high - low == pytest.approx(2 * 1.96 * scale.std().item() / 200**0.5, rel=0.15)
+    assert bootstrap_difference(better, base) == (low, high)
+    assert all(math.isnan(x) for x in bootstrap_difference(better[:1], base[:1]))
+
+
+def test_the_sweep_goes_from_the_base_to_every_token(run):
+    model, blocks = _loaded(run)
+    rows = sweep_threshold(model, blocks, points=4)
+    assert len(rows) == 5
+    assert [row["threshold"] for row in rows] == sorted(row["threshold"] for row in rows)
+    entered = [1 - row["exit_share"][0] for row in rows if not row["trained"]]
+    assert entered == pytest.approx([0, 1 / 3, 2 / 3, 1], abs=0.005)
+    assert [row["flops_per_token"] for row in rows] == sorted(row["flops_per_token"] for row in rows)
+    whole = evaluate_cascade(model, blocks, count_flops=False)["rows"]
+    assert rows[0]["perplexity"] == pytest.approx(whole[0]["perplexity"])
+    (trained,) = (row for row in rows if row["trained"])
+    assert trained["perplexity"] == pytest.approx(whole[2]["perplexity"])
+    with pytest.raises(ValueError, match="points: 1"):
+        sweep_threshold(model, blocks, points=1)
+
+
+def test_all_blocks_of_a_text(tiny_settings):
+    config = make_config({**tiny_settings, "seq_len": 50})
+    tokenizer = find_base(config).tokenizer()
+    blocks = text_blocks(config, tokenizer)
+    texts = [json.loads(line)["text"] for line in Path(config.dataset).read_text().splitlines()]
+    assert blocks.shape == (sum((len(tokenizer(text)["input_ids"]) - 1) // 50 for text in texts), 51)
+    assert torch.equal(text_blocks(config, tokenizer, limit=7), blocks[:7])
+    splits = load_blocks(config, tokenizer).ids
+    assert torch.equal(blocks[:39], splits["train"][:39])
+
+
+def _main(capsys, *argv):
+    code = evaluate.main([str(part) for part in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_line_writes_what_it_says(run, tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("all.json", "table.csv", "sweep.csv")}
+    code, out, err = _main(
+        capsys, run, "--split", "test", "--json", files["all.json"], "--csv", files["table.csv"],
+        "--sweep-threshold", files["sweep.csv"], "--sweep-points", "3", "--device", "cpu",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    results = json.loads((run / "results.json").read_text())["final"]
+    found = json.loads(files["all.json"].read_text())
+    assert found["rows"][0]["perplexity"] == pytest.approx(results["base_test_ppl"], rel=1e-5)
+    assert found["rows"][2]["perplexity"] == pytest.approx(results["all_token_test_ppl"], rel=1e-5)
+    assert found["data"]["tokens"] == 384
+    assert f"perplexity {results['all_token_test_ppl']:.4f}" in out
+    with files["table.csv"].open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["perplexity"]) for row in table] == [row["perplexity"] for row in found["rows"]]
+    assert [float(row["exit_2"]) for row in table] == [row["exit_share"][2] for row in found["rows"]]
+    with files["sweep.csv"].open() as file:
+        assert len(list(csv.DictReader(file))) == len(found["sweep"]) == 4
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_another_text_and_a_saved_cascade(tiny_runs, tiny_data, tmp_path, capsys):
+    CascadeForCausalLM.from_pretrained(tiny_runs["warm"]).save_pretrained(tmp_path / "saved")
+    how = ["--dataset", tiny_data, "--blocks", "9", "--seq-len", "40", "--no-flops", "--device", "cpu"]
+    outputs = []
+    for folder in (tiny_runs["warm"], tmp_path / "saved"):
+        code, _, _ = _main(capsys, folder, *how, "--json", tmp_path / "all.json")
+        assert code == 0
+        outputs.append(json.loads((tmp_path / "all.json").read_text()))
+    assert outputs[0]["data"]["tokens"] == 360
+    assert outputs[0]["doors"] == outputs[1]["doors"]
+    assert outputs[0]["rows"][2]["flops_per_token"] is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--blocks", "0"], "blocks: 0; must be at least 1"),
+        (["--batch-tokens", "0"], "batch_tokens: 0; must be at least 1"),
+        (["--text-columns", "text"], "text_columns: ['text']; is of --dataset, which is not given"),
+        (["--dataset", "no-such.json"], "dataset: 'no-such.json'; no such file or folder"),
+        (["--seq-len", "4000"], "seq_len: 4000; the base has 64 positions"),
+        (["--json", "no/such/folder/x.json"], "json: 'no/such/folder/x.json'; its folder does not exist"),
+        (["--sweep-threshold", "x.csv", "--sweep-points", "1"], "sweep_points: 1; must be at least 2"),
+    ],
+)
+def test_a_mistake_is_one_line(tiny_runs, capsys, wrong, said):
+    code, _, err = _main(capsys, tiny_runs["warm"], *wrong)
+    assert (code, said in err, len(err.strip().splitlines())) == (2, True, 1)
+
+
+def test_a_cascade_that_kept_no_stage(tiny_settings, tmp_path, capsys):
+    from cascade_fast.cascade import run_cascade
+
+    run_cascade(make_config({**tiny_settings, "out": str(tmp_path / "run"), "min_improvement": 0.9}))
+    capsys.readouterr()
+    assert _main(capsys, tmp_path / "run", "--json", tmp_path / "all.json", "--device", "cpu")[0] == 0
+    found = json.loads(Path(tmp_path / "all.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["base"]
+    assert found["doors"] == []
+    code, _, err = _main(capsys, tmp_path / "run", "--sweep-threshold", tmp_path / "s.csv")
+    assert (code, "kept no stage" in err) == (2, True)

@@ -1,0 +1,173 @@
+"""The cascade's folder: known to the Auto classes, saved and loaded whole or without its base, told by a card."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import text_ids
+from transformers import AutoModelForCausalLM
+
+from cascade_fast.config import ConfigError, make_config
+from cascade_fast.configuration import CascadeConfig
+from cascade_fast.modeling import CascadeForCausalLM
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(params=["warm", "seed"])
+def run(request, tiny_runs):
+    return tiny_runs[request.param]
+
+
+def _settings(run):
+    return json.loads((run / "config.json").read_text())["settings"]
+
+
+# --- Auto classes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import cascade_fast; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import cascade_fast",
+        "import cascade_fast.modeling; from transformers import AutoModelForCausalLM",
+    ],
+)
+def test_the_auto_classes_know_the_cascade_after_one_import(tiny_runs, imports):
+    script = f"{imports}; print(type(AutoModelForCausalLM.from_pretrained({str(tiny_runs['warm'])!r})).__name__)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "CascadeForCausalLM"
+
+
+def test_the_package_alone_imports_neither_torch_nor_transformers():
+    script = "import cascade_fast, sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_auto_config_alone():
+    script = (
+        "import cascade_fast; from transformers import AutoConfig; print(AutoConfig.for_model('cascade').criterion)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "entropy"
+
+
+# --- saving and loading ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("self_contained", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_saved_is_what_is_loaded(run, tmp_path, self_contained, dtype):
+    model = CascadeForCausalLM.from_pretrained(run, dtype=dtype)
+    model.save_pretrained(tmp_path / "saved", self_contained=self_contained)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert other.dtype == dtype
+    ids = text_ids()
+    assert torch.equal(model(ids).logits, other(ids).logits)
+    assert other.stages[0].layers[0].input_layernorm.weight.dtype == torch.float32
+    assert other.stages[0].layers[0].mlp.up_proj.weight.dtype == dtype
+    assert other.base.lm_head.weight.data_ptr() == other.base.model.embed_tokens.weight.data_ptr()
+    assert other.generation_config.eos_token_id == 0
+    files = {p.name for p in (tmp_path / "saved").rglob("*") if p.is_file()}
+    assert files >= {"config.json", "README.md", "model.safetensors", "tokenizer.json", "generation_config.json"}
+    assert not any(name.endswith((".bin", ".pt", ".pkl", ".py")) for name in files)
+    assert (tmp_path / "saved" / "model.safetensors").exists() == self_contained
+    assert (tmp_path / "saved" / "stages/1/model.safetensors").exists() != self_contained
+
+
+def test_a_self_contained_folder_needs_nothing_else(tiny_runs, tmp_path, monkeypatch):
+    model = CascadeForCausalLM.from_pretrained(tiny_runs["warm"])
+    model.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
+    assert len(list((tmp_path / "saved").glob("model-*.safetensors"))) > 1
+    monkeypatch.setattr("cascade_fast.modeling.find_base_of", None)
+    other = CascadeForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = text_ids()
+    assert torch.equal(model(ids).logits, other(ids).logits)
+    other.save_pretrained(tmp_path / "again")  # with the tokenizer that came along
+    assert (tmp_path / "again" / "tokenizer.json").exists()
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert not {"out", "cache_dir"} & set(saved["settings"])  # nobody's folders are published
+
+
+def test_the_base_is_checked_by_its_fingerprint(tiny_runs, tmp_path):
+    run = tiny_runs["warm"]
+    other = tmp_path / "base"
+    shutil.copytree(_settings(run)["base"], other)
+    ids = text_ids()
+    moved = CascadeForCausalLM.from_pretrained(run, base_path=str(other))
+    assert torch.equal(moved(ids).logits, CascadeForCausalLM.from_pretrained(run)(ids).logits)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    with pytest.raises(ConfigError, match=r"is another model than the one the stages were trained on: fingerprint \w+"):
+        AutoModelForCausalLM.from_pretrained(run, base_path=str(other))
+    with pytest.raises(ConfigError, match="If it lies elsewhere now, pass base_path"):
+        CascadeForCausalLM.from_pretrained(run, base_path=str(tmp_path / "gone"))
+
+
+def test_what_is_no_finished_cascade_is_refused(tiny_runs, tmp_path):
+    unfinished = tmp_path / "run"
+    unfinished.mkdir()
+    config = json.loads((tiny_runs["warm"] / "config.json").read_text())
+    record = {k: config[k] for k in ("settings", "fingerprints", "versions", "machine")}
+    (unfinished / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="a training run has it once it is finished"):
+        CascadeForCausalLM.from_pretrained(unfinished)
+    (unfinished / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"stages/1/model.safetensors' is missing, but config.json names 2 stage"):
+        CascadeForCausalLM.from_pretrained(unfinished)
+    nameless = CascadeForCausalLM(CascadeConfig(base_config=config["base_config"]))
+    with pytest.raises(ConfigError, match="self_contained: False; needs to know"):
+        nameless.save_pretrained(tmp_path / "out", self_contained=False)
+
+
+def test_the_model_card_tells_what_it_is(run, tmp_path):
+    CascadeForCausalLM.from_pretrained(run).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    results = json.loads((run / "results.json").read_text())
+    assert card.startswith("---\nlibrary_name: cascade_fast\n")
+    for number in (results["base"]["val_ppl"], results["final"]["all_token_test_ppl"]):
+        assert f"{number:.4f}" in card
+    assert f"{results['final']['total_parameters']:,}" in card
+    for word in ("base fingerprint", "hard_ratio", "AutoModelForCausalLM.from_pretrained", "| 2 | 2 |"):
+        assert word in card
+    assert "/tmp" not in card
+
+
+def test_push_to_hub_uploads_the_whole_folder(tiny_runs, monkeypatch):
+    import huggingface_hub
+
+    uploaded = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return type("Url", (), {"repo_id": f"me/{repo_id}"})
+
+        def upload_folder(self, repo_id, folder_path, **_):
+            from pathlib import Path
+
+            uploaded[repo_id] = {p.name for p in Path(folder_path).iterdir()}
+            return "address"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert CascadeForCausalLM.from_pretrained(tiny_runs["warm"]).push_to_hub("cascade") == "address"
+    assert uploaded["me/cascade"] >= {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_a_run_that_kept_no_stage_is_its_base(tiny_settings, tmp_path):
+    from cascade_fast.cascade import run_cascade
+
+    run_cascade(make_config({**tiny_settings, "out": str(tmp_path / "run"), "min_improvement": 0.9}))
+    model = CascadeForCausalLM.from_pretrained(tmp_path / "run")
+    ids = text_ids()
+    assert len(model.stages) == 0
+    assert torch.equal(
+        model(ids).logits, AutoModelForCausalLM.from_pretrained(tiny_settings["base"], dtype=torch.float32)(ids).logits
+    )
