@@ -22,6 +22,7 @@ import torch
 
 from cascade_fast.checkpoint import file_sha256
 from cascade_fast.config import ConfigError, RunConfig
+from cascade_fast.second_look import check_second_look
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -71,7 +72,8 @@ def find_base(config: RunConfig) -> BaseModel:
     """Finds ``config.base`` and checks that a cascade can be built on it; downloads or converts it if need be.
 
     Raises:
-        ConfigError: nothing of that name, not of the Llama family, or ``seq_len`` beyond its positions.
+        ConfigError: nothing of that name, not of the Llama family, ``seq_len`` beyond its positions, or one that a
+            second look cannot copy.
     """
     source, path, revision = _locate(config.base, cache_folder(config))
     hf_config = _read_config(config.base, path, revision)
@@ -82,6 +84,8 @@ def find_base(config: RunConfig) -> BaseModel:
     longest = hf_config.max_position_embeddings
     if config.seq_len > longest:
         raise ConfigError(f"seq_len: {config.seq_len}; {config.base!r} has {longest} positions")
+    if config.stage_kind == "second-look":
+        check_second_look(config.base, hf_config, layers=config.layers_per_stage, seq_len=config.seq_len)
     return BaseModel(config.base, source, path, revision, hf_config, _fingerprint(config.base, path))
 
 

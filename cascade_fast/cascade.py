@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cascade_fast import ops
 from cascade_fast.base_model import BaseModel, cache_folder, find_base
@@ -20,17 +21,19 @@ from cascade_fast.exits import (
     TOKENS_AT_ONCE,
     ExitEvaluation,
     ExitStage,
+    advance,
     evaluate_exits,
     handed_on_dtype,
-    run_stage,
 )
 from cascade_fast.hardware import choose_device, choose_dtype, keep_freed_memory
 from cascade_fast.hidden_store import HiddenStore, StoreError
 from cascade_fast.metrics import MetricsLog, Progress, format_count, peak_rss_bytes, say, say_table
 from cascade_fast.run_folder import RunFolder
+from cascade_fast.second_look import SecondLookConfig, SecondLookStage
 from cascade_fast.selection import check_finite, select_below, select_hardest
 from cascade_fast.stage import Stage, StageConfig
-from cascade_fast.stage_trainer import StageTokens, StageTrainer, StageTraining
+from cascade_fast.stage_tokens import StageTokens, stage_tokens
+from cascade_fast.stage_trainer import StageTrainer, StageTraining
 
 
 class NonFiniteLoss(RuntimeError):
@@ -55,33 +58,43 @@ class CascadeRun:
     def train(self) -> None:
         """Steps 3 to 6 of the algorithm, for each stage."""
         config = self.config
-        train, val = self.base_pass.stores["train"], self.base_pass.stores["val"]
+        # What the base and each stage so far have left. Tokens on their way are in the last store; a second look
+        # attends to all of them.
+        train, val = [self.base_pass.stores["train"]], [self.base_pass.stores["val"]]
         perplexity = self._all_tokens("val").perplexity
         for number in range(1, config.num_stages + 1):
-            check_finite(train["score"], train["sequence"], train["position"])
-            selection = select_hardest(train["score"], config.hard_ratio)
-            hard = StageTokens(train, selection.index_K)
-            hard_val = self._hard_validation_tokens(val, selection.threshold)
-            if len(hard_val) == 0:
+            check_finite(train[-1]["score"], train[-1]["sequence"], train[-1]["position"])
+            selection = select_hardest(train[-1]["score"], config.hard_ratio)
+            hard = stage_tokens(config.stage_kind, train, selection.index_K)
+            hard_val_index_K = self._hard_validation_index(val[-1], selection.threshold)
+            if len(hard_val_index_K) == 0:
                 say(
                     f"stage {number}: no validation token is hard at threshold {selection.threshold:.4f}; stopping here"
                 )
                 break
+            hard_val = stage_tokens(config.stage_kind, val, hard_val_index_K)
             record = self._stage(number, selection.threshold, hard, hard_val, perplexity)
             if not record["accepted"] or record["stopped"] in ("time is up", "non-finite loss"):
                 break
             perplexity = record["all_token_val_ppl"]
             if number < config.num_stages:
-                train, val = self._advance(number, hard, "train"), self._advance(number, hard_val, "val")
+                train = [*train, self._advance(number, hard, "train")]
+                val = [*val, self._advance(number, hard_val, "val")]
 
-    def _hard_validation_tokens(self, val: HiddenStore, threshold: float) -> StageTokens:
+    def _hard_validation_index(self, val: HiddenStore, threshold: float) -> Tensor:
         """By the training threshold, as inference must; or, as the seed did, by validation's own quantile."""
         if self.config.val_selection == "quantile":
-            return StageTokens(val, select_hardest(val["score"], self.config.hard_ratio).index_K)
-        return StageTokens(val, select_below(val["score"], threshold))
+            return select_hardest(val["score"], self.config.hard_ratio).index_K
+        return select_below(val["score"], threshold)
 
-    def _new_stage(self, number: int) -> Stage:
+    def _new_stage(self, number: int) -> Stage | SecondLookStage:
         config = self.config
+        if config.stage_kind == "second-look":  # a copy of the stage before, the first of the base
+            look = SecondLookConfig.of_base(self.base.config, layers=config.layers_per_stage)
+            weights = {**self.base_pass.layers, "norm.weight": self.base_pass.norm_D}
+            if self.stages:
+                weights = self.stages[-1].stage.state_dict()
+            return SecondLookStage(look, head_VD=self.base_pass.head_VD, weights=weights)
         shape = StageConfig.from_base(
             self.base.config, layers=config.layers_per_stage, init=config.init, head=config.head, reads=config.reads
         )
@@ -137,10 +150,14 @@ class CascadeRun:
         self.records.append(record)
         self.log.write("stage", **{k: v for k, v in record.items() if k != "epochs"})
         self.folder.write_stage_record(number, record, self.log.size())
+        if self.config.stage_kind == "append":  # a second look attends to what every exit before it has left
+            self.folder.drop_hidden(number - 2)
         _say_stage(record)
         return record
 
-    def _train_stage(self, stage: Stage, number: int, hard: StageTokens, hard_val: StageTokens) -> StageTraining:
+    def _train_stage(
+        self, stage: Stage | SecondLookStage, number: int, hard: StageTokens, hard_val: StageTokens
+    ) -> StageTraining:
         trainer = StageTrainer(
             stage,
             hard,
@@ -185,20 +202,22 @@ class CascadeRun:
             pass  # not there yet, or half-written by a run that was killed: made anew, the same bits
         meta = {"stage": number, "split": split}
         store = HiddenStore.create(
-            folder, len(hard), source.hidden.shape[1], handed_on_dtype(source), with_loss=True, meta=meta
+            folder,
+            len(hard),
+            source.hidden.shape[1],
+            handed_on_dtype(source),
+            with_loss=True,
+            meta=meta,
+            kv_shape=source["kv"].shape[1:] if "kv" in source else None,
         )
+        first = 0
         with Progress(f"{split} tokens through stage {number}", len(hard)) as progress:
-            for first in range(0, len(hard), TOKENS_AT_ONCE):
-                rows = slice(first, min(first + TOKENS_AT_ONCE, len(hard)))
-                carried = (source["label"], source["sequence"], source["position"])
-                hidden_KD, (label_K, sequence_K, position_K) = ops.gather_rows(
-                    source.hidden, hard.index_K[rows], carried
-                )
-                result = run_stage(self.stages[-1].stage, hidden_KD, label_K, **self._how)
-                store["hidden"][rows] = result.hidden_KD.to(store.hidden.dtype)
-                store["label"][rows], store["sequence"][rows], store["position"][rows] = label_K, sequence_K, position_K
-                store["score"][rows], store["loss"][rows] = result.score_K, result.loss_K
-                progress.advance(len(label_K))
+            for picked in torch.arange(hard.units).split(hard.units_of(TOKENS_AT_ONCE)):
+                last = first + hard.count(picked)
+                for name, array in advance(self.stages[-1].stage, hard, picked, **self._how).items():
+                    store[name][first:last] = array
+                progress.advance(last - first)
+                first = last
         return store.finish()
 
     # --- results -----------------------------------------------------------------------------------------------------

@@ -110,11 +110,14 @@ class RunFolder:
         return None if found is None else found["record"]
 
     def write_stage_record(self, number: int, record: dict[str, Any], metrics_size: int) -> None:
-        """Marks the stage as done; its checkpoints and the hidden states it was trained on are no longer needed."""
+        """Marks the stage as done; its checkpoints are no longer needed."""
         write_json(self.training(number) / "result.json", {"record": record, "metrics_size": metrics_size})
         for file in self.training(number).glob("*.safetensors"):
             file.unlink()
-        shutil.rmtree(self.path / "hidden" / f"stage-{number - 2}", ignore_errors=True)
+
+    def drop_hidden(self, number: int) -> None:
+        """Removes the hidden states that stage ``number`` has left, if there are any."""
+        shutil.rmtree(self.path / "hidden" / f"stage-{number}", ignore_errors=True)
 
     def metrics_before(self, number: int) -> int:
         """How long ``metrics.jsonl`` was when training of stage ``number`` began."""
@@ -151,6 +154,7 @@ class RunFolder:
                 "fingerprint": base.fingerprint,
             },
             "criterion": settings["criterion"],
+            "kind": settings["stage_kind"],
             "reads": stages[0].stage.config.reads if stages else None,
             "stages": [
                 {"folder": f"stages/{n}", "threshold": entry.threshold, "layers": entry.stage.config.layers}
