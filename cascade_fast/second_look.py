@@ -135,17 +135,21 @@ class SecondLookAttention(nn.Module):
         if self.query_key_norm:
             query_KHE, key_KGE = self.q_norm(query_KHE), self.k_norm(key_KGE)
         query_KHE, key_KGE = apply_rotary_pos_emb(query_KHE.float(), key_KGE.float(), *angles, unsqueeze_dim=1)
-        query_KHE, key_KGE = query_KHE.to(value_KGE.dtype), key_KGE.to(value_KGE.dtype)
+        # Masked attention on the CPU takes twice as long in bfloat16 as in float32 (33 ms against 17, forward and
+        # backward, 7 sequences of SmolLM2 on AVX512-BF16).
+        dtype = torch.float32 if x_KD.device.type == "cpu" else value_KGE.dtype
+        query_KHE, key_KGE, value_KGE = query_KHE.to(dtype), key_KGE.to(dtype), value_KGE.to(dtype)
         sequences = pack.kv_BSL2GE.shape[0]
         room = query_KHE.new_zeros(sequences * pack.queries, self.heads * self.head_dim)
         query_PX = ops.scatter_rows(query_KHE.flatten(1), pack.slot_K, room)
         query_BHQE = query_PX.view(sequences, pack.queries, self.heads, self.head_dim).transpose(1, 2)
-        attended_BHQE = nn.functional.scaled_dot_product_attention(
-            query_BHQE,
-            self._overlay(key_KGE, pack, layer, 0),
-            self._overlay(value_KGE, pack, layer, 1),
-            attn_mask=mask_B1QS,
-        )
+        with torch.autocast(x_KD.device.type, enabled=False):  # the dtype is chosen
+            attended_BHQE = nn.functional.scaled_dot_product_attention(
+                query_BHQE,
+                self._overlay(key_KGE, pack, layer, 0),
+                self._overlay(value_KGE, pack, layer, 1),
+                attn_mask=mask_B1QS,
+            )
         attended_KX, _ = ops.gather_rows(attended_BHQE.transpose(1, 2).reshape(room.shape), pack.slot_K)
         return self.o_proj(attended_KX), torch.stack((key_KGE, value_KGE), dim=1)
 

@@ -85,8 +85,9 @@ class SequenceTokens(StageTokens):
     def batch(self, picked: Tensor, device: torch.device) -> tuple[SequencePack, Tensor]:
         store, count_B = self.store, self.count_U[picked]
         hidden_KD, (label_K, position_K) = ops.gather_rows(
-            store.hidden, self.rows(picked), (store["label"], store["position"].long())
+            store.hidden, self.rows(picked), (store["label"], store["position"])
         )
+        position_K = position_K.long()
         sequence_K = torch.arange(len(picked)).repeat_interleave(count_B)
         rank_K = _ranges(torch.zeros_like(count_B), count_B)
         queries = int(count_B.max())
