@@ -118,6 +118,7 @@ def _meta(
     }
     if config.stage_kind == "second-look":
         meta["second_look_layers"] = config.layers_per_stage
+        meta["kv"] = config.kv
     return {**meta, "fingerprint": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
 
 
@@ -188,7 +189,7 @@ def _resume_or_create(
         pass  # nothing usable there: begin anew
     tokens = n_blocks * seq_len
     kv_shape = None
-    if "second_look_layers" in meta:
+    if meta.get("kv") == "store":
         kv_shape = SecondLookConfig.of_base(base_config, layers=meta["second_look_layers"]).kv_shape
     hidden_size = base_config.hidden_size
     store = HiddenStore.create(folder, tokens, hidden_size, dtype, with_loss=with_loss, meta=meta, kv_shape=kv_shape)
@@ -211,10 +212,10 @@ def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, done: int, criterion: 
         for first in range(done, ids_BT.shape[0], at_once):
             ids = ids_BT[first : first + at_once].to(device, torch.int64)
             embedded_BSD = model.model.embed_tokens(ids[:, :-1])
-            output = model.model(inputs_embeds=embedded_BSD, use_cache=bool(copied))
+            output = model.model(inputs_embeds=embedded_BSD, use_cache="kv" in store)
             last_BSD = output.last_hidden_state
             kept = {"hidden": (residual["hidden"] if reads == "residual" else last_BSD).flatten(0, 1)}
-            if copied:
+            if "kv" in store:
                 kept["kv"] = _keys_and_values(output.past_key_values, len(copied))
             if store.hidden.dtype == torch.float16 and any(t.abs().max() > FLOAT16_MAX for t in kept.values()):
                 return False

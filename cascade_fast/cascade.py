@@ -4,8 +4,10 @@ The algorithm is :meth:`CascadeRun.train`; what surrounds it (what is said and w
 ``run_folder.py``.
 """
 
+import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,14 +67,14 @@ class CascadeRun:
         for number in range(1, config.num_stages + 1):
             check_finite(train[-1]["score"], train[-1]["sequence"], train[-1]["position"])
             selection = select_hardest(train[-1]["score"], config.hard_ratio)
-            hard = stage_tokens(config.stage_kind, train, selection.index_K)
+            hard = stage_tokens(config.stage_kind, train, selection.index_K, self.recompute)
             hard_val_index_K = self._hard_validation_index(val[-1], selection.threshold)
             if len(hard_val_index_K) == 0:
                 say(
                     f"stage {number}: no validation token is hard at threshold {selection.threshold:.4f}; stopping here"
                 )
                 break
-            hard_val = stage_tokens(config.stage_kind, val, hard_val_index_K)
+            hard_val = stage_tokens(config.stage_kind, val, hard_val_index_K, self.recompute)
             record = self._stage(number, selection.threshold, hard, hard_val, perplexity)
             if not record["accepted"] or record["stopped"] in ("time is up", "non-finite loss"):
                 break
@@ -90,17 +92,34 @@ class CascadeRun:
     def _new_stage(self, number: int) -> Stage | SecondLookStage:
         config = self.config
         if config.stage_kind == "second-look":  # a copy of the stage before, the first of the base
-            look = SecondLookConfig.of_base(self.base.config, layers=config.layers_per_stage)
-            weights = {**self.base_pass.layers, "norm.weight": self.base_pass.norm_D}
-            if self.stages:
-                weights = self.stages[-1].stage.state_dict()
-            return SecondLookStage(look, head_VD=self.base_pass.head_VD, weights=weights)
+            return self._second_look(self.stages[-1].stage.state_dict() if self.stages else None)
         shape = StageConfig.from_base(
             self.base.config, layers=config.layers_per_stage, init=config.init, head=config.head, reads=config.reads
         )
         shared = self.base_pass.head_VD if config.head == "shared" else None
         norm_D = self.stages[-1].stage.norm.weight if self.stages else self.base_pass.norm_D
         return Stage(shape, head_VD=shared, norm_D=norm_D, seed=config.seed + number)
+
+    def _second_look(self, weights: dict[str, Tensor] | None = None) -> SecondLookStage:
+        """With ``weights``, or the base's own."""
+        shape = SecondLookConfig.of_base(self.base.config, layers=self.config.layers_per_stage)
+        if weights is None:
+            weights = {**self.base_pass.layers, "norm.weight": self.base_pass.norm_D}
+        return SecondLookStage(shape, head_VD=self.base_pass.head_VD, weights=weights)
+
+    @functools.cached_property
+    def recompute(self) -> Callable[[Tensor], Tensor] | None:
+        """The base's keys and values anew, from its residual stream; None where the base pass has kept them."""
+        if self.config.stage_kind != "second-look" or self.config.kv == "store":
+            return None
+        frozen = self._second_look().eval().requires_grad_(False).to(self.device)
+        kv_dtype = handed_on_dtype(self.base_pass.stores["train"])
+
+        def keys_and_values(hidden_BSD: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                return frozen.keys_and_values(hidden_BSD.to(self.device)).to("cpu", kv_dtype)
+
+        return keys_and_values
 
     def _stage(
         self, number: int, threshold: float, hard: StageTokens, hard_val: StageTokens, perplexity: float
@@ -191,7 +210,12 @@ class CascadeRun:
 
     def _all_tokens(self, split: str, stages: list[ExitStage] | None = None) -> ExitEvaluation:
         """The cascade so far (or the one of ``stages``) over every token of a split, each at its own exit."""
-        return evaluate_exits(self.stages if stages is None else stages, self.base_pass.stores[split], **self._how)
+        return evaluate_exits(
+            self.stages if stages is None else stages,
+            self.base_pass.stores[split],
+            recompute=self.recompute,
+            **self._how,
+        )
 
     def _advance(self, number: int, hard: StageTokens, split: str) -> HiddenStore:
         """The hard tokens after stage ``number``: the store of the next stage. Order, positions, labels are kept."""
@@ -208,7 +232,7 @@ class CascadeRun:
             handed_on_dtype(source),
             with_loss=True,
             meta=meta,
-            kv_shape=source["kv"].shape[1:] if "kv" in source else None,
+            kv_shape=self.stages[-1].stage.config.kv_shape,
         )
         first = 0
         with Progress(f"{split} tokens through stage {number}", len(hard)) as progress:

@@ -109,6 +109,13 @@ class RunConfig:
         choices=STAGE_KINDS,
     )
     layers_per_stage: int = _setting(8, "stages", "decoder layers in each stage")
+    kv: str = _setting(
+        "store",
+        "stages",
+        "the base's keys and values for a second look: kept on disk by the base pass, or recomputed for every batch by "
+        "a frozen copy of the layers",
+        choices=("store", "recompute"),
+    )
     init: str = _setting(
         "identity",
         "stages",
@@ -186,6 +193,8 @@ class RunConfig:
         self._require("seed", 0 <= self.seed < 2**63, "must be in [0, 2^63)")
         if self.text_columns and self.text_template is not None:
             raise ConfigError("text_columns and text_template are both given; give one")
+        if self.kv == "recompute" and self.stage_kind != "second-look":
+            raise ConfigError(f"kv: {self.kv!r}; stages of kind {self.stage_kind} use none: must be store")
         if self.stage_kind == "second-look" and self.init != "identity":
             raise ConfigError(
                 f"init: {self.init!r}; a second look starts as the base's own layers, with its head: init must be "

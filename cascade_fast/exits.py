@@ -1,5 +1,6 @@
 """Dynamic exit: every token leaves the cascade as early as it can, with the logits of where it leaves."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,12 +125,18 @@ class ExitEvaluation:
 
 
 def evaluate_exits(
-    stages: list[ExitStage], store: HiddenStore, *, criterion: str, device: torch.device, dtype: torch.dtype
+    stages: list[ExitStage],
+    store: HiddenStore,
+    *,
+    criterion: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    recompute: Callable[[Tensor], Tensor] | None = None,
 ) -> ExitEvaluation:
     """Sends every token of a base pass's store through the cascade.
 
     A token whose score is above stage 1's threshold keeps the base's loss; otherwise it enters stage 1, and so on;
-    the last stage takes all that is left.
+    the last stage takes all that is left. ``recompute``: see :class:`SequenceTokens`.
     """
     loss_N = store["loss"].clone()
     exit_N = torch.zeros(len(store), dtype=torch.int64)
@@ -145,7 +152,7 @@ def evaluate_exits(
             hard_J = select_below(stores[-1]["score"], entry.threshold)
             if len(hard_J) == 0:
                 break
-            tokens = stage_tokens(kind, stores, hard_J)
+            tokens = stage_tokens(kind, stores, hard_J, recompute)
             arrays = advance(
                 entry.stage, tokens, torch.arange(tokens.units), criterion=criterion, device=device, dtype=dtype
             )

@@ -221,6 +221,17 @@ class SecondLookStage(nn.Module):
                 left.append(kv_K2GE)
         return x_KD, self.norm(x_KD)
 
+    @torch.no_grad()
+    def keys_and_values(self, hidden_BSD: Tensor) -> Tensor:
+        """``(B, S, L, 2, G, E)`` of whole sequences, every token of which goes through these layers: for a stage that
+        has not been trained, the base's own."""
+        sequences, seq_len = hidden_BSD.shape[:2]
+        row_N = torch.arange(sequences * seq_len, device=hidden_BSD.device)
+        nothing = hidden_BSD.new_zeros(1).expand(sequences, seq_len, *self.config.kv_shape)  # all of it is laid over
+        left: list[Tensor] = []
+        self(SequencePack(hidden_BSD.flatten(0, 1), row_N % seq_len, row_N, row_N, seq_len, nothing), left)
+        return torch.stack(left, dim=1).unflatten(0, (sequences, seq_len))
+
     def decayed_only(self) -> list[nn.Parameter]:
         """Parameters that never get a gradient: none."""
         return []

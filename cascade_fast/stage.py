@@ -71,6 +71,11 @@ class StageConfig:
             query_key_norm=base_config.model_type == "qwen3",
         )
 
+    @property
+    def kv_shape(self) -> tuple[int, int, int, int] | None:
+        """(L, 2, G, E): the keys and values a token leaves; None where each token stands for itself."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -6,7 +6,7 @@ Shape legend: K hard tokens, D hidden size, U units, B sequences of a batch, S s
 heads, E head size; 2 is (key, value).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,11 +60,15 @@ class SequenceTokens(StageTokens):
         stores: the base's, with every token of its sequences, then what each stage so far has left, with the tokens
             that went through it. All have ``kv``; a later one's stands over those before it.
         index_K: rows of the hard tokens in the last store, ``(K,)`` int64, ascending, K >= 1.
+        recompute: ``hidden (B, S, D) -> kv (B, S, L, 2, G, E)`` of the base, where its store has no ``kv``.
     """
 
-    def __init__(self, stores: Sequence[HiddenStore], index_K: Tensor) -> None:
+    def __init__(
+        self, stores: Sequence[HiddenStore], index_K: Tensor, recompute: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__(stores[-1], index_K)
         self.stores = stores
+        self.recompute = recompute
         self.seq_len = int(stores[0]["position"][-1]) + 1
         self.sequence_U, self.count_U = torch.unique_consecutive(self.store["sequence"][index_K], return_counts=True)
         self.start_U = self.count_U.cumsum(0) - self.count_U
@@ -104,8 +108,11 @@ class SequenceTokens(StageTokens):
     def _keys_and_values(self, sequence_B: Tensor) -> Tensor:
         """``(B, S, L, 2, G, E)``: of every token, what its latest exit has left."""
         base, *later = self.stores
-        blocks = base["kv"].unflatten(0, (-1, self.seq_len))
-        kv_BSL2GE = blocks[(sequence_B - base["sequence"][0]).long()]
+        block_B = (sequence_B - base["sequence"][0]).long()
+        if self.recompute is None:
+            kv_BSL2GE = base["kv"].unflatten(0, (-1, self.seq_len))[block_B]
+        else:
+            kv_BSL2GE = self.recompute(base.hidden.unflatten(0, (-1, self.seq_len))[block_B])
         if later and later[-1]["kv"].dtype != kv_BSL2GE.dtype:
             kv_BSL2GE = kv_BSL2GE.to(later[-1]["kv"].dtype)  # float16 to float32
         kv_NL2GE = kv_BSL2GE.flatten(0, 1)
@@ -118,9 +125,14 @@ class SequenceTokens(StageTokens):
         return kv_BSL2GE
 
 
-def stage_tokens(kind: str, stores: Sequence[HiddenStore], index_K: Tensor) -> StageTokens:
+def stage_tokens(
+    kind: str,
+    stores: Sequence[HiddenStore],
+    index_K: Tensor,
+    recompute: Callable[[Tensor], Tensor] | None = None,
+) -> StageTokens:
     """The tokens ``index_K`` of the last of ``stores``, for a stage of ``kind``."""
-    return SequenceTokens(stores, index_K) if kind == "second-look" else StageTokens(stores[-1], index_K)
+    return SequenceTokens(stores, index_K, recompute) if kind == "second-look" else StageTokens(stores[-1], index_K)
 
 
 def _ranges(start_B: Tensor, count_B: Tensor) -> Tensor:

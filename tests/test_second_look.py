@@ -331,6 +331,25 @@ def test_micro_batches_add_up(look_settings, tmp_path):
     assert losses[1] == [pytest.approx(epoch, abs=1e-4) for epoch in losses[0]]
 
 
+def test_recomputed_keys_and_values_are_the_base_s(look_settings, tmp_path):
+    base, _, passed = _passed(look_settings, tmp_path)
+    val = passed.stores["val"]
+    with torch.no_grad():
+        kv = _stage(base, passed).keys_and_values(val.hidden.unflatten(0, (-1, 32)))
+    torch.testing.assert_close(kv.flatten(0, 1), val["kv"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_that_recomputes_is_the_run_that_stores(look_settings, tmp_path):
+    runs = [_run(look_settings, tmp_path / kv, accept="always", kv=kv) for kv in ("store", "recompute")]
+    losses = [[(e["train_loss"], e["val_loss"]) for s in r["stages"] for e in s["epochs"]] for _, r in runs]
+    assert losses[1] == [pytest.approx(epoch, abs=1e-4) for epoch in losses[0]]
+    finals = [results["final"] for _, results in runs]
+    assert finals[1]["all_token_test_ppl"] == pytest.approx(finals[0]["all_token_test_ppl"], rel=1e-4)
+    assert finals[1]["stages_kept"] == 2
+    _, _, passed = _passed(look_settings, tmp_path, kv="recompute")
+    assert "kv" not in passed.stores["train"]
+
+
 # --- what it refuses -------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +357,8 @@ def test_what_makes_no_sense_is_refused(tiny_settings):
     look = {**tiny_settings, "stage_kind": "second-look"}
     with pytest.raises(ConfigError, match="init: 'random'; a second look starts as the base's own layers"):
         make_config({**look, "init": "random"})
+    with pytest.raises(ConfigError, match="kv: 'recompute'; stages of kind append use none"):
+        make_config({**tiny_settings, "kv": "recompute"})
     with pytest.raises(ConfigError, match="init: 'random'"):
         make_config({**look, "preset": "seed"})
     with pytest.raises(ConfigError, match="head: shared"):
