@@ -26,6 +26,7 @@ from torch import Tensor
 from cascade_fast.checkpoint import file_sha256
 from cascade_fast.config import ConfigError, RunConfig
 from cascade_fast.fused_base import fuse
+from cascade_fast.second_look import check_second_look
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -121,8 +122,8 @@ def find_base(config: RunConfig) -> BaseModel:
     """Finds ``config.base`` and checks that a cascade can be built on it; downloads or converts it if need be.
 
     Raises:
-        ConfigError: nothing of that name, not of the Llama family, ``seq_len`` beyond its positions, or a package
-            that is missing.
+        ConfigError: nothing of that name, not of the Llama family, ``seq_len`` beyond its positions, a package that is
+            missing, or one that a second look cannot copy.
     """
     _check_quantization(config.base_quantization)
     source, path, revision = _locate(config.base, cache_folder(config))
@@ -134,6 +135,13 @@ def find_base(config: RunConfig) -> BaseModel:
     longest = hf_config.max_position_embeddings
     if config.seq_len > longest:
         raise ConfigError(f"seq_len: {config.seq_len}; {config.base!r} has {longest} positions")
+    if config.stage_kind == "second-look":
+        if config.base_quantization != "none":
+            raise ConfigError(
+                f"base_quantization: {config.base_quantization!r}; must be none with stage_kind second-look, which "
+                "copies the base's layers"
+            )
+        check_second_look(config.base, hf_config, layers=config.layers_per_stage, seq_len=config.seq_len)
     fingerprint = _fingerprint(config.base, path)
     return BaseModel(config.base, source, path, revision, hf_config, fingerprint, config.base_quantization)
 

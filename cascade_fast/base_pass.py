@@ -1,10 +1,12 @@
 """The base pass: the frozen base reads every block once and leaves a hidden store for each split.
 
-Per token it keeps what the stage reads (the residual stream before the final norm, or the last hidden state), the
-difficulty score and, where they are needed, the loss of the base's logits. Logits are never all in memory, and are
-not computed at all for training tokens unless the criterion needs them. Layers in between are not kept.
+Per token it keeps what the stage reads (the residual stream before the final norm, or the last hidden state; for a
+second look the residual stream before the layers it copies, and their keys and values), the difficulty score and, where
+they are needed, the loss of the base's logits. Logits are never all in memory, and are not computed at all for training
+tokens unless the criterion needs them. Layers in between are not kept.
 """
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -27,6 +29,7 @@ from cascade_fast.hardware import release_memory
 from cascade_fast.hidden_store import HiddenStore, StoreError
 from cascade_fast.losses import token_losses
 from cascade_fast.metrics import Progress
+from cascade_fast.second_look import SecondLookConfig
 from cascade_fast.selection import check_finite
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
@@ -37,11 +40,13 @@ SAVE_PROGRESS_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class BasePass:
-    """What the base leaves behind. ``head_VD`` and ``norm_D`` are its output head and final norm, for the stages."""
+    """What the base leaves behind. ``head_VD`` and ``norm_D`` are its output head and final norm, for the stages;
+    ``layers`` are the weights that a second look copies, under its own names (empty for appended stages)."""
 
     stores: dict[str, HiddenStore]
     head_VD: Tensor
     norm_D: Tensor
+    layers: dict[str, Tensor]
     parameters: int
     seconds: float
     reused: bool
@@ -73,7 +78,7 @@ def base_pass(
         _prune(folder.parent)
         done = _open(folder, meta["fingerprint"])
     assert done is not None
-    return BasePass(done.stores, done.head_VD, done.norm_D, parameters, seconds, reused=False)
+    return dataclasses.replace(done, seconds=seconds, reused=False)
 
 
 def _read_all(
@@ -91,7 +96,10 @@ def _read_all(
         for split in SPLITS:
             with_loss = split != "train" or config.criterion == "entropy"
             _run_split(model, blocks.ids[split], folder / split, config, meta, progress, with_loss)
-        save_tensors(folder / "head.safetensors", {"head": model.lm_head.weight, "norm": model.model.norm.weight})
+        tensors = {"head": model.lm_head.weight, "norm": model.model.norm.weight}
+        for number, layer in enumerate(_copied_layers(model, meta)):
+            tensors |= {f"layers.{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
+        save_tensors(folder / "head.safetensors", tensors)
         return model.num_parameters(), progress.seconds()  # numel() of a 4-bit weight counts bytes, not numbers
 
 
@@ -99,7 +107,7 @@ def _meta(
     base: BaseModel, blocks: TokenBlocks, config: RunConfig, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Everything the stored values depend on, and its hash."""
-    meta = {
+    meta: dict[str, Any] = {
         "base": base.fingerprint,
         "blocks": blocks.fingerprint(),
         "reads": config.reads,
@@ -111,6 +119,9 @@ def _meta(
         "torch": torch.__version__,
         "cascade_fast": __version__,
     }
+    if config.stage_kind == "second-look":
+        meta["second_look_layers"] = config.layers_per_stage
+        meta["kv"] = config.kv
     return {**meta, "fingerprint": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
 
 
@@ -121,7 +132,16 @@ def _open(folder: Path, fingerprint: str) -> BasePass | None:
         tensors = load_file(folder / "head.safetensors")
     except (OSError, ValueError, StoreError):
         return None
-    return BasePass(stores, tensors["head"], tensors["norm"], record["parameters"], record["seconds"], reused=True)
+    layers = {name: tensor for name, tensor in tensors.items() if name.startswith("layers.")}
+    return BasePass(
+        stores, tensors["head"], tensors["norm"], layers, record["parameters"], record["seconds"], reused=True
+    )
+
+
+def _copied_layers(model: Any, meta: dict[str, Any]) -> list[Any]:
+    """The base's layers that a second look copies; none for appended stages."""
+    count = meta.get("second_look_layers", 0)
+    return list(model.model.layers[len(model.model.layers) - count :])
 
 
 def _prune(folder: Path) -> None:
@@ -142,7 +162,7 @@ def _run_split(
     """Fills the store of one split, in the narrowest dtype that holds what the base computes."""
     start = progress.done
     for store_dtype in _store_dtypes(config, model.dtype):
-        store, done = _resume_or_create(folder, ids_BT, store_dtype, model.config.hidden_size, with_loss, meta)
+        store, done = _resume_or_create(folder, ids_BT, store_dtype, model.config, with_loss, meta)
         progress.restart(start + done * config.seq_len)
         if _fill(model, ids_BT, store, done, config.criterion, progress):
             store.finish()
@@ -159,7 +179,7 @@ def _store_dtypes(config: RunConfig, computed: torch.dtype) -> list[torch.dtype]
 
 
 def _resume_or_create(
-    folder: Path, ids_BT: Tensor, dtype: torch.dtype, hidden_size: int, with_loss: bool, meta: dict[str, Any]
+    folder: Path, ids_BT: Tensor, dtype: torch.dtype, base_config: Any, with_loss: bool, meta: dict[str, Any]
 ) -> tuple[HiddenStore, int]:
     """A writable store and how many of its blocks are done."""
     n_blocks, seq_len = ids_BT.shape[0], ids_BT.shape[1] - 1
@@ -171,7 +191,12 @@ def _resume_or_create(
     except (OSError, ValueError, KeyError, StoreError):
         pass  # nothing usable there: begin anew
     tokens = n_blocks * seq_len
-    return HiddenStore.create(folder, tokens, hidden_size, dtype, with_loss=with_loss, meta=meta), 0
+    kv_shape = None
+    if meta.get("kv") == "store":
+        kv_shape = SecondLookConfig.of_base(base_config, layers=meta["second_look_layers"]).kv_shape
+    hidden_size = base_config.hidden_size
+    store = HiddenStore.create(folder, tokens, hidden_size, dtype, with_loss=with_loss, meta=meta, kv_shape=kv_shape)
+    return store, 0
 
 
 @torch.inference_mode()
@@ -182,15 +207,20 @@ def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, done: int, criterion: 
     at_once = max(1, TOKENS_AT_ONCE.get(device.type, 2048) // seq_len)
     reads = store.meta["reads"]
     residual: dict[str, Tensor] = {}
-    hook = model.model.norm.register_forward_pre_hook(lambda _module, args: residual.update(hidden=args[0]))
+    copied = _copied_layers(model, store.meta)
+    entry = copied[0] if copied else model.model.norm
+    hook = entry.register_forward_pre_hook(lambda _module, args: residual.update(hidden=args[0]))
     last_saved = time.monotonic()
     try:
         for first in range(done, ids_BT.shape[0], at_once):
             ids = ids_BT[first : first + at_once].to(device, torch.int64)
             embedded_BSD = model.model.embed_tokens(ids[:, :-1])
-            last_BSD = model.model(inputs_embeds=embedded_BSD, use_cache=False).last_hidden_state
-            kept_ND = (residual["hidden"] if reads == "residual" else last_BSD).flatten(0, 1)
-            if store.hidden.dtype == torch.float16 and kept_ND.abs().max() > FLOAT16_MAX:
+            output = model.model(inputs_embeds=embedded_BSD, use_cache="kv" in store)
+            last_BSD = output.last_hidden_state
+            kept = {"hidden": (residual["hidden"] if reads == "residual" else last_BSD).flatten(0, 1)}
+            if "kv" in store:
+                kept["kv"] = _keys_and_values(output.past_key_values, len(copied))
+            if store.hidden.dtype == torch.float16 and any(t.abs().max() > FLOAT16_MAX for t in kept.values()):
                 return False
             label_N = ids[:, 1:].flatten()
             loss_N = entropy_N = None
@@ -208,7 +238,8 @@ def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, done: int, criterion: 
             position_N = torch.arange(seq_len, dtype=torch.int32).repeat(ids.shape[0])
             check_finite(score_N, sequence_N, position_N)
             rows = slice(first * seq_len, (first + ids.shape[0]) * seq_len)
-            store["hidden"][rows] = kept_ND.to("cpu", store.hidden.dtype)
+            for name, kept_tensor in kept.items():
+                store[name][rows] = kept_tensor.to("cpu", store.hidden.dtype)
             store["label"][rows] = label_N.cpu()
             store["sequence"][rows], store["position"][rows] = sequence_N, position_N
             store["score"][rows] = score_N.cpu()
@@ -221,3 +252,9 @@ def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, done: int, criterion: 
     finally:
         hook.remove()
     return True
+
+
+def _keys_and_values(cache: Any, layers: int) -> Tensor:
+    """``(N, L, 2, G, E)`` of the last ``layers`` layers of transformers' cache."""
+    kv_L2BGSE = torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers[-layers:]])
+    return kv_L2BGSE.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)

@@ -5,12 +5,15 @@ The algorithm is :meth:`CascadeRun.train`; what surrounds it (what is said and w
 """
 
 import dataclasses
+import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cascade_fast import ops
 from cascade_fast.base_model import BaseModel, cache_folder, find_base
@@ -21,9 +24,9 @@ from cascade_fast.exits import (
     TOKENS_AT_ONCE,
     ExitEvaluation,
     ExitStage,
+    advance,
     evaluate_exits,
     handed_on_dtype,
-    run_stage,
 )
 from cascade_fast.hardware import (
     choose_device,
@@ -36,9 +39,11 @@ from cascade_fast.hidden_store import HiddenStore, StoreError
 from cascade_fast.metrics import MetricsLog, Progress, format_count, peak_rss_bytes, say, say_table
 from cascade_fast.roofline import plan_for_run
 from cascade_fast.run_folder import RunFolder
+from cascade_fast.second_look import SecondLookConfig, SecondLookStage
 from cascade_fast.selection import check_finite, select_below, select_hardest
 from cascade_fast.stage import Stage, StageConfig
-from cascade_fast.stage_trainer import StageTokens, StageTrainer, StageTraining
+from cascade_fast.stage_tokens import StageTokens, stage_tokens
+from cascade_fast.stage_trainer import StageTrainer, StageTraining
 
 
 class NonFiniteLoss(RuntimeError):
@@ -64,39 +69,66 @@ class CascadeRun:
     def train(self) -> None:
         """Steps 3 to 6 of the algorithm, for each stage."""
         config = self.config
-        train, val = self.base_pass.stores["train"], self.base_pass.stores["val"]
+        # What the base and each stage so far have left. Tokens on their way are in the last store; a second look
+        # attends to all of them.
+        train, val = [self.base_pass.stores["train"]], [self.base_pass.stores["val"]]
         perplexity = self._all_tokens("val").perplexity
         for number in range(1, config.num_stages + 1):
-            check_finite(train["score"], train["sequence"], train["position"])
-            selection = select_hardest(train["score"], config.hard_ratio)
-            hard = StageTokens(train, selection.index_K)
-            hard_val = self._hard_validation_tokens(val, selection.threshold)
-            if len(hard_val) == 0:
+            check_finite(train[-1]["score"], train[-1]["sequence"], train[-1]["position"])
+            selection = select_hardest(train[-1]["score"], config.hard_ratio)
+            hard = stage_tokens(config.stage_kind, train, selection.index_K, self.recompute)
+            hard_val_index_K = self._hard_validation_index(val[-1], selection.threshold)
+            if len(hard_val_index_K) == 0:
                 say(
                     f"stage {number}: no validation token is hard at threshold {selection.threshold:.4f}; stopping here"
                 )
                 break
+            hard_val = stage_tokens(config.stage_kind, val, hard_val_index_K, self.recompute)
             record = self._stage(number, selection.threshold, hard, hard_val, perplexity)
             if not record["accepted"] or record["stopped"] in ("time is up", "non-finite loss"):
                 break
             perplexity = record["all_token_val_ppl"]
             if number < config.num_stages:
-                train, val = self._advance(number, hard, "train"), self._advance(number, hard_val, "val")
+                train = [*train, self._advance(number, hard, "train")]
+                val = [*val, self._advance(number, hard_val, "val")]
 
-    def _hard_validation_tokens(self, val: HiddenStore, threshold: float) -> StageTokens:
+    def _hard_validation_index(self, val: HiddenStore, threshold: float) -> Tensor:
         """By the training threshold, as inference must; or, as the seed did, by validation's own quantile."""
         if self.config.val_selection == "quantile":
-            return StageTokens(val, select_hardest(val["score"], self.config.hard_ratio).index_K)
-        return StageTokens(val, select_below(val["score"], threshold))
+            return select_hardest(val["score"], self.config.hard_ratio).index_K
+        return select_below(val["score"], threshold)
 
-    def _new_stage(self, number: int) -> Stage:
+    def _new_stage(self, number: int) -> Stage | SecondLookStage:
         config = self.config
+        if config.stage_kind == "second-look":  # a copy of the stage before, the first of the base
+            return self._second_look(self.stages[-1].stage.state_dict() if self.stages else None)
         shape = StageConfig.from_base(
             self.base.config, layers=config.layers_per_stage, init=config.init, head=config.head, reads=config.reads
         )
         shared = self.base_pass.head_VD if config.head == "shared" else None
         norm_D = self.stages[-1].stage.norm.weight if self.stages else self.base_pass.norm_D
         return Stage(shape, head_VD=shared, norm_D=norm_D, seed=config.seed + number)
+
+    def _second_look(self, weights: dict[str, Tensor] | None = None) -> SecondLookStage:
+        """With ``weights``, or the base's own."""
+        shape = SecondLookConfig.of_base(self.base.config, layers=self.config.layers_per_stage)
+        if weights is None:
+            weights = {**self.base_pass.layers, "norm.weight": self.base_pass.norm_D}
+        return SecondLookStage(shape, head_VD=self.base_pass.head_VD, weights=weights)
+
+    @functools.cached_property
+    def recompute(self) -> Callable[[Tensor], Tensor] | None:
+        """The base's keys and values anew, from its residual stream; None where the base pass has kept them."""
+        if self.config.stage_kind != "second-look" or self.config.kv == "store":
+            return None
+        frozen = self._second_look().eval().requires_grad_(False).to(self.device)
+        kv_dtype = handed_on_dtype(self.base_pass.stores["train"])
+
+        def keys_and_values(hidden_BSD: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                return frozen.keys_and_values(hidden_BSD.to(self.device)).to("cpu", kv_dtype)
+
+        return keys_and_values
 
     def _stage(
         self, number: int, threshold: float, hard: StageTokens, hard_val: StageTokens, perplexity: float
@@ -146,10 +178,14 @@ class CascadeRun:
         self.records.append(record)
         self.log.write("stage", **{k: v for k, v in record.items() if k != "epochs"})
         self.folder.write_stage_record(number, record, self.log.size())
+        if self.config.stage_kind == "append":  # a second look attends to what every exit before it has left
+            self.folder.drop_hidden(number - 2)
         _say_stage(record)
         return record
 
-    def _train_stage(self, stage: Stage, number: int, hard: StageTokens, hard_val: StageTokens) -> StageTraining:
+    def _train_stage(
+        self, stage: Stage | SecondLookStage, number: int, hard: StageTokens, hard_val: StageTokens
+    ) -> StageTraining:
         trainer = StageTrainer(
             stage,
             hard,
@@ -191,7 +227,12 @@ class CascadeRun:
 
     def _all_tokens(self, split: str, stages: list[ExitStage] | None = None) -> ExitEvaluation:
         """The cascade so far (or the one of ``stages``) over every token of a split, each at its own exit."""
-        return evaluate_exits(self.stages if stages is None else stages, self.base_pass.stores[split], **self._how)
+        return evaluate_exits(
+            self.stages if stages is None else stages,
+            self.base_pass.stores[split],
+            recompute=self.recompute,
+            **self._how,
+        )
 
     def _advance(self, number: int, hard: StageTokens, split: str) -> HiddenStore:
         """The hard tokens after stage ``number``: the store of the next stage. Order, positions, labels are kept."""
@@ -202,20 +243,22 @@ class CascadeRun:
             pass  # not there yet, or half-written by a run that was killed: made anew, the same bits
         meta = {"stage": number, "split": split}
         store = HiddenStore.create(
-            folder, len(hard), source.hidden.shape[1], handed_on_dtype(source), with_loss=True, meta=meta
+            folder,
+            len(hard),
+            source.hidden.shape[1],
+            handed_on_dtype(source),
+            with_loss=True,
+            meta=meta,
+            kv_shape=self.stages[-1].stage.config.kv_shape,
         )
+        first = 0
         with Progress(f"{split} tokens through stage {number}", len(hard)) as progress:
-            for first in range(0, len(hard), TOKENS_AT_ONCE):
-                rows = slice(first, min(first + TOKENS_AT_ONCE, len(hard)))
-                carried = (source["label"], source["sequence"], source["position"])
-                hidden_KD, (label_K, sequence_K, position_K) = ops.gather_rows(
-                    source.hidden, hard.index_K[rows], carried
-                )
-                result = run_stage(self.stages[-1].stage, hidden_KD, label_K, **self._how)
-                store["hidden"][rows] = result.hidden_KD.to(store.hidden.dtype)
-                store["label"][rows], store["sequence"][rows], store["position"][rows] = label_K, sequence_K, position_K
-                store["score"][rows], store["loss"][rows] = result.score_K, result.loss_K
-                progress.advance(len(label_K))
+            for picked in torch.arange(hard.units).split(hard.units_of(TOKENS_AT_ONCE)):
+                last = first + hard.count(picked)
+                for name, array in advance(self.stages[-1].stage, hard, picked, **self._how).items():
+                    store[name][first:last] = array
+                progress.advance(last - first)
+                first = last
         return store.finish()
 
     # --- results -----------------------------------------------------------------------------------------------------
@@ -279,16 +322,22 @@ def run_cascade(config: RunConfig) -> RunFolder:
             say(f"finished already: {folder.report}")
             return folder
         _say_start(config, folder, base, blocks, device, dtype, reason)
-        plan, lines = plan_for_run(config, base.config, device, dtype)
-        for line in lines:
-            say(line)
+        plan = None
+        if config.stage_kind == "append":  # the plan knows no other kind yet
+            plan, lines = plan_for_run(config, base.config, device, dtype)
+            for line in lines:
+                say(line)
         passed = base_pass(base, blocks, config, device, dtype, cache_folder(config))
         _say_base_pass(passed)
         passed = dataclasses.replace(passed, head_VD=passed.head_VD.to(device))  # once, for all stages
-        run = CascadeRun(config, folder, base, passed, device, dtype, folder.log, deadline, plan.micro_batch_tokens)
+        micro_batch_tokens = plan.micro_batch_tokens if plan else None
+        run = CascadeRun(config, folder, base, passed, device, dtype, folder.log, deadline, micro_batch_tokens)
         run.train()
         results = run.results(started)
-        results["memory"] = {"planned": plan.to_dict(), "measured_peak_bytes": peak_memory_bytes(device)}
+        results["memory"] = {
+            "planned": plan.to_dict() if plan else None,
+            "measured_peak_bytes": peak_memory_bytes(device),
+        }
         folder.finish(results, run.stages, base)
         _say_summary(results, folder)
         if results["stages"] and results["stages"][-1]["stopped"] == "non-finite loss":
@@ -345,14 +394,15 @@ def _say_stage(record: dict[str, Any]) -> None:
 
 def _say_summary(results: dict[str, Any], folder: RunFolder) -> None:
     base, final, memory = results["base"], results["final"], results["memory"]
+    planned = memory["planned"]
     rows = [["validation", _number(base["val_ppl"]), _number(final["all_token_val_ppl"])]]
     if final["base_test_ppl"] is not None:
         rows.append(["test", _number(final["base_test_ppl"]), _number(final["all_token_test_ppl"])])
     say_table("all-token perplexity", ["split", "base", "cascade"], rows)
     say(
         f"{final['stages_kept']} stage(s) kept, {format_count(final['total_parameters'])} parameters, "
-        f"{final['seconds']:.1f} s, peak memory {memory['measured_peak_bytes'] / 2**30:.2f} GiB (planned "
-        f"{memory['planned']['peak_bytes'] / 2**30:.2f}, {memory['planned']['phase']})"
+        f"{final['seconds']:.1f} s, peak memory {memory['measured_peak_bytes'] / 2**30:.2f} GiB"
+        + (f" (planned {planned['peak_bytes'] / 2**30:.2f}, {planned['phase']})" if planned else "")
     )
     say(f"report: {folder.report}")
 

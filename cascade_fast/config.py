@@ -20,6 +20,7 @@ def _setting(default: Any, group: str, help: str, **extra: Any) -> Any:
 
 
 CRITERIA = ("cosine", "entropy")
+STAGE_KINDS = ("append", "second-look")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_QUANTIZATIONS = ("none", "nf4")
@@ -106,7 +107,21 @@ class RunConfig:
     )
 
     num_stages: int = _setting(2, "stages", "stages to train at most")
-    layers_per_stage: int = _setting(8, "stages", "new decoder layers in each stage")
+    stage_kind: str = _setting(
+        "append",
+        "stages",
+        "append: new layers after the base's last; second-look: a trained copy of the base's last layers, in which "
+        "hard tokens attend to their whole text",
+        choices=STAGE_KINDS,
+    )
+    layers_per_stage: int = _setting(8, "stages", "decoder layers in each stage")
+    kv: str = _setting(
+        "store",
+        "stages",
+        "the base's keys and values for a second look: kept on disk by the base pass, or recomputed for every batch by "
+        "a frozen copy of the layers",
+        choices=("store", "recompute"),
+    )
     init: str = _setting(
         "identity",
         "stages",
@@ -189,6 +204,13 @@ class RunConfig:
         self._require("seed", 0 <= self.seed < 2**63, "must be in [0, 2^63)")
         if self.text_columns and self.text_template is not None:
             raise ConfigError("text_columns and text_template are both given; give one")
+        if self.kv == "recompute" and self.stage_kind != "second-look":
+            raise ConfigError(f"kv: {self.kv!r}; stages of kind {self.stage_kind} use none: must be store")
+        if self.stage_kind == "second-look" and self.init != "identity":
+            raise ConfigError(
+                f"init: {self.init!r}; a second look starts as the base's own layers, with its head: init must be "
+                "identity and head shared"
+            )
         if self.init == "identity" and self.head == "own":
             raise ConfigError(
                 "init: identity needs head: shared (a stage that starts as the base uses the base's head)"
@@ -201,7 +223,7 @@ class RunConfig:
     @property
     def reads(self) -> str:
         """Which hidden state of the base a stage reads: the residual stream before the final norm (what an identity
-        stage continues), or the last hidden state after it (as the seed did)."""
+        stage continues) or before the layers it copies, or the last hidden state after the norm (as the seed did)."""
         return "residual" if self.init == "identity" else "last_hidden"
 
     def to_dict(self) -> dict[str, Any]:

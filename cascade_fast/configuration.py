@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from cascade_fast.config import CRITERIA, RESUME_MAY_CHANGE, ConfigError
 from cascade_fast.stage import StageConfig
 
-STAGE_KINDS = ("append",)
+MODEL_STAGE_KINDS = ("append",)
 
 
 class CascadeConfig(PreTrainedConfig):
@@ -60,9 +60,9 @@ class CascadeConfig(PreTrainedConfig):
             raise ConfigError(f"criterion: {self.criterion!r}; must be one of {', '.join(CRITERIA)}")
         for number, stage in enumerate(self.stages, 1):
             kind = stage.get("kind", "append")
-            if kind not in STAGE_KINDS:
+            if kind not in MODEL_STAGE_KINDS:
                 raise ConfigError(
-                    f"stages: stage {number} is of kind {kind!r}; must be one of {', '.join(STAGE_KINDS)}"
+                    f"stages: stage {number} is of kind {kind!r}; must be one of {', '.join(MODEL_STAGE_KINDS)}"
                 )
             if not isinstance(stage.get("threshold"), (int, float)) or math.isnan(stage["threshold"]):
                 raise ConfigError(f"stages: stage {number} has threshold {stage.get('threshold')}; must be a number")

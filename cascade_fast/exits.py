@@ -1,5 +1,6 @@
 """Dynamic exit: every token leaves the cascade as early as it can, with the logits of where it leaves."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from cascade_fast import ops
 from cascade_fast.checkpoint import save_tensors, write_json
 from cascade_fast.hidden_store import HiddenStore
 from cascade_fast.losses import token_losses
+from cascade_fast.second_look import SecondLookConfig, SecondLookStage, SequencePack
 from cascade_fast.selection import select_below
 from cascade_fast.stage import Stage, StageConfig
+from cascade_fast.stage_tokens import StageTokens, stage_tokens
 
 TOKENS_AT_ONCE = 2048
 
@@ -22,7 +25,7 @@ TOKENS_AT_ONCE = 2048
 class ExitStage:
     """A trained stage and the threshold at its door: a token enters iff ``score <= threshold``."""
 
-    stage: Stage
+    stage: Stage | SecondLookStage
     threshold: float
 
     def save(self, folder: Path, **record: Any) -> None:
@@ -32,18 +35,24 @@ class ExitStage:
 
     @classmethod
     def load(cls, folder: Path, config: StageConfig, threshold: float, head_VD: Tensor) -> "ExitStage":
-        stage = Stage(config, head_VD=head_VD)
+        stage: Stage | SecondLookStage
+        if isinstance(config, SecondLookConfig):
+            stage = SecondLookStage(config, head_VD=head_VD)
+        else:
+            stage = Stage(config, head_VD=head_VD)
         stage.load_state_dict(load_file(folder / "model.safetensors"))
         return cls(stage.eval(), threshold)
 
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What a stage says of K tokens, float32 on the CPU: ``hidden`` for the next stage, ``score`` and ``loss`` (K,)."""
+    """What a stage says of K tokens, on the CPU: ``hidden`` for the next stage, ``score`` and ``loss`` (K,), float32;
+    of a second look also the tokens' keys and values."""
 
     hidden_KD: Tensor
     score_K: Tensor
     loss_K: Tensor
+    kv_KL2GE: Tensor | None = None
 
 
 def handed_on_dtype(store: HiddenStore) -> torch.dtype:
@@ -53,16 +62,47 @@ def handed_on_dtype(store: HiddenStore) -> torch.dtype:
 
 @torch.inference_mode()
 def run_stage(
-    stage: Stage, hidden_KD: Tensor, label_K: Tensor, *, criterion: str, device: torch.device, dtype: torch.dtype
+    stage: Stage | SecondLookStage,
+    inputs: Tensor | SequencePack,
+    label_K: Tensor,
+    *,
+    criterion: str,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> StageOutput:
     """Takes K tokens through ``stage``. The score compares the stage's input with its output (``cosine``) or reads
-    the stage's own logits (``entropy``)."""
-    hidden_in_KD = hidden_KD.to(device)
+    the stage's own logits (``entropy``). After a second look the next one enters where it did."""
+    inputs = inputs.to(device)
+    left: list[Tensor] = []
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        output_KD, normed_KD = stage(hidden_in_KD)
+        output_KD, normed_KD = stage(inputs, left) if isinstance(inputs, SequencePack) else stage(inputs)
+    hidden_in_KD = inputs.hidden_KD if isinstance(inputs, SequencePack) else inputs
     loss_K, entropy_K = token_losses(normed_KD, stage.head, label_K.to(device), dtype=dtype)
     score_K = -entropy_K if criterion == "entropy" else ops.cosine_score(hidden_in_KD.float(), output_KD.float())
+    if isinstance(inputs, SequencePack):
+        kv_KL2GE = torch.stack(left, dim=1).cpu()
+        return StageOutput(hidden_in_KD.float().cpu(), score_K.cpu(), loss_K.cpu(), kv_KL2GE)
     return StageOutput(output_KD.float().cpu(), score_K.cpu(), loss_K.cpu())
+
+
+def advance(
+    stage: Stage | SecondLookStage,
+    tokens: StageTokens,
+    picked: Tensor,
+    *,
+    criterion: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The units ``picked`` of ``tokens`` after ``stage``, as arrays of the next hidden store; their order is kept."""
+    inputs, label_K = tokens.batch(picked, device)
+    result = run_stage(stage, inputs, label_K, criterion=criterion, device=device, dtype=dtype)
+    store, row_K = tokens.store, tokens.rows(picked)
+    arrays = {name: store[name][row_K] for name in ("label", "sequence", "position")}
+    arrays |= {"hidden": result.hidden_KD.to(handed_on_dtype(store)), "score": result.score_K, "loss": result.loss_K}
+    if result.kv_KL2GE is not None:
+        arrays["kv"] = result.kv_KL2GE.to(handed_on_dtype(store))
+    return arrays
 
 
 @dataclass(frozen=True)
@@ -85,25 +125,38 @@ class ExitEvaluation:
 
 
 def evaluate_exits(
-    stages: list[ExitStage], store: HiddenStore, *, criterion: str, device: torch.device, dtype: torch.dtype
+    stages: list[ExitStage],
+    store: HiddenStore,
+    *,
+    criterion: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    recompute: Callable[[Tensor], Tensor] | None = None,
 ) -> ExitEvaluation:
     """Sends every token of a base pass's store through the cascade.
 
     A token whose score is above stage 1's threshold keeps the base's loss; otherwise it enters stage 1, and so on;
-    the last stage takes all that is left.
+    the last stage takes all that is left. ``recompute``: see :class:`SequenceTokens`.
     """
     loss_N = store["loss"].clone()
     exit_N = torch.zeros(len(store), dtype=torch.int64)
-    for first in range(0, len(store), TOKENS_AT_ONCE):
-        rows = slice(first, first + TOKENS_AT_ONCE)
-        hidden_KD, label_K, score_K = store.hidden[rows], store["label"][rows], store["score"][rows]
-        token_K = torch.arange(first, first + len(label_K))  # where in the store the tokens still on their way are
+    if not stages or len(store) == 0:
+        return ExitEvaluation(loss_N, exit_N)
+    kind = stages[0].stage.config.kind
+    seq_len = int(store["position"][-1]) + 1
+    step = seq_len * max(1, TOKENS_AT_ONCE // seq_len)  # whole sequences
+    for first in range(0, len(store), step):
+        stores = [store.part(slice(first, first + step))]
+        token_K = torch.arange(first, first + len(stores[0]))  # where the tokens still on their way are
         for number, entry in enumerate(stages, 1):
-            hard_J = select_below(score_K, entry.threshold)
+            hard_J = select_below(stores[-1]["score"], entry.threshold)
             if len(hard_J) == 0:
                 break
-            hidden_KD, (label_K, token_K) = ops.gather_rows(hidden_KD, hard_J, (label_K, token_K))
-            result = run_stage(entry.stage, hidden_KD, label_K, criterion=criterion, device=device, dtype=dtype)
-            loss_N[token_K], exit_N[token_K] = result.loss_K, number
-            hidden_KD, score_K = result.hidden_KD.to(handed_on_dtype(store)), result.score_K
+            tokens = stage_tokens(kind, stores, hard_J, recompute)
+            arrays = advance(
+                entry.stage, tokens, torch.arange(tokens.units), criterion=criterion, device=device, dtype=dtype
+            )
+            token_K = token_K[hard_J]
+            loss_N[token_K], exit_N[token_K] = arrays["loss"], number
+            stores.append(HiddenStore(store.folder, arrays, store.meta))
     return ExitEvaluation(loss_N, exit_N)

@@ -6,6 +6,8 @@ A store is a folder: ``index.json`` and one raw little-endian file for each arra
 array          shape, dtype     meaning
 =============  ===============  =======================================================================
 ``hidden``     (N, D) 16 or 32  the stage's input: residual stream or last hidden state of what came before
+``kv``         as ``hidden``    (N, L, 2, G, E): keys, with their rotary positions, and values of L layers, G heads
+                                of size E (only for a second look)
 ``label``      (N,) int64       the next token
 ``sequence``   (N,) int32       the block the token came from
 ``position``   (N,) int32       its place in that block
@@ -19,7 +21,7 @@ A store is *finished* once its ``index.json`` has checksums; until then it may b
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,10 @@ class HiddenStore:
     def hidden(self) -> Tensor:
         return self.arrays["hidden"]
 
+    def part(self, rows: slice) -> "HiddenStore":
+        """Those rows, as views: nothing is copied."""
+        return HiddenStore(self.folder, {name: array[rows] for name, array in self.arrays.items()}, self.meta)
+
     def bytes(self) -> int:
         return sum(a.numel() * a.element_size() for a in self.arrays.values())
 
@@ -76,13 +82,16 @@ class HiddenStore:
         *,
         with_loss: bool,
         meta: Mapping[str, Any],
+        kv_shape: Sequence[int] | None = None,
     ) -> "HiddenStore":
-        """A new writable store of ``tokens`` rows; what was in ``folder`` is removed."""
+        """A new writable store of ``tokens`` rows; what was in ``folder`` is removed. ``kv_shape``: (L, 2, G, E)."""
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
         names = [name for name in _TOKEN_ARRAYS if with_loss or name != "loss"]
         layout = {"hidden": {"dtype": _name(dtype), "shape": [tokens, hidden_size]}}
+        if kv_shape is not None:
+            layout["kv"] = {"dtype": _name(dtype), "shape": [tokens, *kv_shape]}
         layout |= {name: {"dtype": _name(_TOKEN_ARRAYS[name]), "shape": [tokens]} for name in names}
         arrays = {name: _map(folder / f"{name}.bin", spec, writable=True) for name, spec in layout.items()}
         store = cls(folder, arrays, dict(meta))

@@ -23,7 +23,7 @@ from cascade_fast import __version__
 from cascade_fast.base_model import BaseModel
 from cascade_fast.checkpoint import write_json
 from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig
-from cascade_fast.configuration import CascadeConfig
+from cascade_fast.configuration import MODEL_STAGE_KINDS, CascadeConfig
 from cascade_fast.exits import ExitStage
 from cascade_fast.metrics import MetricsLog, say
 from cascade_fast.report import write_report
@@ -112,11 +112,14 @@ class RunFolder:
         return None if found is None else found["record"]
 
     def write_stage_record(self, number: int, record: dict[str, Any], metrics_size: int) -> None:
-        """Marks the stage as done; its checkpoints and the hidden states it was trained on are no longer needed."""
+        """Marks the stage as done; its checkpoints are no longer needed."""
         write_json(self.training(number) / "result.json", {"record": record, "metrics_size": metrics_size})
         for file in self.training(number).glob("*.safetensors"):
             file.unlink()
-        shutil.rmtree(self.path / "hidden" / f"stage-{number - 2}", ignore_errors=True)
+
+    def drop_hidden(self, number: int) -> None:
+        """Removes the hidden states that stage ``number`` has left, if there are any."""
+        shutil.rmtree(self.path / "hidden" / f"stage-{number}", ignore_errors=True)
 
     def metrics_before(self, number: int) -> int:
         """How long ``metrics.jsonl`` was when training of stage ``number`` began."""
@@ -145,6 +148,8 @@ class RunFolder:
     def _model_config(self, results: dict[str, Any], stages: list[ExitStage], base: BaseModel) -> dict[str, Any]:
         """The run's record together with the cascade's configuration: the folder loads as a model."""
         record = _read(self.path / "config.json") or {}
+        if any(entry.stage.config.kind not in MODEL_STAGE_KINDS for entry in stages):
+            return record  # CascadeForCausalLM does not know this kind yet
         final, tokens = results["final"], results["tokens"]
         ppl = {
             "validation": (tokens["val"], results["base"]["val_ppl"], final["all_token_val_ppl"]),
@@ -174,6 +179,7 @@ class RunFolder:
             "format": CASCADE_FORMAT,
             "base": {**_reference(base), "quantization": base.quantization},
             "criterion": settings["criterion"],
+            "kind": settings["stage_kind"],
             "reads": stages[0].stage.config.reads if stages else None,
             "stages": [
                 {"folder": f"stages/{n}", "threshold": entry.threshold, "layers": entry.stage.config.layers}

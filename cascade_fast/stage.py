@@ -73,6 +73,11 @@ class StageConfig:
             query_key_norm=base_config.model_type == "qwen3",
         )
 
+    @property
+    def kv_shape(self) -> tuple[int, int, int, int] | None:
+        """(L, 2, G, E): the keys and values a token leaves; None where each token stands for itself."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -89,7 +94,8 @@ class RMSNorm(nn.Module):
         device = x_KD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         if device == "cpu":
-            return ops.rms_norm(x_KD.float(), self.weight.float(), self.eps, dtype=dtype)
+            rows_ND = x_KD.float().reshape(-1, x_KD.shape[-1])  # of heads, too
+            return ops.rms_norm(rows_ND, self.weight.float(), self.eps, dtype=dtype).view(x_KD.shape)
         return nn.functional.rms_norm(x_KD.float(), x_KD.shape[-1:], self.weight.float(), self.eps).to(dtype)
 
 

@@ -19,10 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cascade_fast import ops
 from cascade_fast.checkpoint import Checkpoints, save_tensors
 from cascade_fast.config import RunConfig
-from cascade_fast.hidden_store import HiddenStore
 from cascade_fast.losses import linear_cross_entropy, token_losses
 from cascade_fast.metrics import MetricsLog, Progress, epoch_line, say
 from cascade_fast.optim import (
@@ -32,7 +30,9 @@ from cascade_fast.optim import (
     optimizer_tensors,
     set_learning_rate,
 )
+from cascade_fast.second_look import SecondLookStage
 from cascade_fast.stage import Stage
+from cascade_fast.stage_tokens import StageTokens
 
 EVAL_TOKENS = 2048  # tokens of a forward pass without gradients
 LOG_STEPS = 50  # steps between looks at the loss, a line of the log each
@@ -67,22 +67,6 @@ def deferred_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@dataclass(frozen=True)
-class StageTokens:
-    """The tokens of a store that a stage works on: ``index_K`` (K,) int64, ascending."""
-
-    store: HiddenStore
-    index_K: Tensor
-
-    def __len__(self) -> int:
-        return self.index_K.shape[0]
-
-    def batch(self, picked: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Hidden states ``(B, D)`` and labels ``(B,)`` of the tokens numbered ``picked`` among the hard ones."""
-        hidden_BD, (label_B,) = ops.gather_rows(self.store.hidden, self.index_K[picked], (self.store["label"],))
-        return hidden_BD.to(device, non_blocking=True), label_B.to(device, non_blocking=True)
-
-
 class EpochTotals(NamedTuple):
     """Of an epoch so far, on the host. ``tokens`` are those of finite steps; ``step`` is where the totals stood."""
 
@@ -107,20 +91,21 @@ class StageTraining:
 
 
 def epoch_order(n: int, *, seed: int, stage: int, epoch: int) -> Tensor:
-    """The order of ``n`` tokens in an epoch: depends on nothing else, so that a resumed run has it too."""
+    """The order of ``n`` units in an epoch: depends on nothing else, so that a resumed run has it too."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + stage * 1_009 + epoch) % 2**63)
     return torch.randperm(n, generator=generator)
 
 
 @torch.inference_mode()
-def validation_loss(stage: Stage, tokens: StageTokens, device: torch.device, dtype: torch.dtype) -> float:
+def validation_loss(
+    stage: Stage | SecondLookStage, tokens: StageTokens, device: torch.device, dtype: torch.dtype
+) -> float:
     """Mean cross-entropy of the stage's logits over ``tokens``."""
     total = 0.0
-    for first in range(0, len(tokens), EVAL_TOKENS):
-        picked = torch.arange(first, min(first + EVAL_TOKENS, len(tokens)))
-        hidden_BD, label_B = tokens.batch(picked, device)
+    for picked in torch.arange(tokens.units).split(tokens.units_of(EVAL_TOKENS)):
+        inputs, label_B = tokens.batch(picked, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            _, normed_BD = stage(hidden_BD)
+            _, normed_BD = stage(inputs)
         total += token_losses(normed_BD, stage.head, label_B, dtype=dtype)[0].double().sum().item()
     return total / len(tokens)
 
@@ -138,7 +123,7 @@ class StageTrainer:
 
     def __init__(
         self,
-        stage: Stage,
+        stage: Stage | SecondLookStage,
         train: StageTokens,
         val: StageTokens,
         config: RunConfig,
@@ -162,14 +147,16 @@ class StageTrainer:
         self.parameters = [p for p in stage.parameters() if id(p) not in without_gradient]
         self.optimizer = build_optimizer(self.parameters, config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.micro_batch_tokens = micro_batch_tokens or config.micro_batch_tokens or config.batch_tokens
-        self.steps_per_epoch = math.ceil(len(train) / config.batch_tokens)
+        self.batch_units = train.units_of(config.batch_tokens)
+        self.micro_batch_units = train.units_of(micro_batch_tokens or config.micro_batch_tokens or config.batch_tokens)
+        self.steps_per_epoch = math.ceil(train.units / self.batch_units)
         self.training = StageTraining()
         self.epoch, self.step = 1, 0  # the epoch being run, and its next step
         # Of the epoch so far, kept on the device: summed loss, tokens summed over, steps that were not finite.
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
         self.last_look = EpochTotals(0.0, 0, 0, 0)
         self.epoch_seconds = 0.0
+        self.epoch_tokens = 0  # of the steps of this epoch so far
 
     def run(self) -> StageTraining:
         """Trains, or goes on from the newest checkpoint; the stage ends with its best weights.
@@ -192,17 +179,19 @@ class StageTrainer:
 
     def _run_epoch(self, signals: list[int]) -> bool:
         """Steps until the epoch, the time or the user's patience is over; whether there is an epoch to conclude."""
-        order = epoch_order(len(self.train), seed=self.config.seed, stage=self.number, epoch=self.epoch)
-        batches = order.split(self.config.batch_tokens)
+        order = epoch_order(self.train.units, seed=self.config.seed, stage=self.number, epoch=self.epoch)
+        batches = order.split(self.batch_units)
+        self.epoch_tokens = sum(self.train.count(picked) for picked in batches[: self.step])
         started, saved = time.monotonic(), time.monotonic()
         before = self.epoch_seconds
         self.stage.train()
         name = f"stage {self.number} epoch {self.epoch}/{self.config.epochs}"
         with Progress(name, len(self.train)) as progress:
-            progress.restart(self.step * self.config.batch_tokens)
+            progress.restart(self.epoch_tokens)
             while self.step < len(batches):
-                self._train_step(batches[self.step])
-                progress.advance(len(batches[self.step]))
+                tokens = self._train_step(batches[self.step])
+                self.epoch_tokens += tokens
+                progress.advance(tokens)
                 self.step += 1
                 self.epoch_seconds = before + time.monotonic() - started
                 if self.step % LOG_STEPS == 0 and not self._look():
@@ -216,20 +205,20 @@ class StageTrainer:
                     saved = time.monotonic()
         return self._look()
 
-    def _train_step(self, picked: Tensor) -> None:
+    def _train_step(self, picked: Tensor) -> int:
+        """One step of the optimizer on the units ``picked``; how many tokens they hold."""
         config, global_step = self.config, (self.epoch - 1) * self.steps_per_epoch + self.step
         lr = learning_rate(config, global_step, config.epochs * self.steps_per_epoch)
         set_learning_rate(self.optimizer, lr)
-        hidden_BD, label_B = self.train.batch(picked, self.device)
+        tokens = self.train.count(picked)
         loss = torch.zeros((), device=self.device)
-        for hidden_MD, label_M in zip(
-            hidden_BD.split(self.micro_batch_tokens), label_B.split(self.micro_batch_tokens), strict=True
-        ):
+        for some in picked.split(self.micro_batch_units):
+            inputs, label_M = self.train.batch(some, self.device)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                _, normed_MD = self.stage(hidden_MD)
+                _, normed_MD = self.stage(inputs)
             part = linear_cross_entropy(normed_MD, self.stage.head, label_M, dtype=self.dtype)
-            if len(label_M) < len(label_B):
-                part = part * (len(label_M) / len(label_B))
+            if len(label_M) < tokens:
+                part = part * (len(label_M) / tokens)
             self.scaler.scale(part).backward()
             loss += part.detach()
         finite = torch.isfinite(loss)
@@ -247,10 +236,10 @@ class StageTrainer:
         if self.decayed_only:  # AdamW with a zero gradient: decay and nothing else
             with torch.no_grad():
                 torch._foreach_mul_(self.decayed_only, 1.0 - lr * config.weight_decay)
-        tokens = len(label_B)
         self.totals[0] += torch.where(finite, loss.double() * tokens, 0.0)
         self.totals[1] += finite * tokens
         self.totals[2] += ~finite
+        return tokens
 
     def _look(self) -> bool:
         """Waits for the device, writes a line about the steps since the last look; whether training may go on.
@@ -283,8 +272,7 @@ class StageTrainer:
         self.log.write("non_finite_loss", stage=self.number, epoch=self.epoch, step=self.step)
 
     def _end_epoch(self) -> None:
-        config, training = self.config, self.training
-        seen = min(self.step * config.batch_tokens, len(self.train))
+        config, training, seen = self.config, self.training, self.epoch_tokens
         self.stage.eval()
         val_loss = validation_loss(self.stage, self.val, self.device, self.dtype)
         if not math.isfinite(val_loss):

@@ -32,6 +32,11 @@ def _main(capsys, *argv):
         (["--device", "cuda:7"], "device: 'cuda:7'; this machine has 0 CUDA GPUs"),
         (["--device", "abacus"], "device: 'abacus'; must be auto, cpu, cuda or cuda:N"),
         (["--config", "absent.yaml"], "config: 'absent.yaml' cannot be read"),
+        (
+            ["--stage-kind", "second-look", "--layers-per-stage", "4"],
+            "layers_per_stage: 4; a second look copies the last",
+        ),
+        (["--stage-kind", "second-look", "--init", "random"], "init: 'random'; a second look starts as the base's own"),
         (["--init", "identity", "--head", "own"], "init: identity needs head: shared"),
     ],
 )

@@ -83,7 +83,7 @@ def _wait_for(out: Path, text: str, process: subprocess.Popen) -> None:
     """Until metrics.jsonl or a checkpoint's name holds ``text``."""
     for _ in range(2400):
         metrics = out / "metrics.jsonl"
-        names = " ".join(p.name for p in out.glob("training/*/*"))
+        names = " ".join(p.name for p in (*out.glob("training/*/*"), *out.glob("*.safetensors")))
         if text in names or (metrics.exists() and text in metrics.read_text()):
             return
         assert process.poll() is None, process.communicate()[0]
@@ -130,6 +130,24 @@ def _entries(path: Path) -> list[dict]:
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return [entry for name, entry in header.items() if name != "__metadata__"]
+
+
+def test_a_second_look_killed_in_each_stage(settings, environment, tmp_path):
+    """Whole sequences in a batch, and a third look that needs what the second has left."""
+    settings = [*settings, "--stage-kind", "second-look", "--accept", "always", "--epochs", "2"]
+    _finish(settings, tmp_path / "undisturbed", environment)
+    out = tmp_path / "run"
+    for stage in (1, 2):
+        process = _start(settings, out, environment, "--resume", "auto")
+        try:
+            _wait_for(out / "training" / f"stage-{stage}", "checkpoint-", process)
+            time.sleep(0.2)
+        finally:
+            process.kill()
+            process.communicate()
+    output = _finish(settings, out, environment, "--resume", "auto")
+    assert "resumed at epoch" in output or "finished already" in output
+    _assert_same(tmp_path / "undisturbed", out)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,0 +1,390 @@
+"""A second look: what it must equal, exactly or to float32's rounding, and what it refuses."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama_config
+from safetensors.torch import load_file
+from test_stage import FAMILIES
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
+
+from cascade_fast.base_model import find_base
+from cascade_fast.base_pass import base_pass
+from cascade_fast.cascade import run_cascade
+from cascade_fast.config import ConfigError, make_config
+from cascade_fast.data import load_blocks
+from cascade_fast.exits import ExitStage, advance, evaluate_exits
+from cascade_fast.hidden_store import HiddenStore
+from cascade_fast.second_look import SecondLookConfig, SecondLookStage, check_second_look
+from cascade_fast.selection import select_hardest
+from cascade_fast.stage_tokens import SequenceTokens
+from cascade_fast.stage_trainer import epoch_order, validation_loss
+
+CPU = torch.device("cpu")
+HOW = {"criterion": "entropy", "device": CPU, "dtype": torch.float32}
+LAYERS = 2
+
+
+@pytest.fixture
+def look_settings(tiny_settings):
+    return {**tiny_settings, "stage_kind": "second-look", "layers_per_stage": LAYERS, "store_dtype": "float32"}
+
+
+def _passed(settings, tmp_path, **changes):
+    config = make_config({**settings, **changes})
+    base = find_base(config)
+    blocks = load_blocks(config, base.tokenizer())
+    return base, blocks, base_pass(base, blocks, config, CPU, torch.float32, tmp_path / "cache")
+
+
+def _stage(base, passed, *, noise=0.0, seed=0) -> SecondLookStage:
+    shape = SecondLookConfig.of_base(base.config, layers=LAYERS)
+    weights = {**passed.layers, "norm.weight": passed.norm_D}
+    stage = SecondLookStage(shape, head_VD=passed.head_VD, weights=weights)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter += noise * torch.randn(parameter.shape, generator=generator)
+    return stage.eval()
+
+
+def _run(settings, folder, **changes):
+    run = run_cascade(make_config({**settings, "out": str(folder), **changes}))
+    return run, json.loads((folder / "results.json").read_text())
+
+
+# --- what it equals --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hard_ratio", [0.1, 0.6, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_before_training_the_cascade_is_the_base(tiny_settings, tmp_path, family, hard_ratio):
+    config_class, model_class, changes = FAMILIES[family]
+    settings = {**tiny_llama_config().to_dict(), **changes, "model_type": config_class.model_type}
+    settings["sliding_window"] = None
+    model = model_class(config_class(**settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # biases and norms too: zeros and ones would hide a mistake
+            if "layers" in name and parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    look = {"stage_kind": "second-look", "layers_per_stage": LAYERS, "store_dtype": "float32"}
+    base, _, passed = _passed({**tiny_settings, "base": str(tmp_path / "base"), **look}, tmp_path)
+    val = passed.stores["val"]
+    threshold = select_hardest(val["score"], hard_ratio).threshold
+    evaluation = evaluate_exits([ExitStage(_stage(base, passed), threshold)], val, **HOW)
+    torch.testing.assert_close(evaluation.loss_N, val["loss"], rtol=1e-5, atol=1e-5)
+    assert evaluation.shares(1)["stage_1"] == pytest.approx(hard_ratio, abs=0.01)
+
+
+def test_nothing_hard_is_the_base_exactly(look_settings, tmp_path):
+    base, _, passed = _passed(look_settings, tmp_path)
+    entries = [ExitStage(_stage(base, passed, noise=0.2), -math.inf)] * 2
+    evaluation = evaluate_exits(entries, passed.stores["val"], **HOW)
+    assert torch.equal(evaluation.loss_N, passed.stores["val"]["loss"])
+
+
+def _renamed(base, stage: SecondLookStage) -> dict[str, torch.Tensor]:
+    """The stage's weights under the names they have in transformers' whole model."""
+    first = base.layers - LAYERS
+    names = {n: n.split(".", 2) for n in stage.state_dict()}
+    return {
+        f"model.layers.{int(p[1]) + first}.{p[2]}" if n.startswith("layers") else f"model.{n}": stage.state_dict()[n]
+        for n, p in names.items()
+    }
+
+
+@pytest.mark.parametrize("hard_ratio", [0.05, 0.5, 1.0])
+def test_a_changed_stage_is_what_it_is_on_paper(look_settings, tmp_path, hard_ratio):
+    """Token by token with transformers: a cache of the base's keys and values, but the stage's where hard."""
+    base, blocks, passed = _passed(look_settings, tmp_path)
+    val, stage = passed.stores["val"], _stage(base, passed, noise=0.1)
+    hard = select_hardest(val["score"], hard_ratio)
+    evaluation = evaluate_exits([ExitStage(stage, hard.threshold)], val, **HOW)
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    changed = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    changed.load_state_dict({**changed.state_dict(), **_renamed(base, stage)})
+    expected_N = val["loss"].clone()
+    with torch.no_grad():
+        for block in range(3):
+            ids = blocks.ids["val"][block].long()
+            kept = [
+                (layer.keys, layer.values) for layer in model(ids[None, :-1], use_cache=True).past_key_values.layers
+            ]
+            rows = slice(block * 32, (block + 1) * 32)
+            for position in (hard.index_K[(hard.index_K // 32) == block] % 32).tolist():
+                cache = DynamicCache()
+                for number, (keys, values) in enumerate(kept):
+                    cache.update(keys[:, :, :position], values[:, :, :position], number)
+                out = changed(ids[position].view(1, 1), past_key_values=cache, use_cache=True)
+                expected_N[rows][position] = nn.functional.cross_entropy(out.logits[0], ids[position + 1].view(1))
+                for (keys, values), layer in zip(kept, cache.layers, strict=True):
+                    keys[:, :, position], values[:, :, position] = layer.keys[:, :, -1], layer.values[:, :, -1]
+    torch.testing.assert_close(evaluation.loss_N[:96], expected_N[:96], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(evaluation.loss_N[:96], val["loss"][:96], atol=1e-2)
+
+
+def test_everything_hard_is_fine_tuning_the_last_layers(look_settings, tmp_path, monkeypatch):
+    """r = 1: the losses of 20 steps are those of a plain loop over transformers' model, the rest of it frozen."""
+    from cascade_fast import stage_trainer
+
+    real, losses = stage_trainer.linear_cross_entropy, []
+
+    def record(*args, **kwargs):
+        loss = real(*args, **kwargs)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(stage_trainer, "linear_cross_entropy", record)
+    changes = {
+        "hard_ratio": 1.0,
+        "num_stages": 1,
+        "epochs": 1,
+        "lr_schedule": "constant",
+        "warmup_steps": 0,
+        "lr": 1e-3,
+    }
+    run, _ = _run(look_settings, tmp_path / "run", **changes)
+    config = make_config({**look_settings, **changes})
+    base = find_base(config)
+    ids = load_blocks(config, base.tokenizer()).ids["train"].long()
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).requires_grad_(False)
+    trained = [p for part in (*model.model.layers[-LAYERS:], model.model.norm) for p in part.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=config.weight_decay, fused=True)
+    expected = []
+    for blocks in epoch_order(40, seed=7, stage=1, epoch=1).split(2):  # 64 tokens
+        logits = model(ids[blocks, :-1]).logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[blocks, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert len(losses) == 20
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert losses[-1] < losses[0]
+    weights = load_file(run.path / "stages/1/model.safetensors")
+    stage_names = {name.removeprefix("model.") for name in _renamed_from_file(base, weights)}
+    assert stage_names <= set(model.model.state_dict())
+
+
+def _renamed_from_file(base, weights) -> set[str]:
+    first = base.layers - LAYERS
+    return {
+        f"model.layers.{int(n.split('.')[1]) + first}.{n.split('.', 2)[2]}" if n.startswith("layers") else f"model.{n}"
+        for n in weights
+    }
+
+
+@pytest.fixture
+def hard_tokens(look_settings, tmp_path):
+    base, _, passed = _passed(look_settings, tmp_path)
+    train = passed.stores["train"]
+    return _stage(base, passed, noise=0.1), SequenceTokens([train], select_hardest(train["score"], 0.4).index_K)
+
+
+def test_a_batch_is_its_sequences_one_by_one(hard_tokens):
+    stage, tokens = hard_tokens
+    whole = stage(tokens.batch(torch.arange(tokens.units), CPU)[0])
+    alone = [stage(tokens.batch(torch.tensor([unit]), CPU)[0]) for unit in range(tokens.units)]
+    for mine, expected in zip(whole, map(torch.cat, zip(*alone, strict=True)), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_order_of_the_sequences_does_not_matter(hard_tokens):
+    stage, tokens = hard_tokens
+    order = torch.randperm(tokens.units)
+    (pack, label), (shuffled, shuffled_label) = (tokens.batch(p, CPU) for p in (torch.arange(tokens.units), order))
+    place = torch.cat([torch.arange(tokens.start_U[u], tokens.start_U[u] + tokens.count_U[u]) for u in order])
+    assert torch.equal(label[place], shuffled_label)
+    torch.testing.assert_close(stage(pack)[1][place], stage(shuffled)[1], rtol=1e-5, atol=1e-5)
+    assert validation_loss(stage, tokens, CPU, torch.float32) == pytest.approx(
+        nn.functional.cross_entropy(stage(pack)[1] @ stage.head.T, label).item(), rel=1e-5
+    )
+
+
+def test_gradients_flow_through_the_overlay(hard_tokens):
+    """An early hard token's keys and values take part in a later one's loss."""
+    stage, tokens = hard_tokens
+    pack, label = tokens.batch(torch.arange(4), CPU)
+    hidden_KD = pack.hidden_KD.clone().requires_grad_()
+    _, normed = stage(dataclasses.replace(pack, hidden_KD=hidden_KD))
+    last = int(tokens.count_U[0]) - 1  # the last hard token of the first sequence
+    nn.functional.cross_entropy(normed[last : last + 1] @ stage.head.T, label[last : last + 1]).backward()
+    of_its_sequence, of_others = hidden_KD.grad[: last + 1], hidden_KD.grad[last + 1 :]
+    assert (of_its_sequence.abs().sum(1) > 0).all()
+    assert not of_others.any()
+    assert stage.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
+    assert stage.head.grad is None
+
+
+def test_a_token_cannot_see_what_comes_after_it(hard_tokens):
+    stage, tokens = hard_tokens
+    pack, _ = tokens.batch(torch.tensor([3]), CPU)
+    place = len(pack.position_K) // 2
+    position = int(pack.position_K[place])
+    changed_kv, changed_hidden = pack.kv_BSL2GE.clone(), pack.hidden_KD.clone()
+    changed_kv[:, position + 1 :] += 100.0
+    changed_hidden[place + 1 :] += 1.0
+    one, two = stage(pack)[1], stage(dataclasses.replace(pack, hidden_KD=changed_hidden, kv_BSL2GE=changed_kv))[1]
+    assert torch.equal(one[: place + 1], two[: place + 1])
+    assert not torch.allclose(one[place + 1 :], two[place + 1 :])
+
+
+def test_a_third_look_attends_to_what_the_second_left(look_settings, tmp_path):
+    """Evaluation in memory, the stores on disk, and the definition agree for two stages."""
+    base, _, passed = _passed(look_settings, tmp_path)
+    val = passed.stores["val"]
+    first, second = _stage(base, passed, noise=0.1), _stage(base, passed, noise=0.1, seed=1)
+    hard = select_hardest(val["score"], 0.6)
+    tokens = SequenceTokens([val], hard.index_K)
+    arrays = advance(first, tokens, torch.arange(tokens.units), **HOW)
+    assert torch.equal(arrays["hidden"], val.hidden[hard.index_K])  # it enters where the second look did
+    left = HiddenStore(tmp_path, arrays, {})
+    again = select_hardest(left["score"], 0.5)
+    entries = [ExitStage(first, hard.threshold), ExitStage(second, again.threshold)]
+    evaluation = evaluate_exits(entries, val, **HOW)
+    assert torch.bincount(evaluation.exit_N).tolist() == [
+        384 - len(left),
+        len(left) - len(again.index_K),
+        len(again.index_K),
+    ]
+    # By hand: the base's keys and values, the first stage's over them, and then the second stage over all that.
+    row_J = hard.index_K[again.index_K]
+    kv_N = val["kv"].clone()
+    kv_N[hard.index_K] = arrays["kv"]
+    by_hand = SequenceTokens([HiddenStore(tmp_path, {**val.arrays, "kv": kv_N}, {})], row_J)
+    pack, label = by_hand.batch(torch.arange(by_hand.units), CPU)
+    expected = nn.functional.cross_entropy(second(pack)[1] @ second.head.T, label, reduction="none")
+    torch.testing.assert_close(evaluation.loss_N[row_J], expected, rtol=1e-5, atol=1e-5)
+    two_stores = SequenceTokens([val, left], again.index_K).batch(torch.arange(by_hand.units), CPU)[0]
+    torch.testing.assert_close(two_stores.kv_BSL2GE, pack.kv_BSL2GE)
+    picked = torch.tensor([4, 1])
+    some = SequenceTokens([val, left], again.index_K).batch(picked, CPU)[0]
+    torch.testing.assert_close(some.kv_BSL2GE, pack.kv_BSL2GE[picked])
+
+
+# --- the whole run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_saves_what_it_measured(look_settings, tmp_path):
+    run, results = _run(look_settings, tmp_path / "run", accept="always", hard_ratio=0.5)
+    first, second = results["stages"]
+    assert first["all_token_val_ppl"] < results["base"]["val_ppl"]
+    assert second["train_total"] == first["train_hard"]
+    layer = find_base(make_config(look_settings)).config
+    assert first["added_parameters"] == LAYERS * _layer_parameters(layer) + layer.hidden_size
+    cascade = json.loads((run.path / "cascade.json").read_text())
+    assert cascade["kind"] == json.loads((run.path / "stages/1/config.json").read_text())["kind"] == "second-look"
+    base, _, passed = _passed(look_settings, tmp_path)
+    shape = SecondLookConfig.of_base(base.config, layers=LAYERS)
+    entries = [
+        ExitStage.load(run.path / f"stages/{n}", shape, cascade["stages"][n - 1]["threshold"], passed.head_VD)
+        for n in (1, 2)
+    ]
+    evaluation = evaluate_exits(entries, passed.stores["val"], **HOW)
+    assert evaluation.perplexity == pytest.approx(results["final"]["all_token_val_ppl"], rel=1e-6)
+    assert evaluation.shares(2) == pytest.approx(second["exit_share"])
+    assert "stages/2" in cascade["stages"][1]["folder"]
+    assert not (run.path / "hidden").exists()
+
+
+def _layer_parameters(config) -> int:
+    size, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    return size * head * (2 * heads + 2 * groups) + 3 * size * inner + 2 * size
+
+
+def test_stage_two_starts_as_stage_one(look_settings, tmp_path):
+    """With a learning rate of nearly nothing stage 2 stays what it was copied from."""
+    run, results = _run(look_settings, tmp_path / "run", accept="always", lr=1e-12, weight_decay=0.0, epochs=1)
+    one, two = (load_file(run.path / f"stages/{n}/model.safetensors") for n in (1, 2))
+    assert len(results["stages"]) == 2
+    assert all(torch.allclose(one[name], two[name], atol=1e-8) for name in one)
+    assert results["final"]["all_token_val_ppl"] == pytest.approx(results["base"]["val_ppl"], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_sixteen_bit_too(look_settings, tmp_path, dtype):
+    _, results = _run(
+        look_settings, tmp_path / "run", dtype=dtype, store_dtype="auto", num_stages=1, micro_batch_tokens=32
+    )
+    (stage,) = results["stages"]
+    assert stage["all_token_val_ppl"] < results["base"]["val_ppl"]
+    assert all(epoch["tokens_per_second"] > 0 for epoch in stage["epochs"])
+
+
+def test_micro_batches_add_up(look_settings, tmp_path):
+    """The same run in parts: the same loss to rounding."""
+    runs = [
+        _run(look_settings, tmp_path / str(part), num_stages=1, micro_batch_tokens=part)[1]["stages"][0]
+        for part in (None, 16)
+    ]
+    losses = [[(e["train_loss"], e["val_loss"]) for e in stage["epochs"]] for stage in runs]
+    assert losses[1] == [pytest.approx(epoch, abs=1e-4) for epoch in losses[0]]
+
+
+def test_recomputed_keys_and_values_are_the_base_s(look_settings, tmp_path):
+    base, _, passed = _passed(look_settings, tmp_path)
+    val = passed.stores["val"]
+    with torch.no_grad():
+        kv = _stage(base, passed).keys_and_values(val.hidden.unflatten(0, (-1, 32)))
+    torch.testing.assert_close(kv.flatten(0, 1), val["kv"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_that_recomputes_is_the_run_that_stores(look_settings, tmp_path):
+    runs = [_run(look_settings, tmp_path / kv, accept="always", kv=kv) for kv in ("store", "recompute")]
+    losses = [[(e["train_loss"], e["val_loss"]) for s in r["stages"] for e in s["epochs"]] for _, r in runs]
+    assert losses[1] == [pytest.approx(epoch, abs=1e-4) for epoch in losses[0]]
+    finals = [results["final"] for _, results in runs]
+    assert finals[1]["all_token_test_ppl"] == pytest.approx(finals[0]["all_token_test_ppl"], rel=1e-4)
+    assert finals[1]["stages_kept"] == 2
+    _, _, passed = _passed(look_settings, tmp_path, kv="recompute")
+    assert "kv" not in passed.stores["train"]
+
+
+# --- what it refuses -------------------------------------------------------------------------------------------------
+
+
+def test_what_makes_no_sense_is_refused(tiny_settings):
+    look = {**tiny_settings, "stage_kind": "second-look"}
+    with pytest.raises(ConfigError, match="init: 'random'; a second look starts as the base's own layers"):
+        make_config({**look, "init": "random"})
+    with pytest.raises(ConfigError, match="kv: 'recompute'; stages of kind append use none"):
+        make_config({**tiny_settings, "kv": "recompute"})
+    with pytest.raises(ConfigError, match="init: 'random'"):
+        make_config({**look, "preset": "seed"})
+    with pytest.raises(ConfigError, match="head: shared"):
+        make_config({**look, "head": "own"})
+    with pytest.raises(ConfigError, match=r"layers_per_stage: 4; .* which has 3"):
+        find_base(make_config({**look, "layers_per_stage": 4}))
+    find_base(make_config({**look, "layers_per_stage": 3}))
+
+
+def test_bases_it_cannot_copy_are_refused():
+    shape = {k: v for k, v in tiny_llama_config().to_dict().items() if k not in ("model_type", "rope_parameters")}
+    with pytest.raises(ConfigError, match=r"seq_len: 32; 'x' attends to the last 8 tokens only.*must be at most 8"):
+        check_second_look("x", MistralConfig(**{**shape, "sliding_window": 8}), layers=2, seq_len=32)
+    check_second_look("x", MistralConfig(**{**shape, "sliding_window": 32}), layers=2, seq_len=32)
+    dynamic = tiny_llama_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(ConfigError, match="rotary positions of type dynamic, must be one of default, linear"):
+        check_second_look("x", dynamic, layers=2, seq_len=32)
+
+
+def test_all_layers_may_look_again(look_settings, tmp_path):
+    """L = the base's layers: a hard token re-enters at its embedding."""
+    _, _, passed = _passed(look_settings, tmp_path, layers_per_stage=3)
+    base = find_base(make_config(look_settings))
+    shape = SecondLookConfig.of_base(base.config, layers=3)
+    stage = SecondLookStage(shape, head_VD=passed.head_VD, weights={**passed.layers, "norm.weight": passed.norm_D})
+    val = passed.stores["val"]
+    assert shape.entry_layer == 0
+    evaluation = evaluate_exits([ExitStage(stage.eval(), 0.0)], val, **HOW)
+    torch.testing.assert_close(evaluation.loss_N, val["loss"], rtol=1e-5, atol=1e-5)
