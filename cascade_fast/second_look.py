@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from cascade_fast import ops
 from cascade_fast.config import ConfigError
@@ -134,6 +132,8 @@ class SecondLookAttention(nn.Module):
         value_KGE = self.v_proj(x_KD).unflatten(-1, (self.kv_heads, self.head_dim))
         if self.query_key_norm:
             query_KHE, key_KGE = self.q_norm(query_KHE), self.k_norm(key_KGE)
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # late: see auto_classes.py
+
         query_KHE, key_KGE = apply_rotary_pos_emb(query_KHE.float(), key_KGE.float(), *angles, unsqueeze_dim=1)
         # Masked attention on the CPU takes twice as long in bfloat16 as in float32 (33 ms against 17, forward and
         # backward, 7 sequences of SmolLM2 on AVX512-BF16).
@@ -197,6 +197,9 @@ class SecondLookStage(nn.Module):
         # Not a parameter of the stage: saved once with the base, never trained.
         self.head: Tensor
         self.register_buffer("head", head_VD, persistent=False)
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # late: see auto_classes.py
+
         self.rotary = LlamaRotaryEmbedding(
             LlamaConfig(
                 hidden_size=config.hidden_size,
