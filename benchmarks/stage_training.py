@@ -36,7 +36,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cascade_fast import base_pass as ours_pass
 from cascade_fast.config import RunConfig, make_config
-from cascade_fast.fused_base import fuse
 from cascade_fast.hardware import choose_dtype, keep_freed_memory
 from cascade_fast.hidden_store import HiddenStore
 from cascade_fast.losses import linear_cross_entropy
@@ -161,7 +160,7 @@ def bare_products(tokens: int, dtype: torch.dtype) -> tuple[Callable[[], None], 
 
 def our_base_pass(folder: Path, dtype: torch.dtype, criterion: str) -> Callable[[], None]:
     torch.manual_seed(0)
-    model = fuse(AutoModelForCausalLM.from_config(base_config(), dtype=dtype, attn_implementation="sdpa").eval())
+    model = AutoModelForCausalLM.from_config(base_config(), dtype=dtype, attn_implementation="sdpa").eval()
     ids_BT = torch.randint(0, 49_152, (BLOCKS, SEQ_LEN + 1), dtype=torch.int32)
     store_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     tokens, meta = BLOCKS * SEQ_LEN, {"reads": "residual"}

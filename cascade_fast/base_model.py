@@ -25,7 +25,6 @@ from torch import Tensor
 
 from cascade_fast.checkpoint import file_sha256
 from cascade_fast.config import ConfigError, RunConfig
-from cascade_fast.fused_base import fuse
 from cascade_fast.second_look import check_second_look
 
 SMOLLM2 = "smollm2-135m"
@@ -75,8 +74,7 @@ class BaseModel:
                 model = model_class.from_pretrained(None, config=self.config, state_dict=weights, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"base: {self.name!r}; cannot be loaded: {_first_line(error)}") from error
-        model = model.requires_grad_(False).eval().to(device)
-        return fuse(model) if device.type == "cpu" else model
+        return model.requires_grad_(False).eval().to(device)
 
     def _load_nf4(self, device: torch.device, options: dict[str, Any]) -> Any:
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig

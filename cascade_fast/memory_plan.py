@@ -141,8 +141,7 @@ def saved_activation_bytes(shape: Shape, width: int, *, on_cpu: bool = True) -> 
     s = shape.stage
     # float32 (K, D): inputs of the two norms; on a GPU the normed as well, and in half their casts.
     floats = 2 if on_cpu else 4 if width < 4 else 3
-    wide, narrow = (3, 2) if on_cpu else (4, 3)  # of (K, F) and (K, D) in the compute dtype; on the CPU silu_mul is one
-    halves = narrow * s.hidden_size + shape.attention_inner + wide * s.intermediate_size
+    halves = (2 if on_cpu else 3) * s.hidden_size + shape.attention_inner + 4 * s.intermediate_size
     return floats * s.hidden_size * 4 + halves * width + 2 * 4
 
 

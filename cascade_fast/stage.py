@@ -129,13 +129,9 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, size, bias=bias)
         self.activation = ACT2FN[config.activation]
-        self.is_silu = config.activation in ("silu", "swish")
 
     def forward(self, x_KD: Tensor) -> Tensor:
-        gate_KF, up_KF = self.gate_proj(x_KD), self.up_proj(x_KD)
-        if x_KD.device.type == "cpu" and self.is_silu:
-            return self.down_proj(ops.silu_mul(gate_KF, up_KF))
-        return self.down_proj(self.activation(gate_KF) * up_KF)
+        return self.down_proj(self.activation(self.gate_proj(x_KD)) * self.up_proj(x_KD))
 
 
 class StageLayer(nn.Module):

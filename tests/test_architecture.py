@@ -16,7 +16,7 @@ LAYERS = [
     ["ops.reference", "ops.backends", "ops.schema", "ops"],
     ["checkpoint", "metrics", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage", "second_look"],
-    ["hard_token_gather", "fused_base", "base_model", "data", "adamw8bit", "optim", "stage_tokens", "exits"],
+    ["hard_token_gather", "base_model", "data", "adamw8bit", "optim", "stage_tokens", "exits"],
     ["configuration", "base_pass", "memory_plan", "roofline", "stage_trainer", "report"],
     ["cascade_weights", "model_card", "modeling", "run_folder"],
     ["cascade", "evaluation"],

@@ -80,7 +80,7 @@ def test_a_warm_cascade_begins_as_the_base(cache, compute):
     if dtype == torch.float32:
         torch.testing.assert_close(evaluation.loss_N, val["loss"], rtol=1e-4, atol=1e-4)
     # In bfloat16 a logit of 20 is rounded by up to 0.06, differently on the two ways to it; means agree.
-    assert evaluation.perplexity == pytest.approx(val["loss"].double().mean().exp().item(), rel=5e-3)
+    assert evaluation.perplexity == pytest.approx(val["loss"].double().mean().exp().item(), rel=2e-3)
 
 
 def test_a_run_from_end_to_end(cache, tmp_path):
@@ -102,6 +102,4 @@ def test_a_run_from_end_to_end(cache, tmp_path):
     config = make_config(results["settings"])
     blocks = load_blocks(config, find_base(config).tokenizer()).ids["val"]
     measured = measure(model, blocks, model.config.thresholds)
-    # The base pass rounds what its fused norms and MLPs compute once, transformers twice: in bfloat16 some of these few
-    # tokens change exit. In float32 the two agree to 1e-4: see test_modeling.py.
-    assert measured.perplexity == pytest.approx(results["final"]["all_token_val_ppl"], rel=5e-3)
+    assert measured.perplexity == pytest.approx(results["final"]["all_token_val_ppl"], rel=2e-3)

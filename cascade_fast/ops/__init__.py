@@ -30,7 +30,6 @@ __all__ = [
     "rms_norm",
     "scatter_rows",
     "select_hard",
-    "silu_mul",
     "why_not",
 ]
 
@@ -147,33 +146,18 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, *, dtype: torch.dtype, 
     """``weight * x / sqrt(mean(x^2) + eps)`` of every row, in float32, rounded once to ``dtype``.
 
     Args:
-        x_ND: ``(N, D)`` float32, float16 or bfloat16; any strides.
+        x_ND: ``(N, D)`` float32; any strides.
         weight_D: ``(D,)`` float32.
         eps: added to the mean square.
         dtype: of the result: float32, float16 or bfloat16.
 
     Returns:
-        ``(N, D)`` of ``dtype``. Differentiable in ``x_ND`` and ``weight_D``; the gradients have their dtypes.
+        ``(N, D)`` of ``dtype``. Differentiable in ``x_ND`` and ``weight_D``, whose gradients are float32.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not match; names the argument.
     """
     return torch.ops.cascade_fast.rms_norm(x_ND, weight_D, eps, dtype=dtype, backend=backend)[0]
-
-
-def silu_mul(gate_NF: Tensor, up_NF: Tensor, *, backend: str = "auto") -> Tensor:
-    """``silu(gate) * up``, between the matrix products of a gated MLP (arXiv 2002.05202); rounded once.
-
-    Args:
-        gate_NF, up_NF: ``(N, F)``, one dtype of float32, float16, bfloat16; any strides.
-
-    Returns:
-        ``(N, F)``, contiguous. Differentiable in both.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not match; names the argument.
-    """
-    return torch.ops.cascade_fast.silu_mul(gate_NF, up_NF, backend=backend)
 
 
 def adamw8bit(

@@ -24,8 +24,6 @@ CPU_OPS = (
     "cross_entropy_",
     "rms_norm",
     "rms_norm_backward",
-    "silu_mul",
-    "silu_mul_backward",
     "adamw8bit",
 )
 OPS = SELECTION_OPS + CPU_OPS

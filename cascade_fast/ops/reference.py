@@ -70,39 +70,19 @@ def cross_entropy_(logits_CV: Tensor, labels_C: Tensor, grad: bool) -> tuple[Ten
     return loss_C, entropy_C
 
 
-def _wide(t: Tensor) -> Tensor:
-    """In float32 at least."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-
-
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``weight * x / rms(x)`` in float32, rounded once to ``dtype``; and ``1 / rms(x)``, ``(N,)`` float32."""
-    x_ND = _wide(x_ND)
     inv_rms_N1 = torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps)
     return (x_ND * inv_rms_N1 * weight_D).to(dtype), inv_rms_N1.squeeze(-1)
 
 
 def rms_norm_backward(grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, inv_rms_N: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`rms_norm` in ``x`` and ``weight``, in their dtype."""
-    inv_rms_N1, grad_ND = inv_rms_N.unsqueeze(-1), _wide(grad_ND)
-    unit_ND = _wide(x_ND) * inv_rms_N1
+    inv_rms_N1, grad_ND = inv_rms_N.unsqueeze(-1), grad_ND.to(x_ND.dtype)
+    unit_ND = x_ND * inv_rms_N1
     grad_unit_ND = grad_ND * weight_D
     grad_x_ND = inv_rms_N1 * (grad_unit_ND - unit_ND * (grad_unit_ND * unit_ND).mean(-1, keepdim=True))
-    return grad_x_ND.to(x_ND.dtype), (grad_ND * unit_ND).sum(0)
-
-
-def silu_mul(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-    """``silu(gate) * up`` in float32, rounded once."""
-    return (torch.nn.functional.silu(_wide(gate_NF)) * _wide(up_NF)).to(gate_NF.dtype)
-
-
-def silu_mul_backward(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`silu_mul` in ``gate`` and ``up``, in their dtype."""
-    wide_gate_NF, wide_grad_NF = _wide(gate_NF), _wide(grad_NF)
-    sigmoid_NF = wide_gate_NF.sigmoid()
-    of_silu_NF = sigmoid_NF * (1.0 + wide_gate_NF * (1.0 - sigmoid_NF))
-    grad_gate_NF = wide_grad_NF * _wide(up_NF) * of_silu_NF
-    return grad_gate_NF.to(gate_NF.dtype), (wide_grad_NF * wide_gate_NF * sigmoid_NF).to(up_NF.dtype)
+    return grad_x_ND, (grad_ND * unit_ND).sum(0)
 
 
 # --- 8-bit AdamW -----------------------------------------------------------------------------------------------------

@@ -26,8 +26,6 @@ _LIB.define(
     "cross_entropy_(Tensor(a!) logits, Tensor labels, *, bool grad=False, str backend='auto') -> (Tensor, Tensor)"
 )
 _LIB.define("rms_norm(Tensor x, Tensor weight, float eps, *, ScalarType dtype, str backend='auto') -> (Tensor, Tensor)")
-_LIB.define("silu_mul(Tensor gate, Tensor up, *, str backend='auto') -> Tensor")
-_LIB.define("silu_mul_backward(Tensor grad, Tensor gate, Tensor up, *, str backend='auto') -> (Tensor, Tensor)")
 _LIB.define(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inv_rms, *, str backend='auto') -> (Tensor, Tensor)"
 )
@@ -102,7 +100,7 @@ def _check_cross_entropy(logits: Tensor, labels: Tensor) -> None:
 
 def _check_rms_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
     _check(x.dim() == 2, f"x: {_shape(x)}; must have 2 dimensions (N, D)")
-    _check(x.dtype in FLOAT_DTYPES, f"x: {_shape(x)}; must be float32, float16 or bfloat16")
+    _check(x.dtype == torch.float32, f"x: {_shape(x)}; must be float32")
     _check(weight.shape == x.shape[1:], f"weight: {_shape(weight)}; must have shape ({x.shape[1]},)")
     _check(weight.dtype == torch.float32, f"weight: {_shape(weight)}; must be float32")
     _check(weight.device == x.device, f"weight: {_shape(weight)}; must be on the device of x, {x.device}")
@@ -156,13 +154,6 @@ def _check_adamw8bit(
         _check(steps[i] >= 1, f"steps[{i}]: {steps[i]}; must be 1 for the first step, or more")
 
 
-def _check_silu_mul(gate: Tensor, up: Tensor) -> None:
-    _check(gate.dim() == 2, f"gate: {_shape(gate)}; must have 2 dimensions (N, F)")
-    _check(gate.dtype in FLOAT_DTYPES, f"gate: {_shape(gate)}; must be float32, float16 or bfloat16")
-    same = up.shape == gate.shape and up.dtype == gate.dtype and up.device == gate.device
-    _check(same, f"up: {_shape(up)}; must have shape, dtype and device of gate, {_shape(gate)}")
-
-
 # --- fakes: shapes and dtypes of the results -------------------------------------------------------------------------
 
 
@@ -201,7 +192,7 @@ def _(logits, labels, *, grad=False, backend="auto"):
 @torch.library.register_fake("cascade_fast::rms_norm", lib=_LIB)
 def _(x, weight, eps, *, dtype, backend="auto"):
     _check_rms_norm(x, weight, dtype)
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0])
 
 
 @torch.library.register_fake("cascade_fast::rms_norm_backward", lib=_LIB)
@@ -212,17 +203,6 @@ def _(grad, x, weight, inv_rms, *, backend="auto"):
 @torch.library.register_fake("cascade_fast::adamw8bit", lib=_LIB)
 def _(params, grads, state1, state2, absmax1, absmax2, steps, *, lr, beta1, beta2, eps, weight_decay, backend="auto"):
     _check_adamw8bit(params, grads, state1, state2, absmax1, absmax2, steps)
-
-
-@torch.library.register_fake("cascade_fast::silu_mul", lib=_LIB)
-def _(gate, up, *, backend="auto"):
-    _check_silu_mul(gate, up)
-    return gate.new_empty(gate.shape)
-
-
-@torch.library.register_fake("cascade_fast::silu_mul_backward", lib=_LIB)
-def _(grad, gate, up, *, backend="auto"):
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
 # --- bodies: checked, then handed to whoever serves this device ------------------------------------------------------
@@ -292,15 +272,6 @@ def _adamw8bit(
         step(params, grads, state1, state2, absmax1, absmax2, steps, lr, beta1, beta2, eps, weight_decay)
 
 
-def _silu_mul(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
-    _check_silu_mul(gate, up)
-    return backends.body("silu_mul", gate.device, backend)(gate, up)
-
-
-def _silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    return backends.body("silu_mul_backward", gate.device, backend)(grad, gate, up)
-
-
 _LIB.impl("cosine_score", _cosine_score, "CompositeExplicitAutograd")
 _LIB.impl("select_hard", _select_hard, "CompositeExplicitAutograd")
 _LIB.impl("gather_rows", _gather_rows, "CompositeExplicitAutograd")
@@ -308,8 +279,6 @@ _LIB.impl("scatter_rows", _scatter_rows, "CompositeExplicitAutograd")
 _LIB.impl("cross_entropy_", _cross_entropy_, "CompositeExplicitAutograd")
 _LIB.impl("rms_norm", _rms_norm, "CompositeExplicitAutograd")
 _LIB.impl("rms_norm_backward", _rms_norm_backward, "CompositeExplicitAutograd")
-_LIB.impl("silu_mul", _silu_mul, "CompositeExplicitAutograd")
-_LIB.impl("silu_mul_backward", _silu_mul_backward, "CompositeExplicitAutograd")
 _LIB.impl("adamw8bit", _adamw8bit, "CompositeExplicitAutograd")
 
 
@@ -379,15 +348,6 @@ def _rms_norm_backward_of(ctx, grad_ND, _inv_rms_grad):
     return *grads, None
 
 
-def _silu_mul_setup(ctx, inputs, keyword_only_inputs, output):
-    ctx.save_for_backward(*inputs)
-    ctx.backend = keyword_only_inputs["backend"]
-
-
-def _silu_mul_backward_of(ctx, grad_NF):
-    return torch.ops.cascade_fast.silu_mul_backward(grad_NF, *ctx.saved_tensors, backend=ctx.backend)
-
-
 torch.library.register_autograd(
     "cascade_fast::cosine_score", _cosine_score_backward, setup_context=_cosine_score_setup, lib=_LIB
 )
@@ -402,7 +362,4 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "cascade_fast::rms_norm", _rms_norm_backward_of, setup_context=_rms_norm_setup, lib=_LIB
-)
-torch.library.register_autograd(
-    "cascade_fast::silu_mul", _silu_mul_backward_of, setup_context=_silu_mul_setup, lib=_LIB
 )

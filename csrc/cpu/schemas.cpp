@@ -10,8 +10,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
   m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, bool grad) -> (Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)");
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inv_rms) -> (Tensor, Tensor)");
-  m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
-  m.def("silu_mul_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
   m.def(
       "adamw8bit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, "
       "Tensor(e!)[] absmax2, int[] steps, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");

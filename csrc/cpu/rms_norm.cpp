@@ -1,0 +1,181 @@
+// rms_norm and its gradients, each in one pass: float32 in, float32 inside, rounded once to the compute dtype.
+//
+// Plain loops that the compiler vectorises, compiled for AVX-512, AVX2 and the baseline; sums go into kLanes partial
+// sums, because the compiler may not reorder additions by itself.
+//
+// Shape legend: N rows, D hidden size, P parts of kRowsPerPart rows.
+#include "../common.h"
+#include "vectors.h"
+
+namespace cascade_fast {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int64_t kRowsPerPart = 32;  // rows whose share of a weight's gradient is summed first: the same for any threads
+
+CASCADE_INLINE float widen(float x) { return x; }
+CASCADE_INLINE float widen(Half x) { return static_cast<float>(x); }
+CASCADE_INLINE float widen(BFloat16 x) {
+  uint16_t half;
+  std::memcpy(&half, static_cast<const void*>(&x), sizeof(half));
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+
+CASCADE_INLINE void narrow(float x, float* to) { *to = x; }
+CASCADE_INLINE void narrow(float x, Half* to) { *to = static_cast<Half>(x); }
+CASCADE_INLINE void narrow(float x, BFloat16* to) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const auto half = static_cast<uint16_t>((x != x ? bits | 0x400000u : rounded) >> 16);
+  std::memcpy(static_cast<void*>(to), &half, sizeof(half));
+}
+
+CASCADE_INLINE float sum(const float (&lanes)[kLanes]) {
+  float total = 0.0f;
+  for (float lane : lanes) total += lane;
+  return total;
+}
+
+struct NormRows {  // all rows contiguous; inv_rms_N (N,)
+  const float* x_ND;
+  const float* weight_D;
+  float* inv_rms_N;
+  void* out_ND;
+  float eps;
+  int64_t d;
+};
+
+template <class T>
+CASCADE_INLINE void norm_rows(const NormRows& all, int64_t begin, int64_t end) {
+  const int64_t d = all.d, whole = d / kLanes * kLanes;
+  const float* __restrict weight = all.weight_D;
+  for (int64_t n = begin; n < end; ++n) {
+    const float* __restrict x = all.x_ND + n * d;
+    float squares[kLanes] = {};
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      for (int j = 0; j < kLanes; ++j) squares[j] += x[i + j] * x[i + j];
+    }
+    for (int64_t i = whole; i < d; ++i) squares[i - whole] += x[i] * x[i];
+    const float inv_rms = 1.0f / std::sqrt(sum(squares) / static_cast<float>(d) + all.eps);
+    all.inv_rms_N[n] = inv_rms;
+    T* __restrict out = static_cast<T*>(all.out_ND) + n * d;
+    for (int64_t i = 0; i < d; ++i) narrow(x[i] * inv_rms * weight[i], out + i);
+  }
+}
+
+struct NormGradRows {
+  const void* grad_ND;
+  const float* x_ND;
+  const float* weight_D;
+  const float* inv_rms_N;
+  float* grad_x_ND;
+  float* grad_weight_PD;  // a row for each part of kRowsPerPart rows
+  int64_t n, d;
+};
+
+template <class T>
+CASCADE_INLINE void norm_grad_parts(const NormGradRows& all, int64_t begin, int64_t end) {
+  const int64_t d = all.d, whole = d / kLanes * kLanes;
+  const float* __restrict weight = all.weight_D;
+  for (int64_t part = begin; part < end; ++part) {
+    float* __restrict grad_weight = all.grad_weight_PD + part * d;
+    std::memset(grad_weight, 0, d * sizeof(float));
+    const int64_t last = std::min(all.n, (part + 1) * kRowsPerPart);
+    for (int64_t n = part * kRowsPerPart; n < last; ++n) {
+      const T* __restrict grad = static_cast<const T*>(all.grad_ND) + n * d;
+      const float* __restrict x = all.x_ND + n * d;
+      float* __restrict grad_x = all.grad_x_ND + n * d;
+      const float inv_rms = all.inv_rms_N[n];
+      float products[kLanes] = {};
+      for (int64_t i = 0; i < whole; i += kLanes) {
+        for (int j = 0; j < kLanes; ++j) products[j] += widen(grad[i + j]) * weight[i + j] * x[i + j];
+      }
+      for (int64_t i = whole; i < d; ++i) products[i - whole] += widen(grad[i]) * weight[i] * x[i];
+      const float share = sum(products) * inv_rms * inv_rms / static_cast<float>(d);
+      for (int64_t i = 0; i < d; ++i) {
+        const float g = widen(grad[i]);
+        grad_weight[i] += g * x[i] * inv_rms;
+        grad_x[i] = inv_rms * (g * weight[i] - x[i] * share);
+      }
+    }
+  }
+}
+
+// NAME(dtype): the body for this dtype and this CPU.
+#if CASCADE_X86
+#define CASCADE_BODIES(NAME, BODY, ARGS)                                                                     \
+  template <class T>                                                                                         \
+  void NAME##_baseline(const ARGS& all, int64_t begin, int64_t end) { BODY<T>(all, begin, end); }            \
+  template <class T>                                                                                         \
+  CASCADE_AVX2 void NAME##_avx2(const ARGS& all, int64_t begin, int64_t end) { BODY<T>(all, begin, end); }   \
+  template <class T>                                                                                         \
+  CASCADE_AVX512 void NAME##_avx512(const ARGS& all, int64_t begin, int64_t end) { BODY<T>(all, begin, end); } \
+  template <class T>                                                                                         \
+  void (*NAME##_for_this_cpu())(const ARGS&, int64_t, int64_t) {                                             \
+    return cpu_has_avx512() ? NAME##_avx512<T> : cpu_has_avx2() ? NAME##_avx2<T> : NAME##_baseline<T>;       \
+  }
+#else
+#define CASCADE_BODIES(NAME, BODY, ARGS)                                                           \
+  template <class T>                                                                               \
+  void NAME##_baseline(const ARGS& all, int64_t begin, int64_t end) { BODY<T>(all, begin, end); }  \
+  template <class T>                                                                               \
+  void (*NAME##_for_this_cpu())(const ARGS&, int64_t, int64_t) { return NAME##_baseline<T>; }
+#endif
+
+CASCADE_BODIES(norm, norm_rows, NormRows)
+CASCADE_BODIES(norm_grad, norm_grad_parts, NormGradRows)
+
+#define CASCADE_PICK(NAME, DTYPE)                                     \
+  ((DTYPE) == ScalarType::BFloat16 ? NAME##_for_this_cpu<BFloat16>()  \
+   : (DTYPE) == ScalarType::Half   ? NAME##_for_this_cpu<Half>()      \
+                                   : NAME##_for_this_cpu<float>())
+
+constexpr int64_t kItemsPerBlock = 16 * 1024;
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight_D, double eps, ScalarType dtype) {
+  const Tensor x_ND = torch::stable::contiguous(x), w_D = torch::stable::contiguous(weight_D);
+  const int64_t n = x_ND.size(0), d = x_ND.size(1);
+  const Tensor out_ND = torch::stable::new_empty(x_ND, {n, d}, dtype);
+  const Tensor inv_rms_N = torch::stable::new_empty(x_ND, {n}, ScalarType::Float);
+  const NormRows all{x_ND.const_data_ptr<float>(), w_D.const_data_ptr<float>(), inv_rms_N.mutable_data_ptr<float>(),
+                     out_ND.mutable_data_ptr(), static_cast<float>(eps), d};
+  const auto body = CASCADE_PICK(norm, dtype);
+  parallel_blocks(n, std::max<int64_t>(1, kItemsPerBlock / std::max<int64_t>(d, 1)),
+                  [&](int64_t begin, int64_t end) { body(all, begin, end); });
+  return {out_ND, inv_rms_N};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight_D, const Tensor& inv_rms_N) {
+  const Tensor grad_ND = torch::stable::contiguous(grad), x_ND = torch::stable::contiguous(x);
+  const Tensor w_D = torch::stable::contiguous(weight_D);
+  const int64_t n = x_ND.size(0), d = x_ND.size(1), parts = ceil_div(n, kRowsPerPart);
+  const Tensor grad_x_ND = torch::stable::new_empty(x_ND, {n, d});
+  const Tensor grad_weight_PD = torch::stable::new_empty(x_ND, {std::max<int64_t>(parts, 1), d});
+  const NormGradRows all{grad_ND.const_data_ptr(), x_ND.const_data_ptr<float>(), w_D.const_data_ptr<float>(),
+                         inv_rms_N.const_data_ptr<float>(), grad_x_ND.mutable_data_ptr<float>(),
+                         grad_weight_PD.mutable_data_ptr<float>(), n, d};
+  const auto body = CASCADE_PICK(norm_grad, grad_ND.scalar_type());
+  parallel_blocks(parts, 1, [&](int64_t begin, int64_t end) { body(all, begin, end); });
+  const Tensor grad_weight_D = torch::stable::new_empty(x_ND, {d});
+  float* total = grad_weight_D.mutable_data_ptr<float>();
+  std::memset(total, 0, d * sizeof(float));
+  for (int64_t part = 0; part < parts; ++part) {
+    const float* share = grad_weight_PD.const_data_ptr<float>() + part * d;
+    for (int64_t i = 0; i < d; ++i) total[i] += share[i];
+  }
+  return {grad_x_ND, grad_weight_D};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cascade_fast_native, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+}
+
+}  // namespace cascade_fast
