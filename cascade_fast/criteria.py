@@ -113,7 +113,6 @@ def token_entropy(logits: Tensor) -> Tensor:
         return logits.new_zeros(logits.shape[:-1].numel(), dtype=torch.float32)
     if logits.dim() > 2:  # one sequence at a time: each is a view, while flattening all of them may be a copy
         return torch.cat([token_entropy(part) for part in logits])
-    n = logits.shape[0]
-    chunks = logits.split(chunk_tokens(n, logits.shape[-1], torch.float32))
+    chunks = logits.split(chunk_tokens(logits.shape[-1], torch.float32))
     # entr(p) = -p log p, and 0 at p = 0.
     return torch.cat([torch.special.entr(chunk_CV.float().softmax(-1)).sum(-1) for chunk_CV in chunks])

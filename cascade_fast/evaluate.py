@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.config import DTYPES, RESUME_MAY_CHANGE, ConfigError, make_config
+from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, make_config
+from cascade_fast.model_cli import add_model_arguments, add_run_argument, answer, load_model
 
 SPLITS = ("train", "val", "test")
 
@@ -21,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run, a saved cascade, or its hub id")
+    add_run_argument(parser)
     text = parser.add_argument_group("text")
     text.add_argument("--split", default="val", choices=SPLITS, help="blocks of the run's own text")
     text.add_argument("--dataset", metavar="TEXT", help="another text instead, all of it; as --dataset of training")
@@ -41,24 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how")
     how.add_argument("--no-flops", action="store_true", help="do not count FLOPs: half the time")
     how.add_argument("--batch-tokens", type=int, default=1024, metavar="N", help="tokens of a forward pass")
-    how.add_argument("--base-path", metavar="TEXT", help="where the base is now, if not where it was in training")
-    how.add_argument("--device", default="auto", metavar="TEXT", help="cpu, cuda, cuda:1, ...")
-    how.add_argument("--dtype", default="auto", choices=DTYPES, help="compute dtype; auto: that of training")
-    how.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_model_arguments(how)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake in what was asked for."""
-    asked = build_parser().parse_args(argv)
-    try:
-        _check(asked)
-        return _run(asked)
-    except (ConfigError, OSError) as error:
-        if asked.debug:
-            raise
-        print(f"error: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
-        return 2
+    return answer(_run, build_parser().parse_args(argv))
 
 
 def _check(asked: argparse.Namespace) -> None:
@@ -76,11 +66,11 @@ def _check(asked: argparse.Namespace) -> None:
 
 
 def _run(asked: argparse.Namespace) -> int:
+    _check(asked)
     from cascade_fast.evaluation import evaluate_cascade, sweep_threshold
-    from cascade_fast.generate import load
     from cascade_fast.metrics import say
 
-    model, tokenizer = load(asked.run, device=asked.device, dtype=asked.dtype, base_path=asked.base_path)
+    model, tokenizer = load_model(asked.run, device=asked.device, dtype=asked.dtype, base_path=asked.base_path)
     blocks, source = _blocks(asked, model.config, tokenizer)
     if asked.sweep_threshold is not None and len(model.stages) == 0:
         raise ConfigError("sweep_threshold: this cascade kept no stage, so there is no threshold to move")

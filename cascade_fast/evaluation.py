@@ -97,7 +97,7 @@ def measure(
 def _judge(logits_BSV: Tensor, label_BS: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of every token, and whether its likeliest token is the label; float32 logits of a chunk at a time."""
     losses, correct = [], []
-    step = chunk_tokens(label_BS.numel(), logits_BSV.shape[-1], torch.float32)
+    step = chunk_tokens(logits_BSV.shape[-1], torch.float32)
     for logits_CV, label_C in zip(logits_BSV.flatten(0, 1).split(step), label_BS.flatten().split(step), strict=True):
         losses.append(nn.functional.cross_entropy(logits_CV.float(), label_C, reduction="none"))
         correct.append(logits_CV.argmax(-1) == label_C)

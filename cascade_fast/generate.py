@@ -1,13 +1,13 @@
 """``python -m cascade_fast.generate RUN "prompt"``: continues text with a cascade, and shows where each token left."""
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cascade_fast.config import DTYPES, ConfigError
+from cascade_fast.config import ConfigError
+from cascade_fast.model_cli import add_model_arguments, add_run_argument, answer, load_model
 
 COLOURS = ("default", "yellow", "magenta", "cyan", "green", "blue", "red")  # of the base, stage 1, stage 2, ...
 
@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run, a saved cascade, or its hub id")
+    add_run_argument(parser)
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="text to go on from; several make a batch")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add at most")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: always the likeliest token")
@@ -28,50 +28,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--show-exits", action="store_true", help="colour each new token by the exit it came from")
     parser.add_argument("--no-cache", action="store_true", help="read everything anew for each token (same result)")
-    parser.add_argument("--base-path", metavar="TEXT", help="where the base is now, if not where it was in training")
-    parser.add_argument("--device", default="auto", metavar="TEXT", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="compute dtype; auto: that of training")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_model_arguments(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake in what was asked for."""
-    asked = build_parser().parse_args(argv)
-    try:
-        for name, good, allowed in (
-            ("max_new_tokens", asked.max_new_tokens >= 1, "must be at least 1"),
-            ("temperature", 0 <= asked.temperature < float("inf"), "must be at least 0"),
-            ("top_p", 0 < asked.top_p <= 1, "must be in (0, 1]"),
-        ):
-            if not good:
-                raise ConfigError(f"{name}: {getattr(asked, name)}; {allowed}")
-        return _run(asked)
-    except (ConfigError, OSError) as error:
-        if asked.debug:
-            raise
-        print(f"error: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
-        return 2
+    return answer(_run, build_parser().parse_args(argv))
 
 
-def load(run: str, *, device: str, dtype: str, base_path: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer, ready to run."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    from cascade_fast.hardware import choose_device
-    from cascade_fast.modeling import CascadeForCausalLM
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    where = choose_device(device)
-    model: Any = CascadeForCausalLM.from_pretrained(run, dtype=dtype, base_path=base_path)
-    tokenizer = AutoTokenizer.from_pretrained(model.base_folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    return model.requires_grad_(False).to(where), tokenizer
+def _check(asked: argparse.Namespace) -> None:
+    for name, good, allowed in (
+        ("max_new_tokens", asked.max_new_tokens >= 1, "must be at least 1"),
+        ("temperature", 0 <= asked.temperature < float("inf"), "must be at least 0"),
+        ("top_p", 0 < asked.top_p <= 1, "must be in (0, 1]"),
+    ):
+        if not good:
+            raise ConfigError(f"{name}: {getattr(asked, name)}; {allowed}")
 
 
 @contextmanager
@@ -86,10 +59,11 @@ def recorded_exits(model: Any) -> Iterator[list[Any]]:
 
 
 def _run(asked: argparse.Namespace) -> int:
+    _check(asked)
     import torch
     from transformers import TextStreamer
 
-    model, tokenizer = load(asked.run, device=asked.device, dtype=asked.dtype, base_path=asked.base_path)
+    model, tokenizer = load_model(asked.run, device=asked.device, dtype=asked.dtype, base_path=asked.base_path)
     prompts = asked.prompts
     if asked.chat:
         if tokenizer.chat_template is None:

@@ -19,16 +19,16 @@ from cascade_fast import ops
 CHUNK_BYTES = 48 * 2**20  # of logits: 512 tokens of a vocabulary of 49,152 in 16 bit
 
 
-def chunk_tokens(n: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """How many of ``n`` tokens make a chunk: chunks of about one size, whose logits fit in ``CHUNK_BYTES``."""
-    most = max(16, CHUNK_BYTES // (dtype.itemsize * vocab_size))
-    return max(1, math.ceil(n / math.ceil(n / most))) if n else 1
+def chunk_tokens(vocab_size: int, dtype: torch.dtype) -> int:
+    """How many tokens' logits fit in ``CHUNK_BYTES``."""
+    return max(16, CHUNK_BYTES // (dtype.itemsize * vocab_size))
 
 
 def _logit_chunks(hidden_ND: Tensor, head_VD: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """``(rows, hidden_CD, logits_CV)`` chunk by chunk, in the head's dtype; all chunks use the same memory."""
     n, vocab_size = hidden_ND.shape[0], head_VD.shape[0]
-    step = chunk_tokens(n, vocab_size, head_VD.dtype)
+    chunks = max(1, math.ceil(n / chunk_tokens(vocab_size, head_VD.dtype)))
+    step = max(1, math.ceil(n / chunks))  # chunks of about one size: a last one of two rows would cost as much as many
     room_CV = head_VD.new_empty(min(step, n), vocab_size)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))

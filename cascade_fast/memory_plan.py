@@ -359,7 +359,7 @@ def _add_head(phase: Phase, shape: Shape, width: int) -> None:
 
 def _logit_bytes(shape: Shape, width: int, *, on_cpu: bool) -> float:
     """A chunk's logits, and on a GPU plain torch's float32 copies of them: see losses.py. Never a whole batch's."""
-    tokens = chunk_tokens(2**31, shape.stage.vocab_size, torch.float32 if width == 4 else torch.bfloat16)
+    tokens = chunk_tokens(shape.stage.vocab_size, torch.float32 if width == 4 else torch.bfloat16)
     return float((width if on_cpu else width + 16) * tokens * shape.stage.vocab_size)
 
 

@@ -219,9 +219,7 @@ def base_pass_time(config: RunConfig, base_config: Any, device: Device, dtype: t
         weights += 2 * width * shape.base_quantized()
     per_token = layers * width * (14 * s.hidden_size + 7 * s.intermediate_size)
     moved = passes * weights + tokens * per_token + with_logits * s.vocab_size * (2 * width + 7 * 4)
-    launches = (
-        passes * layers * BASE_LAYER_LAUNCHES + with_logits / chunk_tokens(2**31, s.vocab_size, dtype) * CHUNK_LAUNCHES
-    )
+    launches = passes * layers * BASE_LAYER_LAUNCHES + with_logits / chunk_tokens(s.vocab_size, dtype) * CHUNK_LAUNCHES
     return _time(flops, moved, launches, device, dtype)
 
 
@@ -243,7 +241,7 @@ def epoch_time(config: RunConfig, base_config: Any, device: Device, dtype: torch
     activations = s.layers * 4 * saved_activation_bytes(shape, width)  # each written and read, there and back
     token_bytes = activations + s.vocab_size * (3 * width + 6 * 4)
     moved = steps * step_bytes + parts * part_bytes + tokens * token_bytes
-    chunks = max(parts, tokens / chunk_tokens(2**31, s.vocab_size, dtype))
+    chunks = max(parts, tokens / chunk_tokens(s.vocab_size, dtype))
     launches = parts * (s.layers * STAGE_LAYER_LAUNCHES + 50) + chunks * CHUNK_LAUNCHES + steps * 30
     return _time(flops, moved, launches, device, dtype)
 

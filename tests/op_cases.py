@@ -3,15 +3,30 @@
 Shape legend: N rows (tokens), B independent selections, D hidden size, K selected rows.
 """
 
+import os
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from cascade_fast import ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "transposed", "every_other_column", "every_third_row", "offset", "one_row_expanded")
 
 # (N, D): empty either way, one element, below / at / above the 32 values a CPU kernel takes at once, odd, real.
 SHAPES = ((0, 8), (3, 0), (1, 1), (5, 1), (7, 31), (4, 32), (9, 33), (13, 65), (129, 96), (67, 577), (300, 576))
+
+
+def need(backend: str) -> str:
+    """Skips where the extension is missing; fails instead where CASCADE_FAST_REQUIRE_EXT=1 says it must be there."""
+    import pytest  # here: the benchmarks use this module, too, and need none
+
+    reasons = [reason for op in ops.OPS if (reason := ops.why_not(op, torch.device("cpu"), backend))]
+    if reasons:
+        required = os.environ.get("CASCADE_FAST_REQUIRE_EXT", "0") not in ("", "0")
+        (pytest.fail if required else pytest.skip)(f"backend {backend}: {reasons[0]}")
+    return backend
 
 
 def hidden_pair(n: int, d: int, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:

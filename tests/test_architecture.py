@@ -20,7 +20,7 @@ LAYERS = [
     ["configuration", "base_pass", "memory_plan", "roofline", "stage_trainer", "report"],
     ["cascade_weights", "model_card", "modeling", "run_folder"],
     ["cascade", "evaluation"],
-    ["train", "env", "plan", "generate", "evaluate"],
+    ["model_cli", "train", "env", "plan", "generate", "evaluate"],
 ]
 ORDER = {f"cascade_fast.{name}": i for i, name in enumerate(name for layer in LAYERS for name in layer)}
 SOURCES = sorted((ROOT / "cascade_fast").rglob("*.py"))
@@ -64,6 +64,16 @@ def test_imports_go_down_only(path):
             assert ORDER[owner] < ORDER[module], f"{module} imports {owner}"
         if imported.split(".")[0] in ("triton", "cascade_kernels"):
             assert module == "cascade_fast.ops.backends", f"{module} imports {imported}"
+
+
+def test_nothing_below_the_model_imports_transformers_models_when_it_is_imported():
+    """That would load the Auto classes, which import ``modeling`` (see auto_classes.py), which needs the importer."""
+    for path in SOURCES:
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in top for alias in node.names}
+        names |= {node.module for node in top if isinstance(node, ast.ImportFrom) and node.module}
+        loads = {n for n in names if n.startswith(("transformers.models", "transformers.modeling", "AutoModel"))}
+        assert not loads or _module(path) == "cascade_fast.modeling", f"{path}: {loads}"
 
 
 def test_kernels_need_torch_and_triton_only():

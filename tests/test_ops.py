@@ -5,7 +5,6 @@ Shape legend: N rows (tokens), B independent selections, D hidden size, K select
 """
 
 import copy
-import os
 
 import numpy as np
 import op_cases as cases
@@ -29,18 +28,9 @@ TOLERANCES = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 hypothesis_settings = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
-def need(backend: str) -> str:
-    """Skips where the extension is missing; fails instead where CASCADE_FAST_REQUIRE_EXT=1 says it must be there."""
-    reasons = [reason for op in ops.SELECTION_OPS if (reason := ops.why_not(op, CPU, backend))]
-    if reasons:
-        required = os.environ.get("CASCADE_FAST_REQUIRE_EXT", "0") not in ("", "0")
-        (pytest.fail if required else pytest.skip)(f"backend {backend}: {reasons[0]}")
-    return backend
-
-
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request) -> str:
-    return need(request.param)
+    return cases.need(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +163,7 @@ def test_select_hard(backend, name):
 @given(data=st.data())
 @hypothesis_settings
 def test_select_hard_any_floats(name, data):
-    need(name)
+    cases.need(name)
     any_float = st.floats(width=32, allow_nan=True, allow_infinity=True)
     from_few = st.sampled_from([0.0, -0.0, 1.0, -1.0, float("nan"), float("inf"), float("-inf"), 1e-45])
     values = data.draw(st.lists(any_float, max_size=80) | st.lists(from_few, max_size=80))
@@ -189,7 +179,7 @@ def test_select_hard_any_floats(name, data):
 )
 @settings(hypothesis_settings, max_examples=15)
 def test_select_hard_batches(name, batch, n, share, levels):
-    need(name)
+    cases.need(name)
     k = round(share * n)
     scores_BN = torch.rand(batch, n, generator=torch.Generator().manual_seed(n)).mul(levels).round().div(levels)
     index_BK, bounds_B2 = ops.select_hard(scores_BN, k, backend=name)
@@ -214,7 +204,7 @@ def test_select_hard_takes_more_scores_than_torch_quantile():
     n = 2**24 + 5
     scores_N = torch.rand(n, generator=torch.Generator().manual_seed(0)).mul_(2**20).round_()  # about 16 ties each
     k = n // 3
-    index_K, bounds_2 = ops.select_hard(scores_N, k, backend=need("cpp"))
+    index_K, bounds_2 = ops.select_hard(scores_N, k, backend=cases.need("cpp"))
     values = scores_N.numpy()
     kth, following = np.partition(values, (k - 1, k))[k - 1 : k + 1]
     ties = np.flatnonzero(values == kth)[: k - np.count_nonzero(values < kth)]
@@ -270,7 +260,7 @@ def test_scatter_rows(backend, add, k, layout, dtype):
 @given(n=st.integers(0, 40), d=st.integers(0, 70), share=st.floats(0, 1), dtype=st.sampled_from(cases.DTYPES))
 @hypothesis_settings
 def test_gather_then_scatter_is_the_identity(name, n, d, share, dtype):
-    need(name)
+    cases.need(name)
     hidden_ND, other_ND = cases.hidden_pair(n, d, dtype, seed=n)
     index_K = cases.some_index(n, round(share * n), seed=d)
     rows_KD, (positions_K,) = ops.gather_rows(hidden_ND, index_K, [torch.arange(n)], backend=name)
@@ -354,7 +344,7 @@ def test_opcheck(backend, op):
     ],
 )
 def test_compiles_as_one_graph(name, compiler, dynamic):
-    backend = need(name)
+    backend = cases.need(name)
 
     def pipeline(h_in_ND, h_out_ND, k):
         scores_N = ops.cosine_score(h_in_ND, h_out_ND, backend=backend)
@@ -404,7 +394,7 @@ def test_a_bad_argument_is_named(backend, name):
 
 def test_cpp_names_the_bad_index():
     with pytest.raises(IndexError, match=r"index: entry 1 is 9; must be in \[0, 4\)"):
-        ops.gather_rows(H, torch.tensor([3, 9, -1]), backend=need("cpp"))
+        ops.gather_rows(H, torch.tensor([3, 9, -1]), backend=cases.need("cpp"))
 
 
 # --- choice of backend -----------------------------------------------------------------------------------------------
@@ -412,7 +402,7 @@ def test_cpp_names_the_bad_index():
 
 def test_auto_takes_the_extension_on_the_cpu(monkeypatch):
     monkeypatch.delenv("CASCADE_FAST_BACKEND", raising=False)
-    need("cpp")
+    cases.need("cpp")
     assert {ops.choose(op, CPU) for op in ops.OPS} == {"cpp"}
 
 

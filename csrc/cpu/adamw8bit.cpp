@@ -10,6 +10,7 @@
 // numbered by *position*, value(position) is made of straight lines, one for each power of two, found by the float's
 // exponent; and position(value) is the integer part of the least of three lines for each power of four.
 #include "../common.h"
+#include "targets.h"
 
 #include <cmath>
 #include <cstring>
@@ -17,13 +18,6 @@
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
-
-#if defined(__x86_64__)
-#define CASCADE_X86 1
-#else
-#define CASCADE_X86 0
-#endif
-#define CASCADE_INLINE __attribute__((always_inline)) inline
 
 namespace cascade_fast {
 namespace {
@@ -341,22 +335,19 @@ CASCADE_INLINE void step_blocks(const Job& job, int64_t begin, int64_t end) {
 void step_baseline(const Job& job, int64_t begin, int64_t end) { step_blocks<Vectors<4>>(job, begin, end); }
 
 #if CASCADE_X86
-__attribute__((target("avx2,fma"))) void step_avx2(const Job& job, int64_t begin, int64_t end) {
+CASCADE_AVX2 void step_avx2(const Job& job, int64_t begin, int64_t end) {
   step_blocks<Vectors<8>>(job, begin, end);
 }
 
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void step_avx512(
-    const Job& job, int64_t begin, int64_t end) {
+CASCADE_AVX512 void step_avx512(const Job& job, int64_t begin, int64_t end) {
   step_blocks<Vectors<16>>(job, begin, end);
 }
 #endif
 
 auto best_for_this_cpu() {
 #if CASCADE_X86
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return step_avx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return step_avx2;
+  if (cpu_has_avx512()) return step_avx512;
+  if (cpu_has_avx2()) return step_avx2;
 #endif
   return step_baseline;
 }

@@ -3,19 +3,14 @@
 // for all is shorter, but GCC 12 splits them through the stack: AVX2 then reached 0.4 to 0.6 of the memory's bandwidth.
 #pragma once
 
+#include "targets.h"
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
-
-#if defined(__x86_64__)
-#define CASCADE_X86 1
-#else
-#define CASCADE_X86 0
-#endif
-#define CASCADE_INLINE __attribute__((always_inline)) inline
 
 namespace cascade_fast {
 namespace {  // compiled for several instruction sets in every file that includes it: nothing here may be shared
@@ -130,17 +125,6 @@ CASCADE_INLINE float sum(const typename V::Floats& v) {
   }
   return lane[0];
 }
-
-#if CASCADE_X86
-#define CASCADE_AVX2 __attribute__((target("avx2,fma")))
-#define CASCADE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-
-inline bool cpu_has_avx512() {
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-
-inline bool cpu_has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-#endif
 
 }  // namespace
 }  // namespace cascade_fast
