@@ -49,7 +49,7 @@ check-cuda: $(VENV)/.dev
 	$(PY) tools/check_cuda.py
 
 sanitize: $(VENV)/.dev
-	PYTHON=$(PY) bash tools/sanitize.sh
+	PYTHON=$(abspath $(PY)) bash tools/sanitize.sh
 
 clean:
 	rm -rf build *.egg-info cascade_fast/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -5,7 +5,6 @@ import copy
 import op_cases as cases
 import pytest
 import torch
-from test_ops import need
 
 from cascade_fast import ops
 from cascade_fast.adamw8bit import AdamW8bit
@@ -21,7 +20,7 @@ SETTINGS = {"lr": 1e-3, "weight_decay": 0.01}
 
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request) -> str:
-    return need(request.param)
+    return cases.need(request.param)
 
 
 @pytest.fixture
@@ -131,7 +130,7 @@ def test_a_gradient_that_is_not_finite_does_what_it_does_there(chosen, value):
     "shapes", [[], [(0,)], [(1,)], [(255,), (256,), (257,)], [(3, 0, 5), (40, 41)], [(70_001,), (2, 2)]], ids=str
 )
 def test_cpp_agrees_with_the_reference(shapes, dtype):
-    need("cpp")
+    cases.need("cpp")
     for coded in (True, False):
         ours, theirs = (cases.adamw8bit_arguments(shapes, dtype, lambda i, coded=coded: coded) for _ in range(2))
         ops.adamw8bit(*ours, **cases.ADAMW_SETTINGS, backend="cpp")
