@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from cascade_fast import train
+from cascade_fast.metrics import peak_rss_bytes
 
 
 @pytest.fixture
@@ -115,3 +116,13 @@ def test_flags_are_answered_before_torch_is_loaded():
     )
     assert result.stdout.strip() == "False"
     assert "hard_ratio: 9.0" in result.stderr
+
+
+def test_peak_memory_is_the_process_s_own():
+    """Not that of whoever started it, which ru_maxrss would be."""
+    room = bytearray(400 * 2**20)
+    room[:: 2**12] = b"x" * len(room[:: 2**12])  # every page
+    code = "from cascade_fast.metrics import peak_rss_bytes; print(peak_rss_bytes())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**20 < int(run.stdout) < 300 * 2**20
+    assert peak_rss_bytes() > len(room)
