@@ -36,6 +36,7 @@ from cascade_fast.hardware import (
     release_memory,
 )
 from cascade_fast.hidden_store import HiddenStore, StoreError
+from cascade_fast.ledger import compute_ledger, matmul_rate, stage_work
 from cascade_fast.metrics import MetricsLog, Progress, format_count, peak_rss_bytes, say, say_table
 from cascade_fast.roofline import plan_for_run
 from cascade_fast.run_folder import RunFolder
@@ -166,6 +167,7 @@ class CascadeRun:
             "best_epoch": training.best_epoch,
             "best_val_ppl": training.best_val_ppl if training.best_epoch else None,
             "seconds": sum(e["seconds"] for e in training.epochs),
+            "compute": stage_work(self.config, self.base.config, training.epochs, matmul_rate(self.device, self.dtype)),
             "accepted": accepted,
             "verdict": verdict,
             "stopped": training.stopped,
@@ -268,6 +270,7 @@ class CascadeRun:
         test, stores, last = self.base_pass.stores["test"], self.base_pass.stores, self.config.num_stages
         have_test = len(test) > 0
         final = self._all_tokens("val")
+        tokens = {split: len(store) for split, store in stores.items()}
         return {
             "base": {
                 "name": self.base.name,
@@ -276,7 +279,7 @@ class CascadeRun:
                 "layers": self.base.layers,
                 "val_ppl": self._all_tokens("val", []).perplexity,
             },
-            "tokens": {split: len(stores[split]) for split in ("train", "val", "test")},
+            "tokens": tokens,
             "settings": self.config.to_dict(),
             "stages": self.records,
             "final": {
@@ -292,6 +295,14 @@ class CascadeRun:
                 "seconds": time.monotonic() - started,
                 "peak_rss_bytes": peak_rss_bytes(),
             },
+            "compute": compute_ledger(
+                self.config,
+                self.base.config,
+                tokens=tokens,
+                base_pass_seconds=self.base_pass.seconds,
+                stages=self.records,
+                rate=matmul_rate(self.device, self.dtype),
+            ),
         }
 
     @property

@@ -48,7 +48,7 @@ def _stores(settings, tmp_path, **changes):
 def test_a_warm_cascade_helps_and_says_where_everything_is(tiny_settings, tmp_path):
     run, results = _run(tiny_settings, tmp_path / "run")
     base, final = results["base"], results["final"]
-    assert set(results) == {"base", "tokens", "settings", "stages", "final", "memory"}
+    assert set(results) == {"base", "tokens", "settings", "stages", "final", "compute", "memory"}
     assert set(base) >= {"name", "parameters", "layers", "val_ppl"}
     assert results["tokens"] == {"train": 40 * 32, "val": 12 * 32, "test": 12 * 32}
     assert results["settings"] == make_config({**tiny_settings, "out": str(tmp_path / "run")}).to_dict()
@@ -58,7 +58,7 @@ def test_a_warm_cascade_helps_and_says_where_everything_is(tiny_settings, tmp_pa
         "epochs", "best_epoch", "best_val_ppl", "seconds", "accepted", "all_token_val_ppl", "exit_share",
     }  # fmt: skip
     assert set(first["epochs"][0]) == {
-        "epoch", "train_loss", "val_loss", "val_ppl", "seconds", "tokens_per_second", "skipped_steps",
+        "epoch", "tokens", "train_loss", "val_loss", "val_ppl", "seconds", "tokens_per_second", "skipped_steps",
     }  # fmt: skip
     assert first["train_hard"] == hard_count(0.6, 1280)
     assert first["accepted"]
