@@ -46,6 +46,8 @@ from cascade_fast.stage import Stage, StageConfig
 from cascade_fast.stage_tokens import StageTokens, stage_tokens
 from cascade_fast.stage_trainer import StageTrainer, StageTraining
 
+EXIT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the tokens that arrive; tried on validation
+
 
 class NonFiniteLoss(RuntimeError):
     """Training diverged; the run has been finished with what was good before."""
@@ -85,7 +87,7 @@ class CascadeRun:
                 )
                 break
             hard_val = stage_tokens(config.stage_kind, val, hard_val_index_K, self.recompute)
-            record = self._stage(number, selection.threshold, hard, hard_val, perplexity)
+            record = self._stage(number, selection.threshold, train[-1]["score"], hard, hard_val, perplexity)
             if not record["accepted"] or record["stopped"] in ("time is up", "non-finite loss"):
                 break
             perplexity = record["all_token_val_ppl"]
@@ -132,7 +134,13 @@ class CascadeRun:
         return keys_and_values
 
     def _stage(
-        self, number: int, threshold: float, hard: StageTokens, hard_val: StageTokens, perplexity: float
+        self,
+        number: int,
+        threshold: float,
+        score_N: Tensor,
+        hard: StageTokens,
+        hard_val: StageTokens,
+        perplexity: float,
     ) -> dict[str, Any]:
         """Trains stage ``number``, keeps it if it is worth it, and leaves its record; or finds all that done."""
         stage = self._new_stage(number)
@@ -141,7 +149,9 @@ class CascadeRun:
             self.records.append(done)
             if done["accepted"]:
                 self.stages.append(
-                    ExitStage.load(self.folder.stage(number), stage.config, threshold, self.base_pass.head_VD)
+                    ExitStage.load(
+                        self.folder.stage(number), stage.config, done["exit_threshold"], self.base_pass.head_VD
+                    )
                 )
                 self.stages[-1].stage.to(self.device)
             return done
@@ -152,12 +162,14 @@ class CascadeRun:
             f"added parameters {format_count(stage.parameter_count())}"
         )
         training = self._train_stage(stage, number, hard, hard_val)
-        entry = ExitStage(stage.eval(), threshold)
-        evaluation = self._all_tokens("val", [*self.stages, entry]) if training.best_epoch else None
+        entry, evaluation = ExitStage(stage.eval(), threshold), None
+        if training.best_epoch:
+            entry, evaluation = self._choose_exit(entry, score_N)
         accepted, verdict = self._judge(training, evaluation, perplexity)
         record = {
             "stage": number,
             "threshold": threshold,
+            "exit_threshold": entry.threshold,
             "train_hard": n,
             "train_total": total,
             "val_hard": len(hard_val),
@@ -210,6 +222,17 @@ class CascadeRun:
         for earlier in self.stages:
             earlier.stage.layers.to(self.device)
         return training
+
+    def _choose_exit(self, trained: ExitStage, score_N: Tensor) -> tuple[ExitStage, ExitEvaluation]:
+        """The stage behind the door it was trained at, or behind the best of those that let in more, and what comes of
+        it. ``score_N``: of the training tokens that arrive at the door."""
+        entries = [trained]
+        if self.config.exit_threshold == "validation":
+            wider = [share for share in EXIT_SHARES if share > self.config.hard_ratio]
+            entries += [ExitStage(trained.stage, select_hardest(score_N, share).threshold) for share in wider]
+        evaluations = [self._all_tokens("val", [*self.stages, entry]) for entry in entries]
+        best = min(range(len(entries)), key=lambda i: evaluations[i].perplexity)
+        return entries[best], evaluations[best]
 
     def _judge(self, training: StageTraining, evaluation: ExitEvaluation | None, before: float) -> tuple[bool, str]:
         """Whether the stage is kept, and the sentence that says why."""

@@ -24,6 +24,7 @@ STAGE_KINDS = ("append", "second-look")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_QUANTIZATIONS = ("none", "nf4")
+EXIT_THRESHOLDS = ("trained", "validation")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -130,6 +131,13 @@ class RunConfig:
     )
     head: str = _setting(
         "shared", "stages", "output head: the base's own, frozen, or a new trained one", choices=("shared", "own")
+    )
+    exit_threshold: str = _setting(
+        "trained",
+        "stages",
+        "which tokens enter a stage once it is trained: those as hard as it was trained on, or as many more as "
+        "serve all-token validation perplexity best, which costs their layers",
+        choices=EXIT_THRESHOLDS,
     )
     accept: str = _setting(
         "better",

@@ -108,6 +108,11 @@ def _stage(stage: dict[str, Any]) -> str:
     share = stage["train_hard"] / stage["train_total"]
     rows = [
         ["threshold", f"{stage['threshold']:.4f}"],
+        *(
+            [["exit threshold, chosen on validation", f"{stage['exit_threshold']:.4f}"]]
+            if stage.get("exit_threshold", stage["threshold"]) != stage["threshold"]
+            else []
+        ),
         ["training hard tokens", f"{stage['train_hard']:,} / {stage['train_total']:,} ({share:.1%})"],
         ["validation hard tokens", f"{stage['val_hard']:,}"],
         ["added parameters", f"{stage['added_parameters']:,} ({format_count(stage['added_parameters'])})"],
