@@ -1,4 +1,4 @@
-"""The settings of a run: one frozen dataclass, validated when made, and the presets ``seed`` and ``warm``.
+"""The settings of a run: one frozen dataclass, validated when made, and the presets.
 
 Each field is a flag of ``python -m cascade_fast.train`` and a key of a ``--config`` file, under the same name.
 """
@@ -37,7 +37,7 @@ class RunConfig:
     """
 
     preset: str = _setting(
-        "warm", "run", "recipe to start from; every flag given overrides it", choices=("seed", "warm")
+        "warm", "run", "recipe to start from; every flag given overrides it", choices=("seed", "warm", "second-look")
     )
     out: str | None = _setting(None, "run", "folder of the run (default: runs/<time>-<preset>)")
     resume: str = _setting(
@@ -266,7 +266,16 @@ SEED_PRESET: dict[str, Any] = {
     "grad_clip": 0.0,
     "patience": 1,
 }
-PRESETS: dict[str, dict[str, Any]] = {"warm": {}, "seed": SEED_PRESET}
+# The best perplexity for the training: see docs/log.md, 2026-11-24.
+SECOND_LOOK_PRESET: dict[str, Any] = {
+    "stage_kind": "second-look",
+    "num_stages": 1,
+    "layers_per_stage": 16,
+    "epochs": 1,
+    "batch_tokens": 256,
+    "lr": 2e-4,
+}
+PRESETS: dict[str, dict[str, Any]] = {"warm": {}, "second-look": SECOND_LOOK_PRESET, "seed": SEED_PRESET}
 
 _FIELDS = {f.name: f for f in dataclasses.fields(RunConfig)}
 # What may differ between a run and its resumption: where things lie and when to stop, not what is computed.
