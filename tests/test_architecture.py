@@ -20,7 +20,7 @@ LAYERS = [
     ["configuration", "base_pass", "memory_plan", "roofline", "ledger", "stage_trainer", "report"],
     ["cascade_weights", "model_card", "modeling", "run_folder"],
     ["cascade", "evaluation"],
-    ["model_cli", "train", "env", "plan", "generate", "evaluate"],
+    ["model_cli", "train", "env", "plan", "generate", "evaluate", "harness_model", "harness"],
 ]
 ORDER = {f"cascade_fast.{name}": i for i, name in enumerate(name for layer in LAYERS for name in layer)}
 SOURCES = sorted((ROOT / "cascade_fast").rglob("*.py"))
