@@ -183,6 +183,25 @@ def test_padding_is_read_by_nobody(model, side, dtype):
             torch.testing.assert_close(alone.logits[0], output.logits[row, where], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_has_no_part_in_the_gradients(base, side):
+    gradients = []
+    for fill in (0, 77):
+        torch.manual_seed(1)
+        model = _cascade(base).requires_grad_(True)
+        inputs, _ = _padded(side, fill)
+        masks = []
+        for stage in model.stages:
+            stage.register_forward_hook(lambda _m, args, _out, masks=masks: masks.append(args[0].mask()))
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        model(**inputs, labels=labels, use_cache=False).loss.backward()
+        assert all(mask.any(-1).all() for mask in masks)  # a row without a key would be NaN with some kernels
+        gradients.append(torch.cat([p.grad.flatten() for p in model.stages.parameters()]))
+    assert torch.equal(*gradients)
+    assert gradients[0].isfinite().all()
+    assert gradients[0].abs().sum() > 0
+
+
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +328,20 @@ def test_the_loss_trains_the_looks_through_their_keys(base):
     assert model.stages[0].layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in model.stages[1].parameters())
     assert model.base.model.layers[0].self_attn.k_proj.weight.grad.isfinite().all()
+
+
+def test_with_every_token_in_a_look_the_gradients_are_fine_tuning_s(base):
+    model, ids = _cascade(base).requires_grad_(True), text_ids()
+    dense = _changed(base, model.stages[0]).requires_grad_(True)
+    model(ids, labels=ids, thresholds=[math.inf, -math.inf]).loss.backward()
+    dense(ids, labels=ids).loss.backward()
+    first = len(base.model.layers) - LAYERS
+    pairs = [*zip(model.stages[0].layers, dense.model.layers[first:], strict=True)]
+    pairs += zip(model.base.model.layers[:first], dense.model.layers[:first], strict=True)
+    for mine, theirs in pairs:
+        expected = dict(theirs.named_parameters())
+        for name, parameter in mine.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_card_and_the_folders(tiny_runs, tmp_path):
