@@ -391,6 +391,7 @@ def test_a_sliding_window_holds_up_to_its_length():
         model(ids[:, 5:], past_key_values=filled)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_gradients_of_the_base_cannot_be_checkpointed(base):
     model = _cascade(base).train()
     model.base.gradient_checkpointing_enable()
