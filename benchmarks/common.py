@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,6 +56,18 @@ def interleaved(
 def ratio(seconds: dict[str, list[float]], slow: str, fast: str, of_work: float = 1.0) -> dict[str, float]:
     """How many times ``fast`` beats ``slow`` (times the share of the work it does), round by round."""
     return percentiles([of_work * s / f for s, f in zip(seconds[slow], seconds[fast], strict=True)])
+
+
+def peak_bytes(run: Callable[[], Any]) -> tuple[int, Any]:
+    """Most memory that torch holds during ``run`` beyond what it held before, on the CPU; and what it returns."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = run()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak, result
 
 
 def environment(device: str = "cpu") -> dict[str, object]:

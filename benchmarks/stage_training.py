@@ -10,15 +10,14 @@ freed memory is a setting of the whole process, and ours would make the baseline
 - *seed*: steps a second of the preset ``seed`` (the same arithmetic) against the baseline's.
 - *base pass*: tokens a second. *optimizer*: a step over the stage's parameters. *loss*: memory beside its results.
 - *plan error* (``--plan``, minutes): planned over measured peak memory, less 1.
+- *batch sizes* (``--batches``): tokens a second and memory of a warm step, by the tokens in it (``batch_sizes.py``).
 - *time to quality* (``--quality``, many minutes): real weights, real text; seconds until the hard-token validation
-  perplexity is as good as the baseline's best, base pass included on both sides.
+  perplexity is as good as the baseline's best, base pass included on both sides (``time_to_quality.py``).
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
-import math
 import multiprocessing
 import statistics
 import tempfile
@@ -179,15 +178,8 @@ def loss_extra_bytes(dtype: torch.dtype) -> dict[int, int]:
     extra = {}
     for n in (32, 512, 4096, 32_768):
         hidden_ND, label_N = torch.randn(n, 576).to(dtype).requires_grad_(), torch.randint(0, 49_152, (n,))
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            loss = linear_cross_entropy(hidden_ND, head_VD, label_N, dtype=dtype)
-        held = peak = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                peak = max(peak, held)
+        peak, _loss = common.peak_bytes(lambda h=hidden_ND, y=label_N: linear_cross_entropy(h, head_VD, y, dtype=dtype))
         extra[n] = peak - hidden_ND.numel() * hidden_ND.element_size()  # the gradient of the hidden states
-        del loss
     return extra
 
 
@@ -260,119 +252,12 @@ def measure_speed(rounds: int) -> dict[str, Any]:
     }
 
 
-def naive_base_pass(path: str, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``(hidden_ND, label_N, score_N)`` the plain way: float32, every hidden state, all logits."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    hidden, scores = [], []
-    with torch.inference_mode():
-        for ids in ids_BT.split(BLOCKS):
-            out = model(ids[:, :-1].long(), output_hidden_states=True)
-            first, last = out.hidden_states[0].flatten(0, 1), out.hidden_states[-1].flatten(0, 1)
-            hidden.append(last.clone())
-            scores.append(torch.nn.functional.cosine_similarity(first, last, dim=-1))
-    return torch.cat(hidden), ids_BT[:, 1:].flatten().long(), torch.cat(scores)
-
-
-def naive_to_best(link: Connection, path: str, blocks: dict[str, Tensor], ratio: float, most_epochs: int) -> None:
-    """The baseline from the start until its hard-token validation perplexity stops falling."""
-    start = time.perf_counter()
-    data = {split: naive_base_pass(path, ids) for split, ids in blocks.items()}
-    hard = {s: torch.nonzero(score <= torch.quantile(score, ratio)).flatten() for s, (_, _, score) in data.items()}
-    pass_seconds = time.perf_counter() - start
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    model, generator = naive_stage(base.config, LAYERS, seed=42), torch.Generator().manual_seed(42)
-    del base
-    hidden_ND, label_N, _ = data["train"]
-    epochs: list[dict[str, float]] = []
-    while len(epochs) < most_epochs and (len(epochs) < 2 or epochs[-1]["val_ppl"] < epochs[-2]["val_ppl"]):
-        order = hard["train"][torch.randperm(len(hard["train"]), generator=generator)]
-        losses = naive_losses(model, hidden_ND, label_N, iter(order.split(BATCH_TOKENS)))
-        model.eval()
-        total = 0.0
-        with torch.inference_mode():
-            for picked in hard["val"].split(1024):
-                logits = model(inputs_embeds=data["val"][0][picked].unsqueeze(1)).logits.squeeze(1)
-                total += torch.nn.functional.cross_entropy(logits, data["val"][1][picked], reduction="sum").item()
-        val_ppl = math.exp(total / len(hard["val"]))
-        epochs.append(
-            {"seconds": time.perf_counter() - start, "val_ppl": val_ppl, "train_loss": statistics.mean(losses)}
-        )
-    link.send({"base_pass_seconds": pass_seconds, "epochs": epochs, "hard": {s: len(h) for s, h in hard.items()}})
-
-
-def measure_quality(config: RunConfig, most_epochs: int) -> dict[str, Any]:
-    """Both from the start: loading the base, the base pass, selection, training."""
-    from cascade_fast.base_model import find_base
-    from cascade_fast.data import load_blocks
-    from cascade_fast.exits import evaluate_exits
-    from cascade_fast.selection import select_below, select_hardest
-    from cascade_fast.stage_trainer import validation_loss
-
-    keep_freed_memory()
-    base = find_base(config)
-    blocks = load_blocks(config, base.tokenizer())
-    context = multiprocessing.get_context("spawn")
-    link, other_end = context.Pipe()
-    args = (other_end, str(base.path), {s: blocks.ids[s] for s in ("train", "val")}, config.hard_ratio, most_epochs)
-    process = context.Process(target=naive_to_best, args=args, daemon=True)
-    process.start()
-    naive = link.recv()
-    process.join()
-
-    dtype, _ = choose_dtype(CPU, "auto")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "stage").mkdir()
-        start = time.perf_counter()
-        passed = ours_pass.base_pass(base, blocks, config, CPU, dtype, folder)
-        pass_seconds = time.perf_counter() - start
-        train, val = passed.stores["train"], passed.stores["val"]
-        selection = select_hardest(train["score"], config.hard_ratio)
-        shape = StageConfig.from_base(
-            base.config, layers=config.layers_per_stage, init=config.init, head=config.head, reads=config.reads
-        )
-        stage = Stage(shape, head_VD=passed.head_VD, norm_D=passed.norm_D, seed=config.seed + 1)
-        hard, hard_val = (
-            StageTokens(train, selection.index_K),
-            StageTokens(val, select_below(val["score"], selection.threshold)),
-        )
-        steps = [{"step": 0, "val_ppl": math.exp(validation_loss(stage, hard_val, CPU, dtype)),
-                  "seconds": time.perf_counter() - start}]  # fmt: skip
-        one = StageTrainer(
-            stage, hard, hard_val, config, number=1, folder=folder / "stage", device=CPU, dtype=dtype,
-            log=MetricsLog(folder / "log.jsonl"), log_size=0,
-        )  # fmt: skip
-        training = one.run()
-        for epoch in training.epochs:
-            spent = steps[0]["seconds"] + sum(e["seconds"] for e in training.epochs[: epoch["epoch"]])
-            steps.append({"step": epoch["epoch"] * one.steps_per_epoch, "val_ppl": epoch["val_ppl"], "seconds": spent})
-        base_loss = evaluate_exits([], val, criterion=config.criterion, device=CPU, dtype=dtype).perplexity
-    best = min(naive["epochs"], key=lambda e: e["val_ppl"])
-    reached = next(s for s in steps if s["val_ppl"] <= best["val_ppl"])
-    return {
-        "ratio": best["seconds"] / reached["seconds"],
-        "naive": naive,
-        "warm": {
-            "base_pass_seconds": pass_seconds,
-            "points": steps,
-            "hard": {"train": len(hard), "val": len(hard_val)},
-        },
-        "naive_best": best,
-        "reached": reached,
-        "base_all_token_val_ppl": base_loss,
-        "settings": {
-            k: v
-            for k, v in dataclasses.asdict(config).items()
-            if k in ("dataset", "train_blocks", "val_blocks", "hard_ratio")
-        },
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: %(default)s)")
     parser.add_argument("--plan", action="store_true", help="also measure the memory plan's error")
+    parser.add_argument("--batches", action="store_true", help="also measure steps of other sizes")
     parser.add_argument(
         "--quality", action="store_true", help="also measure the time to the baseline's best perplexity"
     )
@@ -405,16 +290,15 @@ def main() -> None:
 
         result["plan_error"] = plan_error.measure()
         print("plan error: " + ", ".join(f"{name} {error:+.1%}" for name, error in result["plan_error"].items()))
+    if args.batches:
+        import batch_sizes
+
+        result["details"]["batches"] = batch_sizes.measure(args.rounds)
+        batch_sizes.show(result["details"]["batches"])
     if args.quality:
-        config = make_config(
-            {
-                "dataset": args.dataset,
-                "train_blocks": args.train_blocks,
-                "val_blocks": args.val_blocks,
-                "test_blocks": 0,
-            }
-        )
-        quality = measure_quality(config, args.most_epochs)
+        import time_to_quality
+
+        quality = time_to_quality.measure(args.dataset, args.train_blocks, args.val_blocks, args.most_epochs)
         result["time_to_quality_ratio"], result["details"]["quality"] = round(quality["ratio"], 2), quality
         best, reached = quality["naive_best"], quality["reached"]
         print(

@@ -36,6 +36,7 @@ from cascade_fast.hardware import (
     release_memory,
 )
 from cascade_fast.hidden_store import HiddenStore, StoreError
+from cascade_fast.ledger import compute_ledger, matmul_rate, stage_work
 from cascade_fast.metrics import MetricsLog, Progress, format_count, peak_rss_bytes, say, say_table
 from cascade_fast.roofline import plan_for_run
 from cascade_fast.run_folder import RunFolder
@@ -44,6 +45,8 @@ from cascade_fast.selection import check_finite, select_below, select_hardest
 from cascade_fast.stage import Stage, StageConfig
 from cascade_fast.stage_tokens import StageTokens, stage_tokens
 from cascade_fast.stage_trainer import StageTrainer, StageTraining
+
+EXIT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the tokens that arrive; tried on validation
 
 
 class NonFiniteLoss(RuntimeError):
@@ -84,7 +87,7 @@ class CascadeRun:
                 )
                 break
             hard_val = stage_tokens(config.stage_kind, val, hard_val_index_K, self.recompute)
-            record = self._stage(number, selection.threshold, hard, hard_val, perplexity)
+            record = self._stage(number, selection.threshold, train[-1]["score"], hard, hard_val, perplexity)
             if not record["accepted"] or record["stopped"] in ("time is up", "non-finite loss"):
                 break
             perplexity = record["all_token_val_ppl"]
@@ -131,7 +134,13 @@ class CascadeRun:
         return keys_and_values
 
     def _stage(
-        self, number: int, threshold: float, hard: StageTokens, hard_val: StageTokens, perplexity: float
+        self,
+        number: int,
+        threshold: float,
+        score_N: Tensor,
+        hard: StageTokens,
+        hard_val: StageTokens,
+        perplexity: float,
     ) -> dict[str, Any]:
         """Trains stage ``number``, keeps it if it is worth it, and leaves its record; or finds all that done."""
         stage = self._new_stage(number)
@@ -140,7 +149,9 @@ class CascadeRun:
             self.records.append(done)
             if done["accepted"]:
                 self.stages.append(
-                    ExitStage.load(self.folder.stage(number), stage.config, threshold, self.base_pass.head_VD)
+                    ExitStage.load(
+                        self.folder.stage(number), stage.config, done["exit_threshold"], self.base_pass.head_VD
+                    )
                 )
                 self.stages[-1].stage.to(self.device)
             return done
@@ -151,12 +162,14 @@ class CascadeRun:
             f"added parameters {format_count(stage.parameter_count())}"
         )
         training = self._train_stage(stage, number, hard, hard_val)
-        entry = ExitStage(stage.eval(), threshold)
-        evaluation = self._all_tokens("val", [*self.stages, entry]) if training.best_epoch else None
+        entry, evaluation = ExitStage(stage.eval(), threshold), None
+        if training.best_epoch:
+            entry, evaluation = self._choose_exit(entry, score_N)
         accepted, verdict = self._judge(training, evaluation, perplexity)
         record = {
             "stage": number,
             "threshold": threshold,
+            "exit_threshold": entry.threshold,
             "train_hard": n,
             "train_total": total,
             "val_hard": len(hard_val),
@@ -166,6 +179,7 @@ class CascadeRun:
             "best_epoch": training.best_epoch,
             "best_val_ppl": training.best_val_ppl if training.best_epoch else None,
             "seconds": sum(e["seconds"] for e in training.epochs),
+            "compute": stage_work(self.config, self.base.config, training.epochs, matmul_rate(self.device, self.dtype)),
             "accepted": accepted,
             "verdict": verdict,
             "stopped": training.stopped,
@@ -208,6 +222,17 @@ class CascadeRun:
         for earlier in self.stages:
             earlier.stage.layers.to(self.device)
         return training
+
+    def _choose_exit(self, trained: ExitStage, score_N: Tensor) -> tuple[ExitStage, ExitEvaluation]:
+        """The stage behind the door it was trained at, or behind the best of those that let in more, and what comes of
+        it. ``score_N``: of the training tokens that arrive at the door."""
+        entries = [trained]
+        if self.config.exit_threshold == "validation":
+            wider = [share for share in EXIT_SHARES if share > self.config.hard_ratio]
+            entries += [ExitStage(trained.stage, select_hardest(score_N, share).threshold) for share in wider]
+        evaluations = [self._all_tokens("val", [*self.stages, entry]) for entry in entries]
+        best = min(range(len(entries)), key=lambda i: evaluations[i].perplexity)
+        return entries[best], evaluations[best]
 
     def _judge(self, training: StageTraining, evaluation: ExitEvaluation | None, before: float) -> tuple[bool, str]:
         """Whether the stage is kept, and the sentence that says why."""
@@ -268,6 +293,7 @@ class CascadeRun:
         test, stores, last = self.base_pass.stores["test"], self.base_pass.stores, self.config.num_stages
         have_test = len(test) > 0
         final = self._all_tokens("val")
+        tokens = {split: len(store) for split, store in stores.items()}
         return {
             "base": {
                 "name": self.base.name,
@@ -276,7 +302,7 @@ class CascadeRun:
                 "layers": self.base.layers,
                 "val_ppl": self._all_tokens("val", []).perplexity,
             },
-            "tokens": {split: len(stores[split]) for split in ("train", "val", "test")},
+            "tokens": tokens,
             "settings": self.config.to_dict(),
             "stages": self.records,
             "final": {
@@ -292,6 +318,14 @@ class CascadeRun:
                 "seconds": time.monotonic() - started,
                 "peak_rss_bytes": peak_rss_bytes(),
             },
+            "compute": compute_ledger(
+                self.config,
+                self.base.config,
+                tokens=tokens,
+                base_pass_seconds=self.base_pass.seconds,
+                stages=self.records,
+                rate=matmul_rate(self.device, self.dtype),
+            ),
         }
 
     @property

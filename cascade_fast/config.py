@@ -1,4 +1,4 @@
-"""The settings of a run: one frozen dataclass, validated when made, and the presets ``seed`` and ``warm``.
+"""The settings of a run: one frozen dataclass, validated when made, and the presets.
 
 Each field is a flag of ``python -m cascade_fast.train`` and a key of a ``--config`` file, under the same name.
 """
@@ -24,6 +24,7 @@ STAGE_KINDS = ("append", "second-look")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_QUANTIZATIONS = ("none", "nf4")
+EXIT_THRESHOLDS = ("trained", "validation")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -36,7 +37,7 @@ class RunConfig:
     """
 
     preset: str = _setting(
-        "warm", "run", "recipe to start from; every flag given overrides it", choices=("seed", "warm")
+        "warm", "run", "recipe to start from; every flag given overrides it", choices=("seed", "warm", "second-look")
     )
     out: str | None = _setting(None, "run", "folder of the run (default: runs/<time>-<preset>)")
     resume: str = _setting(
@@ -130,6 +131,13 @@ class RunConfig:
     )
     head: str = _setting(
         "shared", "stages", "output head: the base's own, frozen, or a new trained one", choices=("shared", "own")
+    )
+    exit_threshold: str = _setting(
+        "trained",
+        "stages",
+        "which tokens enter a stage once it is trained: those as hard as it was trained on, or as many more as "
+        "serve all-token validation perplexity best, which costs their layers",
+        choices=EXIT_THRESHOLDS,
     )
     accept: str = _setting(
         "better",
@@ -258,7 +266,16 @@ SEED_PRESET: dict[str, Any] = {
     "grad_clip": 0.0,
     "patience": 1,
 }
-PRESETS: dict[str, dict[str, Any]] = {"warm": {}, "seed": SEED_PRESET}
+# The best perplexity for the training: see docs/log.md, 2026-11-24.
+SECOND_LOOK_PRESET: dict[str, Any] = {
+    "stage_kind": "second-look",
+    "num_stages": 1,
+    "layers_per_stage": 16,
+    "epochs": 1,
+    "batch_tokens": 256,
+    "lr": 2e-4,
+}
+PRESETS: dict[str, dict[str, Any]] = {"warm": {}, "second-look": SECOND_LOOK_PRESET, "seed": SEED_PRESET}
 
 _FIELDS = {f.name: f for f in dataclasses.fields(RunConfig)}
 # What may differ between a run and its resumption: where things lie and when to stop, not what is computed.

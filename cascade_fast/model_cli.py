@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cascade_fast.config import DTYPES, ConfigError
@@ -44,7 +45,13 @@ def load_model(run: str, *, device: str, dtype: str, base_path: str | None) -> t
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     where = choose_device(device)
-    model: Any = CascadeForCausalLM.from_pretrained(run, dtype=dtype, base_path=base_path)
+    try:
+        model: Any = CascadeForCausalLM.from_pretrained(run, dtype=dtype, base_path=base_path)
+    except OSError as error:
+        if Path(run).is_dir():
+            raise
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise ConfigError(f"RUN: {run!r}; no such folder, and not to be had from the hub: {reason}") from error
     tokenizer = AutoTokenizer.from_pretrained(model.base_folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

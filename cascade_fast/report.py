@@ -68,6 +68,7 @@ def render_report(config: dict[str, Any], results: dict[str, Any], plots: list[s
         _exits(results),
         "### Parameters",
         _parameters(results),
+        *(["### Compute", _compute(results)] if "compute" in results else []),
         *(f"![{name.removesuffix('.png')}]({name})" for name in plots),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -107,6 +108,11 @@ def _stage(stage: dict[str, Any]) -> str:
     share = stage["train_hard"] / stage["train_total"]
     rows = [
         ["threshold", f"{stage['threshold']:.4f}"],
+        *(
+            [["exit threshold, chosen on validation", f"{stage['exit_threshold']:.4f}"]]
+            if stage.get("exit_threshold", stage["threshold"]) != stage["threshold"]
+            else []
+        ),
         ["training hard tokens", f"{stage['train_hard']:,} / {stage['train_total']:,} ({share:.1%})"],
         ["validation hard tokens", f"{stage['val_hard']:,}"],
         ["added parameters", f"{stage['added_parameters']:,} ({format_count(stage['added_parameters'])})"],
@@ -155,6 +161,37 @@ def _parameters(results: dict[str, Any]) -> str:
             [_n(stage["stage"]), f"+ {format_count(stage['added_parameters'])}", f"{total:,} ({format_count(total)})"]
         )
     return _table(["stage", "added", "cumulative"], rows)
+
+
+def _compute(results: dict[str, Any]) -> str:
+    ledger, compared = results["compute"], results["compute"]["compared"]
+    lines = [["base pass", ledger["base_pass"]], *([f"stage {s['stage']}", s["compute"]] for s in results["stages"])]
+    table = _table(
+        ["", "tokens", "layer-tokens", "TFLOP", "seconds", "MFU"],
+        [
+            [
+                name,
+                f"{line['tokens']:,}",
+                f"{line['layer_tokens']:,}",
+                f"{line['flops'] / 1e12:.2f}",
+                f"{line['seconds']:.1f}",
+                "-" if line["mfu"] is None else f"{line['mfu']:.2f}",
+            ]
+            for name, line in lines
+        ],
+    )
+    text = (
+        "FLOPs that the model needs; MFU is their rate over that of a square product on this device, "
+        f"{ledger['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s. Training counts every epoch, validation none."
+    )
+    if compared:
+        ours, dense, seed = (compared[name] for name in ("stage_1", "dense_stage", "seed_recipe"))
+        text += (
+            f"\n\nStage 1 took {ours['flops'] / dense['flops']:.0%} of the FLOPs of a dense stage (every token, "
+            f"as many epochs) in {ours['steps']:,} steps; the original recipe would need "
+            f"{seed['flops'] / ours['flops']:.2f} times the FLOPs on the same tokens, in {seed['steps']:,} steps."
+        )
+    return f"{table}\n\n{text}"
 
 
 def _score_name(results: dict[str, Any]) -> str:

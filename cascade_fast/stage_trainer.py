@@ -280,6 +280,7 @@ class StageTrainer:
             return
         record = {
             "epoch": self.epoch,
+            "tokens": seen,
             "train_loss": self.last_look.loss_sum / self.last_look.tokens,
             "val_loss": val_loss,
             "val_ppl": math.exp(min(val_loss, 700.0)),
@@ -288,7 +289,7 @@ class StageTrainer:
             "skipped_steps": self.last_look.not_finite,
         }
         training.epochs.append(record)
-        self.log.write("epoch", stage=self.number, tokens=seen, **record)
+        self.log.write("epoch", stage=self.number, **record)
         say(f"  {epoch_line(record)}")
         if val_loss < training.best_val_loss:
             training.best_val_loss, training.best_epoch = val_loss, self.epoch

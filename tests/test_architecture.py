@@ -17,7 +17,7 @@ LAYERS = [
     ["checkpoint", "metrics", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage", "second_look"],
     ["hard_token_gather", "base_model", "data", "adamw8bit", "optim", "stage_tokens", "exits"],
-    ["configuration", "base_pass", "memory_plan", "roofline", "stage_trainer", "report"],
+    ["configuration", "base_pass", "memory_plan", "roofline", "ledger", "stage_trainer", "report"],
     ["cascade_cache", "cascade_weights", "exit_logits", "model_card", "modeling", "run_folder"],
     ["cascade", "evaluation"],
     ["model_cli", "train", "env", "plan", "generate", "evaluate"],

@@ -48,7 +48,7 @@ def _stores(settings, tmp_path, **changes):
 def test_a_warm_cascade_helps_and_says_where_everything_is(tiny_settings, tmp_path):
     run, results = _run(tiny_settings, tmp_path / "run")
     base, final = results["base"], results["final"]
-    assert set(results) == {"base", "tokens", "settings", "stages", "final", "memory"}
+    assert set(results) == {"base", "tokens", "settings", "stages", "final", "compute", "memory"}
     assert set(base) >= {"name", "parameters", "layers", "val_ppl"}
     assert results["tokens"] == {"train": 40 * 32, "val": 12 * 32, "test": 12 * 32}
     assert results["settings"] == make_config({**tiny_settings, "out": str(tmp_path / "run")}).to_dict()
@@ -58,7 +58,7 @@ def test_a_warm_cascade_helps_and_says_where_everything_is(tiny_settings, tmp_pa
         "epochs", "best_epoch", "best_val_ppl", "seconds", "accepted", "all_token_val_ppl", "exit_share",
     }  # fmt: skip
     assert set(first["epochs"][0]) == {
-        "epoch", "train_loss", "val_loss", "val_ppl", "seconds", "tokens_per_second", "skipped_steps",
+        "epoch", "tokens", "train_loss", "val_loss", "val_ppl", "seconds", "tokens_per_second", "skipped_steps",
     }  # fmt: skip
     assert first["train_hard"] == hard_count(0.6, 1280)
     assert first["accepted"]
@@ -361,3 +361,40 @@ def test_the_seed_preset_s_counts_at_the_seed_s_sizes(tmp_path, monkeypatch):
 )
 def test_the_overfitting_rule(losses, said):
     assert diagnose([{"val_loss": loss} for loss in losses]) == said
+
+
+# --- the door a stage gets ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["append", "second-look"])
+def test_the_door_that_serves_validation_best(tiny_settings, tmp_path, kind):
+    changes = {"hard_ratio": 0.3, "num_stages": 1, "stage_kind": kind, "layers_per_stage": 1, "lr": 2e-3}
+    _, trained = _run(tiny_settings, tmp_path / "trained", **changes)
+    _, chosen = _run(tiny_settings, tmp_path / "chosen", **changes, exit_threshold="validation")
+    before, after = trained["stages"][0], chosen["stages"][0]
+    assert before["exit_threshold"] == before["threshold"] == after["threshold"]
+    assert before["epochs"][0]["val_loss"] == after["epochs"][0]["val_loss"]  # training is the same
+    assert after["exit_threshold"] > after["threshold"]
+    assert after["all_token_val_ppl"] < before["all_token_val_ppl"]
+    assert after["exit_share"]["stage_1"] > before["exit_share"]["stage_1"]
+    assert chosen["final"]["all_token_val_ppl"] == after["all_token_val_ppl"]
+    kept = json.loads((tmp_path / "chosen" / "stages" / "1" / "config.json").read_text())
+    assert kept["threshold"] == after["exit_threshold"]
+
+
+def test_the_door_is_there_again_after_a_resume(tiny_settings, tmp_path, monkeypatch):
+    changes = {"hard_ratio": 0.3, "num_stages": 2, "exit_threshold": "validation", "min_improvement": 0.0}
+    _, whole = _run(tiny_settings, tmp_path / "whole", **changes)
+    assert whole["stages"][0]["accepted"]
+
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.CascadeRun, "_advance", stop)
+        with pytest.raises(KeyboardInterrupt):
+            _run(tiny_settings, tmp_path / "run", **changes)
+    _, resumed = _run(tiny_settings, tmp_path / "run", **changes, resume="auto")
+    for a, b in zip(whole["stages"], resumed["stages"], strict=True):
+        for key in ("threshold", "exit_threshold", "all_token_val_ppl", "exit_share", "val_hard"):
+            assert a[key] == b[key], key

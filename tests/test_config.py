@@ -21,6 +21,12 @@ def test_seed_preset_is_the_original_experiment():
     )  # fmt: skip
 
 
+def test_the_second_look_preset_takes_flags_like_any_other():
+    config = make_config({"preset": "second-look", "layers_per_stage": 4})
+    assert (config.stage_kind, config.num_stages, config.layers_per_stage) == ("second-look", 1, 4)
+    assert (config.criterion, config.hard_ratio) == (make_config({}).criterion, make_config({}).hard_ratio)
+
+
 def test_flags_override_file_overrides_preset(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("preset: seed\nhard-ratio: 0.5\nlr: 1e-3\ntext_columns: text\nmax_minutes: null\n")
@@ -44,7 +50,7 @@ def test_flags_override_file_overrides_preset(tmp_path):
         ("lr", -1.0, "lr: -1.0; must be above 0"),
         ("seq_len", 1, "seq_len: 1; must be at least 2"),
         ("criterion", "vibes", "criterion: 'vibes'; must be one of cosine, entropy"),
-        ("preset", "hot", "preset: 'hot'; must be one of warm, seed"),
+        ("preset", "hot", "preset: 'hot'; must be one of warm, second-look, seed"),
         ("dtype", "int8", "dtype: 'int8'; must be one of"),
         ("hard_ration", 0.5, "hard_ration: no such setting; did you mean hard_ratio"),
         ("optimizer", None, "optimizer: empty"),

@@ -143,3 +143,5 @@ def test_an_empty_prompt_and_a_folder_that_is_no_cascade(tiny_runs, tmp_path, ca
     assert (code, "prompts: empty" in err) == (2, True)
     code, _, err = _main(capsys, tmp_path, "text")
     assert (code, err.startswith("error: ")) == (2, True)
+    code, _, err = _main(capsys, "nowhere", "text")
+    assert (code, err.startswith("error: RUN: 'nowhere'; no such folder")) == (2, True)

@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 # What depends on the process and not on what it computes: times and memory.
-TIMES = {"seconds", "tokens_per_second", "peak_rss_bytes", "memory", "base_pass_seconds", "base_pass_reused"}
+TIMES = {
+    "seconds", "tokens_per_second", "mfu", "matmul_flops_per_second", "peak_rss_bytes", "memory", "base_pass_seconds",
+    "base_pass_reused",
+}  # fmt: skip
 MAY_CHANGE = {"out", "resume", "checkpoint_minutes"}
 
 
