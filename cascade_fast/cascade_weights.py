@@ -30,12 +30,13 @@ def find_base_of(config: CascadeConfig, base_path: str | None = None) -> BaseMod
     """The base that the stages were trained on, found by the name it had then or at ``base_path``.
 
     Raises:
-        ConfigError: not found, or another model than the one of training (fingerprint of configuration and weights).
+        ConfigError: not found, another model than the one of training (fingerprint of configuration and weights), or
+            a package is missing that quantises it as it was then.
     """
     name = base_path or config.base.get("name")
     if name is None:
         raise ConfigError("base: the configuration names none; pass base_path")
-    settings: dict[str, Any] = {"base": str(name), "seq_len": 2}
+    settings: dict[str, Any] = {"base": str(name), "seq_len": 2, "base_quantization": config.quantization}
     cache = config.settings.get("cache_dir")
     if cache is not None and Path(cache).is_dir():
         settings["cache_dir"] = cache

@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from cascade_fast.config import CRITERIA, RESUME_MAY_CHANGE, ConfigError
+from cascade_fast.second_look import SecondLookConfig
 from cascade_fast.stage import StageConfig
 
-MODEL_STAGE_KINDS = ("append",)
+STAGE_CONFIGS: dict[str, type[StageConfig]] = {"append": StageConfig, "second-look": SecondLookConfig}
 
 
 class CascadeConfig(PreTrainedConfig):
@@ -16,16 +17,17 @@ class CascadeConfig(PreTrainedConfig):
 
     Args:
         base_config: transformers' configuration of the base.
-        base: where the base comes from: ``name``, ``source``, ``revision`` and ``fingerprint`` (SHA-256 of its
-            configuration and weights, checked when stages are loaded onto it).
+        base: where the base comes from: ``name``, ``source``, ``revision``, ``fingerprint`` (SHA-256 of its
+            configuration and weights, checked when stages are loaded onto it) and ``quantization``.
         criterion: ``cosine`` or ``entropy``.
-        stages: in order, each ``threshold`` and the fields of :class:`StageConfig`. A token enters a stage iff its
-            score is at or below the threshold (-inf: none does).
+        stages: in order, all of one kind, each ``threshold`` and the fields of :class:`StageConfig` or
+            :class:`SecondLookConfig`. A token enters a stage iff its score is at or below the threshold (-inf: none
+            does).
         self_contained: whether the folder holds the base's weights too.
         settings, measured: how the stages were trained and what came of it; for the model card.
 
     Raises:
-        ConfigError: an unknown criterion or kind of stage, or a threshold that is NaN.
+        ConfigError: an unknown criterion or kind of stage, stages that do not go together, or a threshold that is NaN.
     """
 
     model_type = "cascade"
@@ -60,14 +62,16 @@ class CascadeConfig(PreTrainedConfig):
             raise ConfigError(f"criterion: {self.criterion!r}; must be one of {', '.join(CRITERIA)}")
         for number, stage in enumerate(self.stages, 1):
             kind = stage.get("kind", "append")
-            if kind not in MODEL_STAGE_KINDS:
+            if kind not in STAGE_CONFIGS:
                 raise ConfigError(
-                    f"stages: stage {number} is of kind {kind!r}; must be one of {', '.join(MODEL_STAGE_KINDS)}"
+                    f"stages: stage {number} is of kind {kind!r}; must be one of {', '.join(STAGE_CONFIGS)}"
                 )
             if not isinstance(stage.get("threshold"), (int, float)) or math.isnan(stage["threshold"]):
                 raise ConfigError(f"stages: stage {number} has threshold {stage.get('threshold')}; must be a number")
-        if len({stage["reads"] for stage in self.stages}) > 1:
-            raise ConfigError("stages: they read different hidden states; all must read the same")
+        for name in ("kind", "reads", "entry_layer"):
+            found = {stage.get(name) for stage in self.stages}
+            if len(found) > 1:
+                raise ConfigError(f"stages: {name} is {' and '.join(map(repr, found))}; must be the same for all")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -84,13 +88,29 @@ class CascadeConfig(PreTrainedConfig):
         return [stage["threshold"] for stage in self.stages]
 
     @property
+    def kind(self) -> str:
+        """Of the stages."""
+        return self.stages[0].get("kind", "append") if self.stages else "append"
+
+    @property
+    def quantization(self) -> str:
+        """Of the base; see ``RunConfig.base_quantization``."""
+        return self.base.get("quantization") or self.settings.get("base_quantization", "none")
+
+    @property
+    def entry_layer(self) -> int | None:
+        """The first of the base's layers that a second look copies; None for appended stages."""
+        return self.stages[0].get("entry_layer") if self.stages else None
+
+    @property
     def reads(self) -> str:
-        """The base's hidden state that stages read: ``residual`` or ``last_hidden``."""
+        """The base's hidden state that appended stages read: ``residual`` or ``last_hidden``."""
         return self.stages[0]["reads"] if self.stages else "last_hidden"
 
     def stage_config(self, number: int) -> StageConfig:
         """The shape of stage ``number``, from 1."""
-        return StageConfig(**{name: v for name, v in self.stages[number - 1].items() if name != "threshold"})
+        fields = {name: value for name, value in self.stages[number - 1].items() if name != "threshold"}
+        return STAGE_CONFIGS[self.kind](**fields)
 
     def portable_settings(self) -> dict[str, Any]:
         """The settings without those that only say where and when the run took place."""

@@ -6,8 +6,9 @@ from cascade_fast.configuration import CascadeConfig
 from cascade_fast.metrics import format_count
 
 _RECIPE = (
-    "preset", "dataset", "seq_len", "train_blocks", "val_blocks", "hard_ratio", "criterion", "layers_per_stage", "init",
-    "head", "epochs", "batch_tokens", "lr", "lr_schedule", "weight_decay", "optimizer", "seed",
+    "preset", "dataset", "seq_len", "train_blocks", "val_blocks", "hard_ratio", "criterion", "stage_kind",
+    "layers_per_stage", "init", "head", "epochs", "batch_tokens", "lr", "lr_schedule", "weight_decay", "optimizer",
+    "seed",
 )  # fmt: skip
 _CRITERIA = {"entropy": "minus the entropy of the logits, in nats", "cosine": "cosine between what goes in and out"}
 
@@ -31,13 +32,13 @@ def _body(config: CascadeConfig, parameters: int) -> list[str]:
     held = "base and stages" if config.self_contained else "the stages; the base is fetched by name and checked"
     return [
         f"# CASCADE on {name}",
-        f"A frozen language model with {len(config.stages)} stage(s) of new layers trained on its *hard* tokens. Every "
-        "token leaves at the first exit where it is no longer hard, with the logits of that exit. It always passes the "
-        "whole base first: a cascade costs more than its base, never less.",
+        f"A frozen language model with {len(config.stages)} stage(s), {_stages(config)}. Every token leaves at the "
+        "first exit where it is no longer hard, with the logits of that exit. It always passes the whole base first: a "
+        "cascade costs more than its base, never less.",
         _table(
             ["", ""],
             [
-                ["base", f"{name} ({source}), {config.num_hidden_layers} layers"],
+                ["base", f"{name} ({source}), {config.num_hidden_layers} layers{_bits(config)}"],
                 ["base fingerprint", f"`{config.base.get('fingerprint', 'unknown')}`"],
                 ["parameters", f"{parameters:,} ({format_count(parameters)})"],
                 ["this folder holds", held],
@@ -59,6 +60,16 @@ def _body(config: CascadeConfig, parameters: int) -> list[str]:
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))\n"
         "print(model(**inputs, output_exits=True).exits)  # 0: the base, k: stage k\n```",
     ]
+
+
+def _stages(config: CascadeConfig) -> str:
+    if config.kind == "second-look":
+        return f"copies of its last {config.stages[0]['layers']} layers trained to read its *hard* tokens again"
+    return "new layers trained on its *hard* tokens"
+
+
+def _bits(config: CascadeConfig) -> str:
+    return "" if config.quantization == "none" else f", in 4 bit ({config.quantization})"
 
 
 def _measured(config: CascadeConfig) -> list[str]:

@@ -1,13 +1,17 @@
 """``CascadeForCausalLM``: base and stages as one Hugging Face causal language model with real skipping.
 
 The base reads every token; a stage computes only the tokens that enter it, and each token's logits are those of the
-exit where it leaves. The key/value cache is the base's: an appended stage sees each token alone and needs none.
+exit where it leaves. An appended stage sees each token alone: the key/value cache is the base's, and it runs on the
+kept positions only. A second look attends to the text before a token: it runs on every hard token, and leaves its keys
+and values in the cache for those to come (see ``cascade_cache.py``).
 
-Shape legend: B sequences, S sequence length, T kept positions of a sequence, N = B * T tokens, K those of them that
-have come to an exit, D hidden size, V vocabulary, E doors (one before each stage).
+Shape legend: B sequences, S sequence length, T kept positions of a sequence, N tokens that the stages may see (B * T
+for appended ones, B * S for a second look), K those of them that have come to an exit, M = B * T tokens that get
+logits, D hidden size, V vocabulary, E doors (one before each stage).
 """
 
 import copy
+import functools
 import math
 import os
 import tempfile
@@ -24,12 +28,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from cascade_fast import ops
+from cascade_fast.cascade_cache import SecondLookContext, open_cache
 from cascade_fast.cascade_weights import find_base_of, local_folder, thin_state, write_stages
 from cascade_fast.checkpoint import atomic_write_text
 from cascade_fast.config import ConfigError
 from cascade_fast.configuration import CascadeConfig
-from cascade_fast.criteria import token_entropy
+from cascade_fast.exit_logits import ExitLogits
 from cascade_fast.model_card import render_card
+from cascade_fast.second_look import SecondLookConfig, SecondLookStage
 from cascade_fast.selection import select_below
 from cascade_fast.stage import Stage
 
@@ -51,7 +57,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = CascadeConfig
     config: CascadeConfig
-    _no_split_modules = ["StageLayer"]  # noqa: RUF012 (as transformers has it)
+    _no_split_modules = ["StageLayer", "SecondLookLayer"]  # noqa: RUF012 (as transformers has it)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -61,9 +67,16 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CascadeConfig) -> None:
         super().__init__(config)
         self.base = AutoModelForCausalLM.from_config(config.base_config)
-        self.stages = nn.ModuleList(Stage(config.stage_config(n + 1), seed=None) for n in range(len(config.stages)))
+        self.stages = nn.ModuleList(self._new_stage(config, n) for n in range(1, len(config.stages) + 1))
         self.base_folder: str | None = None  # where the base was found; its tokenizer is there
         self.post_init()
+
+    @staticmethod
+    def _new_stage(config: CascadeConfig, number: int) -> Stage | SecondLookStage:
+        shape = config.stage_config(number)
+        if isinstance(shape, SecondLookConfig):
+            return SecondLookStage(shape, head_VD=None)
+        return Stage(shape, seed=None)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
@@ -97,8 +110,9 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: (B, S); or ``inputs_embeds`` (B, S, D).
             attention_mask: (B, past + S), 0 for padding, on either side. Padding enters no stage.
             labels: (B, S); the loss is transformers': shifted, -100 ignored, the mean over what is left.
+            past_key_values: a second look needs transformers' ``DynamicCache``, which is what ``generate`` makes.
             logits_to_keep: the last so many positions (0: all), or their indices; the others get no logits and enter
-                no stage.
+                no stage but a second look, whose keys and values later tokens attend to.
             output_exits: also return the exit of every token and its scores.
             thresholds: instead of the trained ones, one for each stage; -inf closes a stage and those behind it.
 
@@ -107,48 +121,77 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ConfigError: another number of thresholds than stages, or NaN among them.
-            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``.
+            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``; for a second look another cache, an
+                attention mask that is not 2D, or positions of several texts in one row.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of them")
         doors = self._doors(thresholds)
+        looks = self.config.kind == "second-look"
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        with self._residual_stream() as residual:
+        batch, new = inputs_embeds.shape[:2]
+        cache, keeps_cache = past_key_values, self.base.config.use_cache if use_cache is None else use_cache
+        if looks and (doors or keeps_cache or cache is not None):  # it reads the base's keys and values in any case
+            cache = open_cache(cache, self.config.base_config, new, position_ids, attention_mask)
+        with self._stages_input() as entered:
             read = self.base.model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                past_key_values=cache,
                 use_cache=use_cache,
                 **kwargs,
             )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        last_BTD = read.last_hidden_state[:, kept]
-        reads_BTD = residual[0][:, kept] if self.config.reads == "residual" else last_BTD
-        valid_BT = None
+        ran = slice(None) if looks else kept  # later tokens attend to those that get no logits
+        last_BSD = read.last_hidden_state[:, ran]
+        reads_BSD = entered[0][:, ran] if self.config.reads == "residual" else last_BSD
+        valid_BS = None
         if attention_mask is not None and attention_mask.dim() == 2:
-            valid_BT = attention_mask[:, -inputs_embeds.shape[1] :][:, kept].bool()
-        logits_NV, exit_N, score_NE = self._cascade(
-            inputs_embeds[:, kept].flatten(0, 1),
-            last_BTD.flatten(0, 1),
-            reads_BTD.flatten(0, 1),
-            None if valid_BT is None else valid_BT.flatten(),
+            valid_BS = attention_mask[:, -new:][:, ran].bool()
+        context = None
+        if looks and cache is not None:
+            context = SecondLookContext(
+                cache,
+                base_layers=self.config.num_hidden_layers,
+                stages=len(self.stages),
+                depth=self.config.stages[0]["layers"],
+                shape=(batch, new),
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+            )
+        column_T = None  # positions that get logits; None: all that the stages see
+        if looks and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            column_T = torch.arange(new, device=last_BSD.device)[kept]
+        logits = ExitLogits(batch, last_BSD.shape[1], column_T, vocab_size=self.config.vocab_size)
+        exit_N, score_NE = self._cascade(
+            inputs_embeds[:, ran].flatten(0, 1),
+            last_BSD.flatten(0, 1),
+            reads_BSD.flatten(0, 1),
+            None if valid_BS is None else valid_BS.flatten(),
             doors,
+            logits,
+            context,
         )
-        shape = last_BTD.shape[:2]
-        logits = logits_NV.unflatten(0, shape)
+        logits_BTV = logits.together()
+        exit_BT, score_BTE = (of_N.unflatten(0, last_BSD.shape[:2]) for of_N in (exit_N, score_NE))
+        if column_T is not None:
+            exit_BT, score_BTE = exit_BT[:, column_T], score_BTE[:, column_T]
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        left = read.past_key_values
+        if context is not None:
+            left = context.close() if keeps_cache or past_key_values is not None else None
         return CascadeOutput(
             loss=loss,
-            logits=logits,
-            past_key_values=read.past_key_values,
+            logits=logits_BTV,
+            past_key_values=left,
             hidden_states=read.hidden_states,
             attentions=read.attentions,
-            exits=exit_N.unflatten(0, shape) if output_exits else None,
-            scores=score_NE.unflatten(0, shape) if output_exits else None,
+            exits=exit_BT if output_exits else None,
+            scores=score_BTE if output_exits else None,
         )
 
     def _doors(self, thresholds: Sequence[float] | None) -> list[float]:
@@ -159,19 +202,29 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         return doors[: doors.index(-math.inf)] if -math.inf in doors else doors
 
     @contextmanager
-    def _residual_stream(self) -> Iterator[list[Tensor]]:
-        """What goes into the base's final norm, which transformers does not return."""
+    def _stages_input(self) -> Iterator[list[Tensor]]:
+        """The base's residual stream where stages that read it begin: before its final norm, or before the layers that
+        a second look copies. transformers does not return it as it is."""
         kept: list[Tensor] = []
-        hook = self.base.model.norm.register_forward_pre_hook(lambda _module, args: kept.append(args[0]))
+        entry = self.config.entry_layer
+        module = self.base.model.norm if entry is None else self.base.model.layers[entry]
+        hook = module.register_forward_pre_hook(lambda _module, args: kept.append(args[0]))
         try:
             yield kept
         finally:
             hook.remove()
 
     def _cascade(
-        self, embedded_ND: Tensor, last_ND: Tensor, reads_ND: Tensor, valid_N: Tensor | None, doors: list[float]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sends N tokens through base and stages: logits (N, V), exits (N,) and scores (N, E)."""
+        self,
+        embedded_ND: Tensor,
+        last_ND: Tensor,
+        reads_ND: Tensor,
+        valid_N: Tensor | None,
+        doors: list[float],
+        logits: ExitLogits,
+        context: SecondLookContext | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Sends N tokens through base and stages: exits (N,) and scores (N, E); their logits go to ``logits``."""
         n, device = last_ND.shape[0], last_ND.device
         exit_N = torch.zeros(n, dtype=torch.int64, device=device)
         if valid_N is not None:
@@ -179,14 +232,13 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         score_NE = torch.full((n, len(self.stages)), math.nan, device=device)
         token_K = torch.arange(n, device=device)  # which tokens have come this far
         before_KD, after_KD, normed_KD, hidden_KD = embedded_ND, last_ND, last_ND, reads_ND
-        logits_NV: Tensor | None = None
         for number, threshold in enumerate([*doors, None]):
+            head = functools.partial(self._head, number)
             if threshold is None:  # the last exit takes all that is left
-                return self._put(logits_NV, self._head(number, normed_KD), token_K, n), exit_N, score_NE
+                logits.put(head, normed_KD, token_K)
+                break
             if self.config.criterion == "entropy":
-                rows_KV = self._head(number, normed_KD)
-                score_K = -token_entropy(rows_KV)
-                logits_NV = self._put(logits_NV, rows_KV, token_K, n)
+                score_K = -logits.put(head, normed_KD, token_K, entropy=True)
             else:
                 score_K = ops.cosine_score(before_KD.detach().float(), after_KD.detach().float())
             if valid_N is not None and number == 0:
@@ -196,15 +248,14 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
             if self.config.criterion != "entropy":  # logits only of those that leave: nobody asks for the others'
                 easy_K = torch.ones_like(token_K, dtype=torch.bool).index_fill_(0, hard_J, False)
                 if easy_K.any():
-                    logits_NV = self._put(logits_NV, self._head(number, normed_KD[easy_K]), token_K[easy_K], n)
+                    logits.put(head, normed_KD[easy_K], token_K[easy_K])
             if len(hard_J) == 0:
                 break
             before_KD, (token_K,) = ops.gather_rows(hidden_KD, hard_J, (token_K,))
             exit_N[token_K] = number + 1
-            output_KD, normed_KD, hidden_KD = self._run_stage(number, before_KD, last_ND.dtype)
+            output_KD, normed_KD, hidden_KD = self._run_stage(number, before_KD, token_K, last_ND.dtype, context)
             before_KD, after_KD = before_KD.float(), output_KD.float()
-        assert logits_NV is not None
-        return logits_NV, exit_N, score_NE
+        return exit_N, score_NE
 
     def _head(self, exit_: int, normed_KD: Tensor) -> Tensor:
         """Logits of the base (exit 0) or of stage ``exit_``; a stage without a head of its own uses the base's."""
@@ -212,25 +263,25 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         head = self.base.lm_head if stage is None or stage.lm_head is None else stage.lm_head
         return head(normed_KD.to(head.weight.dtype))
 
-    @staticmethod
-    def _put(logits_NV: Tensor | None, rows_KV: Tensor, token_K: Tensor, n: int) -> Tensor:
-        """Rows of tokens in ascending order into the logits of all; in place, as these are the largest tensor here."""
-        if len(token_K) == n:
-            return rows_KV
-        if logits_NV is None:
-            logits_NV = rows_KV.new_empty(n, rows_KV.shape[1])
-        return logits_NV.index_copy_(0, token_K, rows_KV.to(logits_NV.dtype))
-
-    def _run_stage(self, index: int, hidden_KD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def _run_stage(
+        self, index: int, hidden_KD: Tensor, token_K: Tensor, dtype: torch.dtype, context: SecondLookContext | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Takes K tokens through a stage: its output, what its head takes, and what the next stage reads.
 
         As in training: matrix products in the base's dtype, everything else in float32, and what is handed on in
-        bfloat16 if the base computes so, else in float32. The one place that knows how a stage is run.
+        bfloat16 if the base computes so, else in float32; the next look enters where this one did. The one place that
+        knows how a stage is run.
         """
         autocast = nullcontext() if dtype == torch.float32 else torch.autocast(hidden_KD.device.type, dtype)
+        if context is None:
+            with autocast:
+                output_KD, normed_KD = self.stages[index](hidden_KD)
+            return output_KD, normed_KD, output_KD.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+        pack, left = context.pack(index + 1, hidden_KD, token_K), list[Tensor]()
         with autocast:
-            output_KD, normed_KD = self.stages[index](hidden_KD)
-        return output_KD, normed_KD, output_KD.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+            output_KD, normed_KD = self.stages[index](pack, left)
+        context.leave(index + 1, token_K, left)
+        return output_KD, normed_KD, hidden_KD
 
     # --- loading and saving ------------------------------------------------------------------------------------------
 
@@ -266,6 +317,8 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         model = super().from_pretrained(
             None, *args, config=config, state_dict=thin_state(folder, config, base), dtype=dtype, **plain
         )
+        if base.quantization != "none":
+            model.base = base.load(model.device, model.dtype)
         model.base_folder = base.path
         if (Path(base.path) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(base.path)
@@ -282,9 +335,15 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
                 ``max_shard_size``); otherwise only the stages, and a reference to the base with its fingerprint.
 
         Raises:
-            ConfigError: without the base's weights, but it is not known where the base came from.
+            ConfigError: without the base's weights, but it is not known where the base came from; or with them, but
+                they are in 4 bit.
         """
         folder = Path(save_directory)
+        if self_contained and self.config.quantization != "none":
+            raise ConfigError(
+                f"self_contained: True; the stages were trained on a base in 4 bit (base_quantization "
+                f"{self.config.quantization}), whose weights are not saved: must be False"
+            )
         if not self_contained and not self.config.base.get("fingerprint"):
             raise ConfigError("self_contained: False; needs to know where the base came from, and this model does not")
         before, self.config = self.config, copy.deepcopy(self.config)
@@ -298,7 +357,9 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
                 self.generation_config.save_pretrained(folder)
                 write_stages(folder, self.config, self.stages)
             self._save_tokenizer(folder)
-            atomic_write_text(folder / "README.md", render_card(self.config, parameters=self.num_parameters()))
+            # Not those of the whole: numel() of a 4-bit weight counts bytes, which only the base knows.
+            parameters = self.base.num_parameters() + sum(p.numel() for p in self.stages.parameters())
+            atomic_write_text(folder / "README.md", render_card(self.config, parameters=parameters))
         finally:
             self.config = before
 

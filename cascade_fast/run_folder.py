@@ -23,7 +23,7 @@ from cascade_fast import __version__
 from cascade_fast.base_model import BaseModel
 from cascade_fast.checkpoint import write_json
 from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig
-from cascade_fast.configuration import MODEL_STAGE_KINDS, CascadeConfig
+from cascade_fast.configuration import CascadeConfig
 from cascade_fast.exits import ExitStage
 from cascade_fast.metrics import MetricsLog, say
 from cascade_fast.report import write_report
@@ -148,8 +148,6 @@ class RunFolder:
     def _model_config(self, results: dict[str, Any], stages: list[ExitStage], base: BaseModel) -> dict[str, Any]:
         """The run's record together with the cascade's configuration: the folder loads as a model."""
         record = _read(self.path / "config.json") or {}
-        if any(entry.stage.config.kind not in MODEL_STAGE_KINDS for entry in stages):
-            return record  # CascadeForCausalLM does not know this kind yet
         final, tokens = results["final"], results["tokens"]
         ppl = {
             "validation": (tokens["val"], results["base"]["val_ppl"], final["all_token_val_ppl"]),
@@ -177,7 +175,7 @@ class RunFolder:
         settings = results["settings"]
         return {
             "format": CASCADE_FORMAT,
-            "base": {**_reference(base), "quantization": base.quantization},
+            "base": _reference(base),
             "criterion": settings["criterion"],
             "kind": settings["stage_kind"],
             "reads": stages[0].stage.config.reads if stages else None,
@@ -202,7 +200,8 @@ def _choose(config: RunConfig) -> Path:
 
 
 def _reference(base: BaseModel) -> dict[str, Any]:
-    return {"name": base.name, "source": base.source, "revision": base.revision, "fingerprint": base.fingerprint}
+    names = ("name", "source", "revision", "fingerprint", "quantization")
+    return {name: getattr(base, name) for name in names}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

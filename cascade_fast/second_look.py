@@ -184,18 +184,22 @@ class SecondLookStage(nn.Module):
 
     Args:
         config: the shape.
-        head_VD: the base's output head ``(V, D)``.
+        head_VD: the base's output head ``(V, D)``; None where somebody else applies it (``CascadeForCausalLM``).
         weights: names and tensors to start from: the base's own (see ``BasePass.second_look``), or those of the stage
             before. None where trained ones are about to be loaded.
     """
 
-    def __init__(self, config: SecondLookConfig, *, head_VD: Tensor, weights: dict[str, Tensor] | None = None) -> None:
+    lm_head = None  # as a Stage has it: the head is the base's
+
+    def __init__(
+        self, config: SecondLookConfig, *, head_VD: Tensor | None, weights: dict[str, Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(SecondLookLayer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # Not a parameter of the stage: saved once with the base, never trained.
-        self.head: Tensor
+        self.head: Tensor  # None only without head_VD
         self.register_buffer("head", head_VD, persistent=False)
         from transformers import LlamaConfig
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # late: see auto_classes.py

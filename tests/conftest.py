@@ -105,24 +105,26 @@ def tiny_settings(tiny_base, tiny_data) -> dict:
 
 @pytest.fixture(scope="session")
 def tiny_runs(tiny_base, tiny_data, tmp_path_factory) -> dict[str, Path]:
-    """Finished runs with two stages each: ``warm`` (entropy, shared head) and ``seed`` (cosine, own heads)."""
+    """Finished runs with two stages each: ``warm`` (entropy, shared head), ``seed`` (cosine, own heads) and ``look``
+    (as warm, but second looks)."""
     from cascade_fast.cascade import run_cascade
     from cascade_fast.config import make_config
 
     folder = tmp_path_factory.mktemp("runs")
     runs = {}
-    for preset in ("warm", "seed"):
+    kinds = {"warm": {"preset": "warm"}, "seed": {"preset": "seed"}, "look": {"stage_kind": "second-look"}}
+    for name, kind in kinds.items():
         settings = {
             **_settings(tiny_base, tiny_data),
-            "preset": preset,
-            "out": str(folder / preset),
+            **kind,
+            "out": str(folder / name),
             "cache_dir": str(folder / "cache"),
             "store_dtype": "float32",
             "accept": "always",
             "num_stages": 2,
             "test_blocks": 12,
         }
-        runs[preset] = run_cascade(make_config(settings)).path
+        runs[name] = run_cascade(make_config(settings)).path
     return runs
 
 

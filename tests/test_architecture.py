@@ -18,7 +18,7 @@ LAYERS = [
     ["losses", "selection", "criteria", "hidden_store", "stage", "second_look"],
     ["hard_token_gather", "base_model", "data", "adamw8bit", "optim", "stage_tokens", "exits"],
     ["configuration", "base_pass", "memory_plan", "roofline", "ledger", "stage_trainer", "report"],
-    ["cascade_weights", "model_card", "modeling", "run_folder"],
+    ["cascade_cache", "cascade_weights", "exit_logits", "model_card", "modeling", "run_folder"],
     ["cascade", "evaluation"],
     ["model_cli", "train", "env", "plan", "generate", "evaluate", "harness_model", "harness"],
 ]

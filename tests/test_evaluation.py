@@ -17,7 +17,7 @@ from cascade_fast.evaluation import bootstrap_difference, evaluate_cascade, meas
 from cascade_fast.modeling import CascadeForCausalLM
 
 
-@pytest.fixture(params=["warm", "seed"])
+@pytest.fixture(params=["warm", "seed", "look"])
 def run(request, tiny_runs):
     return tiny_runs[request.param]
 
@@ -64,13 +64,21 @@ def test_flops_are_those_of_the_matrix_products_that_ran(run):
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(add)
+    looked = [0]
+    if model.config.kind == "second-look":  # every query of a pack, padded to the most of one sequence, to 32 keys
+
+        def add_attention(_stage, args, _output):
+            looked[0] += len(args[0].kv_BSL2GE) * 2 * 4 * 2 * (2 * args[0].queries * 32 * 8)
+
+        for stage in model.stages:
+            stage.register_forward_hook(add_attention)
     tokens = blocks.shape[0] * 32
     # Scores and weighted values: two products of 32 x 32 for each of 4 heads of size 8, in 3 layers.
     attention = blocks.shape[0] * 3 * 4 * 2 * (2 * 32 * 32 * 8)
     for thresholds in ([-math.inf] * 2, model.config.thresholds, [math.inf] * 2):
-        products[0] = 0
+        products[0] = looked[0] = 0
         measured = measure(model, blocks, thresholds, count_flops=True)
-        assert measured.flops == products[0] + attention
+        assert measured.flops == products[0] + attention + looked[0]
         assert measured.loss_BS.numel() == tokens
 
 

@@ -17,7 +17,7 @@ from cascade_fast.modeling import CascadeForCausalLM
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(params=["warm", "seed"])
+@pytest.fixture(params=["warm", "seed", "look"])
 def run(request, tiny_runs):
     return tiny_runs[request.param]
 

@@ -21,12 +21,17 @@ from cascade_fast.stage import StageConfig
 
 CPU = torch.device("cpu")
 CLOSED, OPEN = [-math.inf] * 2, [math.inf] * 2
-PRESETS = ("warm", "seed")
+RUNS = ("warm", "seed", "look")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(params=PRESETS)
+@pytest.fixture(params=RUNS)
 def run(request, tiny_runs):
+    return tiny_runs[request.param]
+
+
+@pytest.fixture(params=["warm", "seed"])
+def appended(request, tiny_runs):
     return tiny_runs[request.param]
 
 
@@ -71,10 +76,10 @@ def test_the_loss_over_a_run_s_blocks_is_the_run_s(run, model, split):
         assert shares == pytest.approx(list(results["final"]["exit_share"].values()))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_token_has_the_loss_and_exit_of_evaluate_exits(tiny_runs, preset, dtype, tmp_path):
-    run = tiny_runs[preset]
+def test_every_token_has_the_loss_and_exit_of_evaluate_exits(tiny_runs, name, dtype, tmp_path):
+    run = tiny_runs[name]
     config = make_config(_settings(run))
     base = find_base(config)
     passed = base_pass(base, load_blocks(config, base.tokenizer()), config, CPU, dtype, tmp_path)
@@ -142,13 +147,13 @@ def test_below_every_score_is_the_base_exactly(run, model):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_token_let_in_goes_through_every_stage(run, dtype):
-    model = CascadeForCausalLM.from_pretrained(run, dtype=dtype).requires_grad_(False)
+def test_every_token_let_in_goes_through_every_stage(appended, dtype):
+    model = CascadeForCausalLM.from_pretrained(appended, dtype=dtype).requires_grad_(False)
     ids = text_ids()
     output = model(ids, thresholds=OPEN, output_exits=True)
     assert (output.exits == 2).all()
     kept = {}
-    base = _base(run, dtype)
+    base = _base(appended, dtype)
     base.model.norm.register_forward_pre_hook(lambda _m, args: kept.update(residual=args[0]))
     last = base.model(ids).last_hidden_state
     hidden = (kept["residual"] if model.config.reads == "residual" else last).flatten(0, 1)
@@ -263,8 +268,8 @@ def test_cosine_makes_logits_only_where_tokens_leave(tiny_runs):
 
 
 @pytest.mark.parametrize("keep", [1, 5, torch.tensor([0, 7, 20])], ids=["1", "5", "indices"])
-def test_logits_to_keep_computes_no_others(model, keep):
-    ids = text_ids(3)
+def test_logits_to_keep_computes_no_others(appended, keep):
+    model, ids = CascadeForCausalLM.from_pretrained(appended), text_ids(3)
     whole = model(ids, output_exits=True)
     kept = slice(-keep, None) if isinstance(keep, int) else keep
     rows, stage_rows = _calls(model.base.lm_head), _calls(model.stages[0])
@@ -293,7 +298,7 @@ def test_mistakes_are_named(model):
     with pytest.raises(ValueError, match="exactly one"):
         model()
     stages = [{**model.config.stages[0], "kind": "sideways"}]
-    with pytest.raises(ConfigError, match="stage 1 is of kind 'sideways'; must be one of append"):
+    with pytest.raises(ConfigError, match="stage 1 is of kind 'sideways'; must be one of append, second-look"):
         CascadeConfig(base_config=model.config.base_config, stages=stages)
     with pytest.raises(ConfigError, match="criterion: 'mood'"):
         CascadeConfig(criterion="mood")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from cascade_fast.base_pass import base_pass
 from cascade_fast.cascade import run_cascade
 from cascade_fast.config import ConfigError, make_config
 from cascade_fast.data import load_blocks
+from cascade_fast.evaluation import measure
+from cascade_fast.modeling import CascadeForCausalLM
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -80,11 +83,42 @@ def test_the_fingerprint_of_the_base_pass_tells_the_two_apart_and_the_head_is_sh
 
 @needs_bitsandbytes
 def test_a_whole_run_on_a_4_bit_base(settings, tmp_path):
-    run = run_cascade(make_config({**settings, "out": str(tmp_path / "run")}))
+    run = run_cascade(make_config({**settings, "accept": "always", "out": str(tmp_path / "run")}))
     results = json.loads((run.path / "results.json").read_text())
     assert results["settings"]["base_quantization"] == "nf4"
     assert json.loads((run.path / "cascade.json").read_text())["base"]["quantization"] == "nf4"
     assert results["stages"][0]["epochs"]
+    # The folder loads as a model on that base, whose numbers are the run's.
+    model = CascadeForCausalLM.from_pretrained(run.path)
+    assert model.base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    config = make_config(results["settings"])
+    blocks = load_blocks(config, find_base(config).tokenizer()).ids["val"]
+    closed, trained = (measure(model, blocks, doors) for doors in ([-math.inf], model.config.thresholds))
+    assert closed.perplexity == pytest.approx(results["base"]["val_ppl"], rel=1e-5)
+    assert trained.perplexity == pytest.approx(results["stages"][0]["all_token_val_ppl"], rel=1e-5)
+    with pytest.raises(ConfigError, match=r"self_contained: True; .* in 4 bit \(base_quantization nf4\)"):
+        model.save_pretrained(tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+    model.save_pretrained(tmp_path / "thin", self_contained=False)
+    ids = blocks[:2, :-1].long()
+    assert torch.equal(CascadeForCausalLM.from_pretrained(tmp_path / "thin")(ids).logits, model(ids).logits)
+    card = (tmp_path / "thin" / "README.md").read_text()
+    assert "3 layers, in 4 bit (nf4)" in card
+    assert f"{results['final']['total_parameters']:,}" in card
+
+
+@needs_bitsandbytes
+def test_a_run_of_before_remembers_its_quantisation_in_its_settings(settings, tmp_path, monkeypatch):
+    run = run_cascade(make_config({**settings, "accept": "always", "out": str(tmp_path / "run")}))
+    config = json.loads((run.path / "config.json").read_text())
+    del config["base"]["quantization"]
+    (run.path / "config.json").write_text(json.dumps(config))
+    model = CascadeForCausalLM.from_pretrained(run.path)
+    assert model.base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
+    with pytest.raises(ConfigError, match="base_quantization: 'nf4'; needs bitsandbytes: pip install bitsandbytes"):
+        CascadeForCausalLM.from_pretrained(run.path)
 
 
 def test_a_missing_bitsandbytes_is_said_before_any_work(settings, monkeypatch):

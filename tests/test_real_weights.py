@@ -83,10 +83,12 @@ def test_a_warm_cascade_begins_as_the_base(cache, compute):
     assert evaluation.perplexity == pytest.approx(val["loss"].double().mean().exp().item(), rel=2e-3)
 
 
-def test_a_run_from_end_to_end(cache, tmp_path):
+@pytest.mark.parametrize("kind", ["append", "second-look"])
+def test_a_run_from_end_to_end(cache, tmp_path, kind):
     settings = {
         **SETTINGS,
         "cache_dir": cache,
+        "stage_kind": kind,
         "num_stages": 1,
         "layers_per_stage": 1,
         "epochs": 1,
