@@ -23,7 +23,7 @@ from cascade_fast import __version__
 from cascade_fast.base_model import BaseModel
 from cascade_fast.checkpoint import write_json
 from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig
-from cascade_fast.configuration import MODEL_STAGE_KINDS, CascadeConfig
+from cascade_fast.configuration import MODEL_CRITERIA, MODEL_STAGE_KINDS, CascadeConfig
 from cascade_fast.exits import ExitStage
 from cascade_fast.metrics import MetricsLog, say
 from cascade_fast.report import write_report
@@ -150,6 +150,8 @@ class RunFolder:
         record = _read(self.path / "config.json") or {}
         if any(entry.stage.config.kind not in MODEL_STAGE_KINDS for entry in stages):
             return record  # CascadeForCausalLM does not know this kind yet
+        if results["settings"]["criterion"] not in MODEL_CRITERIA:  # loading it says so
+            return {**record, "model_type": CascadeConfig.model_type, "criterion": results["settings"]["criterion"]}
         final, tokens = results["final"], results["tokens"]
         ppl = {
             "validation": (tokens["val"], results["base"]["val_ppl"], final["all_token_val_ppl"]),
