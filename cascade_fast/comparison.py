@@ -140,14 +140,14 @@ def equal_cost_table(rows: Sequence[Row], cost: str) -> str:
     """A line for each cost that some run has had: what every method has reached by then."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     lines = []
-    for row in sorted(rows, key=lambda r: r[cost]):
-        best = best_within(rows, cost, row[cost])
+    for budget in sorted({row[cost] for row in rows}):
+        best = best_within(rows, cost, budget)
         winner = min(best.values(), key=lambda r: r["val_ppl"])["name"]
         cells = [
             "-" if n not in best else f"**{best[n]['val_ppl']:.4f}**" if n == winner else f"{best[n]['val_ppl']:.4f}"
             for n in names
         ]
-        lines.append([COLUMNS[cost][1].format(row[cost]), *cells])
+        lines.append([COLUMNS[cost][1].format(budget), *cells])
     return markdown_table([f"{COLUMNS[cost][0]}, at most", *names], lines)
 
 
