@@ -24,6 +24,7 @@ from cascade_fast import __version__, ops
 from cascade_fast.base_model import BaseModel
 from cascade_fast.checkpoint import save_tensors, write_json
 from cascade_fast.config import RunConfig
+from cascade_fast.criteria import random_scores
 from cascade_fast.data import SPLITS, TokenBlocks
 from cascade_fast.hardware import release_memory
 from cascade_fast.hidden_store import HiddenStore, StoreError
@@ -62,6 +63,10 @@ def base_pass(
     Raises:
         NonFiniteScores: a score that is NaN or infinite; names block and position.
     """
+    if config.criterion == "random":  # the pass of the entropy, with other scores: compared runs share one
+        passed = base_pass(base, blocks, dataclasses.replace(config, criterion="entropy"), device, dtype, cache)
+        stores = {split: _with_random_scores(store, config.seed, split) for split, store in passed.stores.items()}
+        return dataclasses.replace(passed, stores=stores)
     meta = _meta(base, blocks, config, device, dtype)
     folder = cache / "base-pass" / meta["fingerprint"][:16]
     lock = cache / "locks" / f"{folder.name}.lock"
@@ -79,6 +84,11 @@ def base_pass(
         done = _open(folder, meta["fingerprint"])
     assert done is not None
     return dataclasses.replace(done, seconds=seconds, reused=False)
+
+
+def _with_random_scores(store: HiddenStore, seed: int, split: str) -> HiddenStore:
+    score_N = random_scores(store["sequence"], store["position"], seed=seed, split=split)
+    return HiddenStore(store.folder, {**store.arrays, "score": score_N}, {**store.meta, "seed": seed, "split": split})
 
 
 def _read_all(

@@ -266,7 +266,7 @@ class CascadeRun:
             return HiddenStore.open(folder)
         except StoreError:
             pass  # not there yet, or half-written by a run that was killed: made anew, the same bits
-        meta = {"stage": number, "split": split}
+        meta = {**source.meta, "stage": number, "split": split}
         store = HiddenStore.create(
             folder,
             len(hard),

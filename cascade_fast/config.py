@@ -19,7 +19,7 @@ def _setting(default: Any, group: str, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **extra})
 
 
-CRITERIA = ("cosine", "entropy")
+CRITERIA = ("cosine", "entropy", "random")
 STAGE_KINDS = ("append", "second-look")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -97,7 +97,8 @@ class RunConfig:
     criterion: str = _setting(
         "entropy",
         "selection",
-        "what makes a token hard: low cosine between input and output, or high entropy of the logits",
+        "what makes a token hard: low cosine between input and output, or high entropy of the logits; random: chance, "
+        "a baseline",
         choices=CRITERIA,
     )
     val_selection: str = _setting(

@@ -5,11 +5,12 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from cascade_fast.config import CRITERIA, RESUME_MAY_CHANGE, ConfigError
+from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError
 from cascade_fast.second_look import SecondLookConfig
 from cascade_fast.stage import StageConfig
 
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {"append": StageConfig, "second-look": SecondLookConfig}
+MODEL_CRITERIA = ("cosine", "entropy")  # a random score is a baseline of training, nothing to run a model by
 
 
 class CascadeConfig(PreTrainedConfig):
@@ -58,8 +59,8 @@ class CascadeConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def _check(self) -> None:
-        if self.criterion not in CRITERIA:
-            raise ConfigError(f"criterion: {self.criterion!r}; must be one of {', '.join(CRITERIA)}")
+        if self.criterion not in MODEL_CRITERIA:
+            raise ConfigError(f"criterion: {self.criterion!r}; must be one of {', '.join(MODEL_CRITERIA)}")
         for number, stage in enumerate(self.stages, 1):
             kind = stage.get("kind", "append")
             if kind not in STAGE_CONFIGS:

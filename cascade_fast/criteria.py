@@ -6,6 +6,7 @@ them, ``(N, V)`` or ``(B, S, V)`` with ``B * S = N``: flattening those of ``logi
 Shape legend: N tokens, D hidden size, B sequences, S sequence length, V vocabulary.
 """
 
+import hashlib
 from collections.abc import Callable
 
 import torch
@@ -116,3 +117,31 @@ def token_entropy(logits: Tensor) -> Tensor:
     chunks = logits.split(chunk_tokens(logits.shape[-1], torch.float32))
     # entr(p) = -p log p, and 0 at p = 0.
     return torch.cat([torch.special.entr(chunk_CV.float().softmax(-1)).sum(-1) for chunk_CV in chunks])
+
+
+def random_scores(sequence_N: Tensor, position_N: Tensor, *, seed: int, split: str, stage: int = 0) -> Tensor:
+    """Uniform noise in [0, 1), the score of the criterion ``random``: what hard tokens are compared with.
+
+    A hash of the arguments (SplitMix64, Steele et al. 2014, doi 10.1145/2660193.2660195), token by token: it does not
+    depend on what else is in a batch.
+
+    Args:
+        sequence_N, position_N: ``(N,)`` integers in [0, 2^31): where the token is.
+        seed: the run's.
+        split: name of the split.
+        stage: whose output is scored; 0 for the base.
+
+    Returns:
+        ``(N,)`` float32 on the CPU.
+    """
+    key = int.from_bytes(hashlib.sha256(f"{seed} {split} {stage}".encode()).digest()[:8], "little", signed=True)
+    state_N = (sequence_N.cpu().long() << 32 | position_N.cpu().long()) * -0x61C8864680B583EB + key
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        state_N = (state_N ^ _shifted(state_N, shift)) * factor
+    state_N = state_N ^ _shifted(state_N, 31)
+    return _shifted(state_N, 40).float() / 2**24  # the upper 24 bits, all that float32 holds
+
+
+def _shifted(state_N: Tensor, bits: int) -> Tensor:
+    """To the right, zeros coming in: int64 as if it had no sign."""
+    return (state_N >> bits) & ((1 << (64 - bits)) - 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cascade_fast import ops
 from cascade_fast.checkpoint import save_tensors, write_json
+from cascade_fast.criteria import random_scores
 from cascade_fast.hidden_store import HiddenStore
 from cascade_fast.losses import token_losses
 from cascade_fast.second_look import SecondLookConfig, SecondLookStage, SequencePack
@@ -100,6 +101,9 @@ def advance(
     store, row_K = tokens.store, tokens.rows(picked)
     arrays = {name: store[name][row_K] for name in ("label", "sequence", "position")}
     arrays |= {"hidden": result.hidden_KD.to(handed_on_dtype(store)), "score": result.score_K, "loss": result.loss_K}
+    if criterion == "random":
+        seed, split, number = store.meta["seed"], store.meta["split"], store.meta.get("stage", 0) + 1
+        arrays["score"] = random_scores(arrays["sequence"], arrays["position"], seed=seed, split=split, stage=number)
     if result.kv_KL2GE is not None:
         arrays["kv"] = result.kv_KL2GE.to(handed_on_dtype(store))
     return arrays
@@ -158,5 +162,5 @@ def evaluate_exits(
             )
             token_K = token_K[hard_J]
             loss_N[token_K], exit_N[token_K] = arrays["loss"], number
-            stores.append(HiddenStore(store.folder, arrays, store.meta))
+            stores.append(HiddenStore(store.folder, arrays, {**store.meta, "stage": number}))
     return ExitEvaluation(loss_N, exit_N)

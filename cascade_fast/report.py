@@ -197,6 +197,8 @@ def _compute(results: dict[str, Any]) -> str:
 def _score_name(results: dict[str, Any]) -> str:
     if results["settings"]["criterion"] == "entropy":
         return "minus the entropy of the logits, in nats"
+    if results["settings"]["criterion"] == "random":
+        return "uniform noise"
     return "cosine between what goes in and what comes out"
 
 

@@ -209,7 +209,7 @@ def base_pass_time(config: RunConfig, base_config: Any, device: Device, dtype: t
     s, layers, seq = shape.stage, base_config.num_hidden_layers, config.seq_len
     test = config.val_blocks if config.test_blocks is None else config.test_blocks
     tokens = (config.train_blocks + config.val_blocks + test) * seq
-    with_logits = tokens if config.criterion == "entropy" else tokens - config.train_blocks * seq
+    with_logits = tokens if config.criterion != "cosine" else tokens - config.train_blocks * seq
     at_once = base_tokens_at_once(config, device.on_cpu)
     passes = math.ceil(tokens / at_once)
     attention = layers * 4 * seq * shape.attention_inner

@@ -23,7 +23,7 @@ from cascade_fast import __version__
 from cascade_fast.base_model import BaseModel
 from cascade_fast.checkpoint import write_json
 from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig
-from cascade_fast.configuration import CascadeConfig
+from cascade_fast.configuration import MODEL_CRITERIA, CascadeConfig
 from cascade_fast.exits import ExitStage
 from cascade_fast.metrics import MetricsLog, say
 from cascade_fast.report import write_report
@@ -148,6 +148,8 @@ class RunFolder:
     def _model_config(self, results: dict[str, Any], stages: list[ExitStage], base: BaseModel) -> dict[str, Any]:
         """The run's record together with the cascade's configuration: the folder loads as a model."""
         record = _read(self.path / "config.json") or {}
+        if results["settings"]["criterion"] not in MODEL_CRITERIA:  # loading it says so
+            return {**record, "model_type": CascadeConfig.model_type, "criterion": results["settings"]["criterion"]}
         final, tokens = results["final"], results["tokens"]
         ppl = {
             "validation": (tokens["val"], results["base"]["val_ppl"], final["all_token_val_ppl"]),

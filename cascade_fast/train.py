@@ -5,6 +5,7 @@ import dataclasses
 import os
 import sys
 import typing
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cascade_fast.config import ConfigError, RunConfig, make_config
@@ -15,8 +16,10 @@ DESCRIPTION = (
 )
 
 
-def build_parser(prog: str = "python -m cascade_fast.train", description: str = DESCRIPTION) -> argparse.ArgumentParser:
-    """The command line, one flag for each setting, in the settings' groups."""
+def build_parser(
+    prog: str = "python -m cascade_fast.train", description: str = DESCRIPTION, several: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """The command line, one flag for each setting, in the settings' groups. ``several``: those that take a list."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -35,6 +38,8 @@ def build_parser(prog: str = "python -m cascade_fast.train", description: str = 
             options = {"choices": f.metadata["choices"]}
         if "nargs" in f.metadata:
             options["nargs"] = f.metadata["nargs"]
+        if f.name in several:
+            options["nargs"] = "+"
         group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **options)
     groups["run"].add_argument(
         "--config",
@@ -57,9 +62,31 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake in the settings or a loss that is not finite, 130 and 143 interrupted."""
     given = vars(build_parser().parse_args(argv))
     debug, config_file = given.pop("debug", False), given.pop("config", None)
+    return exit_code(lambda: _train(make_config(given, config_file)), debug)
+
+
+def _train(config: RunConfig) -> None:
+    quiet_libraries()
+    # Imported here: a mistake in the flags is answered before torch is loaded.
+    from cascade_fast.cascade import run_cascade
+
+    run_cascade(config)
+
+
+def quiet_libraries() -> None:
+    """No warnings and bars of transformers between our own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def exit_code(work: Callable[[], None], debug: bool, again: str = "the same command with --resume auto") -> int:
+    """Does ``work``; an error of the user's or of training, or an interruption, becomes a line and its exit code.
+    ``again``: what goes on from there."""
     try:
-        config = make_config(given, config_file)
-        return _run(config)
+        work()
     except ConfigError as error:
         if debug:
             raise
@@ -68,29 +95,20 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        print("interrupted; the same command with --resume auto goes on", file=sys.stderr)
+        print(f"interrupted; {again} goes on", file=sys.stderr)
         return 130
+    except Exception as error:
+        from cascade_fast.cascade import NonFiniteLoss
+        from cascade_fast.selection import NonFiniteScores
+        from cascade_fast.stage_trainer import Interrupted
 
-
-def _run(config: RunConfig) -> int:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    # Imported here: a mistake in the flags is answered before torch is loaded.
-    from cascade_fast.cascade import NonFiniteLoss, run_cascade
-    from cascade_fast.selection import NonFiniteScores
-    from cascade_fast.stage_trainer import Interrupted
-
-    try:
-        run_cascade(config)
-    except Interrupted as stop:
-        print(f"interrupted ({stop}), saved; the same command with --resume auto goes on", file=sys.stderr)
-        return stop.exit_code
-    except (NonFiniteLoss, NonFiniteScores) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if isinstance(error, Interrupted):
+            print(f"interrupted ({error}), saved; {again} goes on", file=sys.stderr)
+            return error.exit_code
+        if isinstance(error, NonFiniteLoss | NonFiniteScores):
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        raise
     return 0
 
 

@@ -19,8 +19,8 @@ LAYERS = [
     ["hard_token_gather", "base_model", "data", "adamw8bit", "optim", "stage_tokens", "exits"],
     ["configuration", "base_pass", "memory_plan", "roofline", "ledger", "stage_trainer", "report"],
     ["cascade_cache", "cascade_weights", "exit_logits", "model_card", "modeling", "run_folder"],
-    ["cascade", "evaluation"],
-    ["model_cli", "train", "env", "plan", "generate", "evaluate", "harness_model", "harness"],
+    ["cascade", "evaluation", "full_finetune", "comparison"],
+    ["model_cli", "train", "env", "plan", "generate", "evaluate", "sweep", "baselines", "harness_model", "harness"],
 ]
 ORDER = {f"cascade_fast.{name}": i for i, name in enumerate(name for layer in LAYERS for name in layer)}
 SOURCES = sorted((ROOT / "cascade_fast").rglob("*.py"))

@@ -1,0 +1,143 @@
+"""``python -m cascade_fast.sweep``: a cascade for every combination of some settings, and one report of them all.
+
+Finished runs are kept and interrupted ones go on, so the same command, or one with more values, adds what is missing.
+Runs with the same base pass share it. See ``docs/compare.md``.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cascade_fast.config import ConfigError, RunConfig, make_config
+from cascade_fast.train import build_parser, exit_code, quiet_libraries
+
+DESCRIPTION = (
+    "Train a cascade for every combination of the values given, and compare them. Takes every flag of the trainer; "
+    "hard-ratio, criterion, layers-per-stage, lr and stage-kind take several values. The same command again goes on "
+    "where it was."
+)
+# In this order runs that share a base pass follow one another: the cache keeps the last few.
+GRID = ("stage_kind", "layers_per_stage", "criterion", "lr", "hard_ratio")
+
+
+def make_grid(given: dict[str, Any], config_file: str | None = None) -> list[RunConfig]:
+    """The settings of every run. Of the names in :data:`GRID`, ``given`` holds lists.
+
+    Raises:
+        ConfigError: an empty or repeated value, or settings that cannot work.
+    """
+    given = dict(given)
+    for name in GRID:
+        if name in given and not given[name]:
+            raise ConfigError(f"{name}: no value; give at least one")
+    base = make_config({n: value[0] if n in GRID else value for n, value in given.items()}, config_file)
+    if base.out is None:
+        raise ConfigError("out: not given; must name the folder of the sweep")
+    if base.resume != "never":
+        raise ConfigError(f"resume: {base.resume!r}; leave it out: a sweep always goes on where it was")
+    values = {name: given.pop(name, [getattr(base, name)]) for name in GRID}
+    configs = []
+    for point in itertools.product(*values.values()):
+        config = make_config({**given, **dict(zip(GRID, point, strict=True))}, config_file)
+        configs.append(dataclasses.replace(config, out=str(Path(base.out) / run_name(config)), resume="auto"))
+    for config in configs:
+        if [c.out for c in configs].count(config.out) > 1:
+            raise ConfigError(f"{', '.join(GRID)}: a value is given twice")
+    return configs
+
+
+def run_name(config: RunConfig) -> str:
+    """All of :data:`GRID`, so that a run has the same name in a larger sweep."""
+    return f"{config.stage_kind}-L{config.layers_per_stage}-{config.criterion}-lr{config.lr:g}-r{config.hard_ratio:g}"
+
+
+def run_sweep(folder: Path, configs: Sequence[RunConfig]) -> Path:
+    """Trains what is not there yet, and compares; the path of the report."""
+    from cascade_fast.base_model import find_base
+    from cascade_fast.cascade import NonFiniteLoss, run_cascade
+    from cascade_fast.comparison import open_folder, read_run
+    from cascade_fast.metrics import say
+
+    for config in {(c.stage_kind, c.layers_per_stage): c for c in configs}.values():
+        find_base(config)  # a base that cannot be had, or copied, is said before anything is trained
+    open_folder(folder, "sweep")
+    rows = []
+    for number, config in enumerate(configs, 1):
+        assert config.out is not None
+        say(f"[{number}/{len(configs)}] {Path(config.out).name}")
+        try:
+            run_cascade(config)
+        except NonFiniteLoss as error:  # its results and report have been written: it counts as it is
+            say(f"  {error}")
+        rows.append(read_run(Path(config.out), ""))
+    report = write_comparison(folder, rows)
+    say(f"report: {report}")
+    return report
+
+
+def write_comparison(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """``report.md``, ``comparison.json``, ``comparison.csv`` and ``sweep.png`` of these runs."""
+    from cascade_fast import comparison
+
+    # A line for each criterion and whatever else differs; along a line, the hard ratio.
+    vary = [n for n in GRID if n != "hard_ratio" and len({r["settings"][n] for r in rows}) > 1]
+    for row in rows:
+        row["name"] = _label(row, vary or ["criterion"])
+        row["hard_ratio"] = row["settings"]["hard_ratio"]
+    table_rows = [{**row, "name": _label(row, [*vary, "hard_ratio"])} for row in rows]
+    base = comparison.base_row(rows[0])
+    table = comparison.write_tables(folder, "sweep", [base, *table_rows])
+    panels = [
+        ("hard_ratio", "hard ratio", False),
+        ("layers_per_token", "layers per token", False),
+        ("seconds", "seconds: base pass and training", True),
+    ]
+    plot = comparison.plot_lines(folder / "sweep.png", rows, panels, base_ppl=base["val_ppl"])
+    best = min(table_rows, key=lambda r: r["val_ppl"])
+    settings = rows[0]["settings"]
+    test = "" if best["test_ppl"] is None else f" and {best['test_ppl']:.4f} on the test blocks"
+    parts = [
+        "# Sweep",
+        f"Base {settings['base']}, text {settings['dataset']}: {settings['train_blocks']} blocks of "
+        f"{settings['seq_len']} tokens to train on, seed {settings['seed']}, at most {settings['num_stages']} stage(s) "
+        f"and {settings['epochs']} epoch(s).",
+        f"The lowest all-token validation perplexity is {best['val_ppl']:.4f} ({best['val_change']:.4f} x base){test}: "
+        f"**{best['name']}**, at {best['layers_per_token']:.2f} layers per token. Of {len(rows)} runs it is the "
+        "best by the blocks that chose it.",
+        table,
+        plot,
+        "Layers per token: the base's, and a stage's for the share of the validation tokens that entered it. Seconds "
+        "are those of the base pass over all blocks (also where an earlier run had made it) and of the training steps.",
+    ]
+    return comparison.write_report(folder, parts)
+
+
+def _label(row: dict[str, Any], names: Sequence[str]) -> str:
+    short = {"criterion": "{}", "stage_kind": "{}", "layers_per_stage": "{} layers", "lr": "lr {:g}"}
+    return ", ".join({**short, "hard_ratio": "r = {:g}"}[n].format(row["settings"][n]) for n in names)
+
+
+def sweep_parser() -> argparse.ArgumentParser:
+    return build_parser("python -m cascade_fast.sweep", DESCRIPTION, several=GRID)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes as those of the trainer."""
+    given = vars(sweep_parser().parse_args(argv))
+    debug, config_file = given.pop("debug", False), given.pop("config", None)
+
+    def work() -> None:
+        configs = make_grid(given, config_file)
+        quiet_libraries()
+        assert configs[0].out is not None
+        run_sweep(Path(configs[0].out).parent, configs)
+
+    return exit_code(work, debug, again="the same command")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""The two commands that compare runs, and the criterion ``random``."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cascade_fast import baselines, cascade, sweep
+from cascade_fast.config import ConfigError, make_config
+from cascade_fast.configuration import CascadeConfig
+from cascade_fast.criteria import random_scores
+from cascade_fast.selection import hard_count
+
+
+@pytest.fixture
+def flags(tiny_settings):
+    changed = {**tiny_settings, "num_stages": 1, "train_blocks": 16, "val_blocks": 6}
+    del changed["epochs"]
+    return [part for name, value in changed.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+def _results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+# --- criterion random ------------------------------------------------------------------------------------------------
+
+
+def test_random_scores_are_uniform_and_each_token_s_own():
+    sequence = torch.arange(200, dtype=torch.int32).repeat_interleave(100)
+    position = torch.arange(100, dtype=torch.int32).repeat(200)
+    score = random_scores(sequence, position, seed=7, split="train")
+    assert score.dtype == torch.float32
+    assert score.unique().numel() > 19_900
+    counts = torch.histc(score, bins=10, min=0.0, max=1.0)
+    assert (counts - 2000).abs().max() < 200
+    assert 0.0 <= score.min() < score.max() < 1.0
+    rows = score.view(200, 100)
+    for one, other in ((rows[:, :-1], rows[:, 1:]), (rows[:-1], rows[1:])):
+        assert torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1].abs() < 0.03
+    # Not of the batch: any tokens, in any order.
+    some = torch.randperm(20_000)[:77]
+    assert torch.equal(random_scores(sequence[some], position[some], seed=7, split="train"), score[some])
+    for other in (
+        {"seed": 8, "split": "train"},
+        {"seed": 7, "split": "val"},
+        {"seed": 7, "split": "train", "stage": 1},
+    ):
+        different = random_scores(sequence, position, **other)
+        assert torch.corrcoef(torch.stack((score, different)))[0, 1].abs() < 0.03
+
+
+@pytest.mark.parametrize("kind", ["append", "second-look"])
+def test_a_run_on_random_tokens(tiny_settings, tmp_path, monkeypatch, kind):
+    settings = {**tiny_settings, "stage_kind": kind, "cache_dir": str(tmp_path / "cache"), "accept": "always"}
+    cascade.run_cascade(make_config({**settings, "out": str(tmp_path / "entropy")}))
+    random = {**settings, "criterion": "random"}
+    folder = cascade.run_cascade(make_config({**random, "out": str(tmp_path / "one")})).path
+    results, entropy = _results(folder), _results(tmp_path / "entropy")
+    assert results["final"]["base_pass_reused"]  # the pass of the entropy
+    assert results["base"]["val_ppl"] == entropy["base"]["val_ppl"]
+    first, second = results["stages"]
+    assert first["train_hard"] == entropy["stages"][0]["train_hard"] == hard_count(0.6, 1280)
+    assert first["threshold"] == pytest.approx(0.6, abs=0.05)
+    assert second["train_hard"] == hard_count(0.6, first["train_hard"])
+    assert second["threshold"] == pytest.approx(0.6, abs=0.05)  # new noise, not what is left of the old
+    monkeypatch.setattr("cascade_fast.exits.TOKENS_AT_ONCE", 64)  # other batches
+    monkeypatch.setattr(cascade, "TOKENS_AT_ONCE", 64)
+    again = _results(cascade.run_cascade(make_config({**random, "out": str(tmp_path / "two")})).path)
+    for one, two in zip(results["stages"], again["stages"], strict=True):
+        assert [one[n] for n in ("threshold", "val_hard", "exit_share")] == [
+            two[n] for n in ("threshold", "val_hard", "exit_share")
+        ]
+    if kind == "append":
+        with pytest.raises(ConfigError, match="criterion: 'random'; must be one of cosine, entropy"):
+            AutoModelForCausalLM.from_pretrained(folder)
+        with pytest.raises(ConfigError, match="criterion: 'random'"):
+            CascadeConfig(criterion="random")
+
+
+# --- baselines -------------------------------------------------------------------------------------------------------
+
+
+def test_baselines_trains_every_method_and_goes_on(flags, tmp_path, capsys):
+    out = tmp_path / "compared"
+    command = [*flags, "--out", str(out), "--full-lr", "1e-3"]
+    assert baselines.main([*command, "--only", "cascade", "--epochs-list", "1", "2"]) == 0
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    assert [r["epochs"] for r in rows] == [None, 1, 2]
+    assert rows[2]["base_pass_seconds"] == rows[1]["base_pass_seconds"] > 0
+    kept = (out / "cascade-1" / "results.json").stat().st_mtime_ns
+    assert baselines.main([*command, "--epochs-list", "1"]) == 0, capsys.readouterr().err
+    assert (out / "cascade-1" / "results.json").stat().st_mtime_ns == kept
+    runs = {*(f"{method}-1" for method in baselines.METHODS), "cascade-2"}
+    assert {p.name for p in out.iterdir() if p.is_dir()} == runs
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    assert [r["name"] for r in rows] == ["base", *baselines.METHODS]
+    for row in rows[1:]:
+        final = _results(out / row["folder"])["final"]
+        assert (row["val_ppl"], row["test_ppl"]) == (final["all_token_val_ppl"], final["all_token_test_ppl"])
+    tokens = {row["folder"]: row["trained_tokens"] for row in rows[1:]}
+    assert tokens["full-1"] == tokens["dense-append-1"] == tokens["dense-second-look-1"] == 16 * 32
+    assert tokens["random-1"] == tokens["cascade-1"] == hard_count(0.6, 16 * 32)
+    seconds = {row["folder"]: row["base_pass_seconds"] for row in rows[1:]}
+    assert seconds["full-1"] == 0 < seconds["cascade-1"]
+    assert seconds["cascade-1"] == seconds["random-1"] == seconds["dense-append-1"]
+    settings = {row["folder"]: row["settings"] for row in rows[1:]}
+    assert (settings["full-1"]["lr"], settings["dense-second-look-1"]["lr"]) == (1e-3, 4e-4)
+    assert settings["seed-1"]["batch_tokens"] == 32
+    report = (out / "report.md").read_text()
+    for part in ("At equal seconds", "At equal trained tokens", "![curves](curves.png)", "dense-second-look"):
+        assert part in report
+    assert (out / "curves.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--only", "best"], "only: 'best'; must be one of cascade, dense-append,"),
+        (["--skip", *baselines.METHODS], "only, skip: no method is left"),
+        (["--epochs-list", "0"], "epochs_list: [0]; must be different numbers, each at least 1"),
+        (["--epochs-list", "2", "2"], "epochs_list: [2, 2]; must be different"),
+        (["--epochs", "2"], "epochs: 2; here give --epochs-list"),
+        (["--criterion", "random"], "criterion: 'random'; the method random is the same"),
+        (["--full-lr", "-1"], "lr: -1.0; must be above 0"),
+        (["--layers-per-stage", "4"], "layers_per_stage: 4; a second look copies the last"),
+        (["--base", "no/such-model"], "base: 'no/such-model'; no such folder or file"),
+    ],
+)
+def test_mistakes_of_baselines(flags, tmp_path, capsys, wrong, said):
+    out = tmp_path / "compared"
+    assert baselines.main([*flags, "--out", str(out), *wrong]) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+
+
+# --- sweep -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_runs_the_grid_and_takes_up_what_is_missing(flags, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "sweep"
+    command = [*flags, "--epochs", "1", "--out", str(out), "--cache-dir", str(tmp_path / "cache")]
+    grid = ["--hard-ratio", "0.3", "0.9", "--criterion", "entropy", "random"]
+    whole, started = cascade.run_cascade, []
+
+    def interrupted(config):
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        started.append(config.out)
+        return whole(config)
+
+    monkeypatch.setattr(cascade, "run_cascade", interrupted)
+    assert sweep.main([*command, *grid]) == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(cascade, "run_cascade", whole)
+    before = {path: (out / path / "results.json").stat().st_mtime_ns for path in started}
+    assert sweep.main([*command, *grid]) == 0
+    assert before == {path: (out / path / "results.json").stat().st_mtime_ns for path in started}
+    rows = json.loads((out / "comparison.json").read_text())["rows"][1:]
+    assert [r["name"] for r in rows[:2]] == ["entropy, r = 0.3", "entropy, r = 0.9"]
+    assert len(rows) == 4
+    for row in rows:
+        results = _results(out / row["folder"])
+        assert row["val_ppl"] == results["final"]["all_token_val_ppl"]
+        assert row["trained_tokens"] == hard_count(row["hard_ratio"], 16 * 32)
+        share = results["final"]["exit_share"].get("stage_1", 0.0)
+        assert row["layers_per_token"] == pytest.approx(3 + 2 * share)
+    assert len(list((tmp_path / "cache" / "base-pass").iterdir())) == 1  # random has that of the entropy
+    report = (out / "report.md").read_text()
+    assert f"{min(r['val_ppl'] for r in rows):.4f}" in report
+    assert "![sweep](sweep.png)" in report
+    assert sweep.main([*command, "--hard-ratio", "0.3", "0.5"]) == 0  # another grid in the same folder
+    assert len(json.loads((out / "comparison.json").read_text())["rows"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--hard-ratio", "0.3", "1.3"], "hard_ratio: 1.3; must be in (0, 1]"),
+        (["--hard-ratio", "0.3", "0.3"], "a value is given twice"),
+        (["--criterion", "cosine", "--lr", "1e-3", "high"], "lr: 'high'; must be a number"),
+        (["--stage-kind", "append", "second-look", "--layers-per-stage", "4"], "a second look copies the last"),
+        (["--resume", "auto"], "resume: 'auto'; leave it out"),
+    ],
+)
+def test_mistakes_of_a_sweep(flags, tmp_path, capsys, wrong, said):
+    out = tmp_path / "sweep"
+    assert sweep.main([*flags, "--out", str(out), *wrong]) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+    with pytest.raises(ConfigError, match="hard_ratio: no value"):
+        sweep.make_grid({"out": str(out), "hard_ratio": []})
+
+
+def test_an_unknown_criterion_is_argparse_s_error(capsys):
+    with pytest.raises(SystemExit):
+        sweep.main(["--criterion", "cosine", "fame"])
+    assert "invalid choice: 'fame'" in capsys.readouterr().err

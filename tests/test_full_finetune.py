@@ -1,0 +1,98 @@
+"""The full fine-tune is plain training of every weight."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cascade_fast import full_finetune as module
+from cascade_fast.base_model import find_base
+from cascade_fast.config import ConfigError, make_config
+from cascade_fast.data import load_blocks
+from cascade_fast.full_finetune import FullFinetune, full_finetune
+
+CPU = torch.device("cpu")
+
+
+def _config(settings, out, **changes):
+    return make_config({**settings, "out": str(out), "lr": 1e-3, **changes})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_is_torch_s_own(tiny_settings, tmp_path, tied):
+    from conftest import save_tiny_base
+
+    config = _config(tiny_settings, tmp_path, base=str(save_tiny_base(tmp_path / "b", tie_word_embeddings=tied)))
+    base = find_base(config)
+    ids = load_blocks(config, base.tokenizer()).ids["train"][:2]
+    ours = base.load(CPU, torch.float32).requires_grad_(True)
+    plain = base.load(CPU, torch.float32).requires_grad_(True)
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    trainer = FullFinetune(ours, config, device=CPU, dtype=torch.float32, folder=tmp_path, started=0.0)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=config.weight_decay)
+    for lr in (1e-3, 5e-4):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        logits = plain(input_ids=ids[:, :-1].long()).logits
+        expected = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().long())
+        expected.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(trainer.step(ids, lr), expected.detach())
+    for (name, got), want in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        # AdamW divides by the gradient's own size: where that is nearly 0, rounding moves a weight by parts of lr.
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_run_helps_and_says_what_it_did(tiny_settings, tmp_path):
+    config = _config(tiny_settings, tmp_path / "full", epochs=2)
+    folder = full_finetune(config)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["final"]["all_token_val_ppl"] < results["base"]["val_ppl"]
+    assert results["final"]["all_token_test_ppl"] < results["final"]["base_test_ppl"]
+    assert [e["tokens"] for e in results["epochs"]] == [40 * 32] * 2
+    best = results["epochs"][results["best_epoch"] - 1]
+    assert results["final"]["all_token_val_ppl"] == best["val_ppl"] == math.exp(best["val_loss"])
+    assert results["stopped"] == "all epochs done"
+    assert [p.name for p in folder.iterdir()] == ["results.json"]
+    # Again: the same numbers; in the same folder: left as it is; with other settings: refused.
+    again = json.loads((full_finetune(_config(tiny_settings, tmp_path / "again")) / "results.json").read_text())
+    assert [e["val_loss"] for e in again["epochs"]] == [e["val_loss"] for e in results["epochs"]]
+    before = (folder / "results.json").stat().st_mtime_ns
+    full_finetune(config)
+    assert (folder / "results.json").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match=r"holds another run: lr was 0\.001, is 0\.002"):
+        full_finetune(_config(tiny_settings, folder, lr=2e-3))
+
+
+def test_training_that_does_not_help_leaves_the_base(tiny_settings, tmp_path):
+    folder = full_finetune(_config(tiny_settings, tmp_path / "full", lr=1.0))
+    results = json.loads((folder / "results.json").read_text())
+    assert results["best_epoch"] == 0
+    assert results["final"]["all_token_val_ppl"] == results["base"]["val_ppl"]
+    assert results["final"]["all_token_test_ppl"] == results["final"]["base_test_ppl"]
+
+
+def test_a_loss_that_is_not_finite_leaves_the_best_before_it(tiny_settings, tmp_path, monkeypatch):
+    step, calls = FullFinetune.step, []
+
+    def diverging(self, ids_BT, lr):
+        calls.append(lr)
+        return step(self, ids_BT, lr) * (1.0 if len(calls) <= 20 else math.nan)
+
+    monkeypatch.setattr(module.FullFinetune, "step", diverging)
+    results = json.loads((full_finetune(_config(tiny_settings, tmp_path / "full")) / "results.json").read_text())
+    assert (results["stopped"], results["best_epoch"], len(results["epochs"])) == ("non-finite loss", 1, 1)
+    assert results["final"]["all_token_val_ppl"] == results["epochs"][0]["val_ppl"]
+
+
+def test_what_it_cannot_do(tiny_settings, tmp_path):
+    with pytest.raises(ConfigError, match="base_quantization: 'nf4'; must be none"):
+        full_finetune(_config(tiny_settings, tmp_path / "full", base_quantization="nf4"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "cat.jpg").write_text("meow")
+    with pytest.raises(ConfigError, match="exists and is not the folder of a full fine-tune"):
+        full_finetune(_config(tiny_settings, tmp_path / "other"))
