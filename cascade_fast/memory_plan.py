@@ -63,7 +63,12 @@ class Shape:
         stage = StageConfig.from_base(
             base_config, layers=config.layers_per_stage, init=config.init, head=config.head, reads=config.reads
         )
-        return cls(base_config, stage)
+        return cls(base_config, dataclasses.replace(stage, kind=config.stage_kind))
+
+    @property
+    def attends(self) -> bool:
+        """Whether a stage has queries and keys that do something."""
+        return self.stage.kind == "second-look"
 
     @property
     def attention_inner(self) -> int:
@@ -79,10 +84,18 @@ class Shape:
         inner = self.attention_inner + s.kv_heads * s.head_dim
         return inner * (s.hidden_size + s.attention_bias) + (2 * s.head_dim if s.query_key_norm else 0)
 
+    def query_key_matrices(self) -> int:
+        s = self.stage
+        return s.hidden_size * (self.attention_inner + s.kv_heads * s.head_dim)
+
     def value_output_mlp(self) -> int:
         """Matrices of a layer that a stage of single tokens multiplies with."""
         s = self.stage
         return s.hidden_size * (s.kv_heads * s.head_dim + self.attention_inner + 3 * s.intermediate_size)
+
+    def stage_matrices(self) -> int:
+        """Matrices that a stage multiplies with, its head left out."""
+        return self.stage.layers * (self.value_output_mlp() + self.attends * self.query_key_matrices())
 
     def small(self) -> int:
         """Of a layer: norms, and biases of everything but queries and keys."""
@@ -104,14 +117,13 @@ class Shape:
 
     def base_quantized(self) -> int:
         """Weights that become 4-bit: the matrices of the decoder layers, not embeddings, head, norms and biases."""
-        s = self.stage
-        query_key = s.hidden_size * (self.attention_inner + s.kv_heads * s.head_dim)
-        return self.base.num_hidden_layers * (query_key + self.value_output_mlp())
+        return self.base.num_hidden_layers * (self.query_key_matrices() + self.value_output_mlp())
 
     def stage_trained(self) -> int:
         """Parameters with a gradient; queries and keys of a seed stage have none."""
         own = self.head if self.stage.head == "own" else 0
-        return self.stage.layers * (self.value_output_mlp() + self.small()) + self.stage.hidden_size + own
+        layer = self.value_output_mlp() + self.small() + self.attends * self.query_key()
+        return self.stage.layers * layer + self.stage.hidden_size + own
 
     def stage_parameters(self) -> int:
         unused = self.stage.layers * self.query_key() if self.stage.init == "random" else 0
@@ -348,7 +360,7 @@ def _evaluation_phase(config: RunConfig, shape: Shape, width: int, on_cpu: bool)
 
 def _cast_bytes(shape: Shape, width: int) -> float:
     """Autocast's copies of a stage's matrices in the compute dtype."""
-    return float(width * shape.stage.layers * shape.value_output_mlp()) if width < 4 else 0.0
+    return float(width * shape.stage_matrices()) if width < 4 else 0.0
 
 
 def _add_head(phase: Phase, shape: Shape, width: int) -> None:

@@ -223,6 +223,15 @@ def base_pass_time(config: RunConfig, base_config: Any, device: Device, dtype: t
     return _time(flops, moved, launches, device, dtype)
 
 
+def training_flops(shape: Shape, seq_len: int) -> int:
+    """Of a hard token in a step, forward and backward."""
+    s = shape.stage
+    head_factor = 6 if s.head == "own" else 4  # a frozen head has no gradient of its own
+    # Scores and weighted values, each twice as much in the backward pass; masked ones are computed too.
+    attention = 3 * 4 * s.layers * seq_len * shape.attention_inner if shape.attends else 0
+    return 6 * shape.stage_matrices() + head_factor * shape.head + attention
+
+
 def epoch_time(config: RunConfig, base_config: Any, device: Device, dtype: torch.dtype, micro: int) -> Time:
     """An epoch of stage 1 over its hard tokens, without validation."""
     shape, width = Shape.of(config, base_config), dtype.itemsize
@@ -230,9 +239,8 @@ def epoch_time(config: RunConfig, base_config: Any, device: Device, dtype: torch
     tokens = hard_count(config.hard_ratio, config.train_blocks * config.seq_len)
     steps = math.ceil(tokens / config.batch_tokens)
     parts = steps * math.ceil(config.batch_tokens / micro)
-    matrices = s.layers * shape.value_output_mlp()
-    head_factor = 6 if s.head == "own" else 4  # a frozen head has no gradient of its own
-    flops = tokens * (6 * matrices + head_factor * shape.head)
+    matrices = shape.stage_matrices()
+    flops = tokens * training_flops(shape, config.seq_len)
     step_bytes = trained * (28 if config.optimizer == "adamw" else 16)  # weights, gradient, state: read and written
     if config.grad_clip > 0:
         step_bytes += 12 * trained

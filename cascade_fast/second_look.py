@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade_fast import ops
+from cascade_fast.attention import additive, grouped_attention, queries_at_once, rotate
 from cascade_fast.config import ConfigError
 from cascade_fast.stage import GatedMLP, RMSNorm, StageConfig
 
@@ -109,6 +110,60 @@ class SequencePack:
         return (keys_S <= position[:, None]).view(sequences, 1, self.queries, seq_len)
 
 
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What attention needs of a pack in every layer, made once. What moves are rows of one head, E numbers each.
+
+    Attributes:
+        kv_L2PE: keys and values of all tokens, ``P = B * G * S`` rows, in the dtype that attention computes in.
+        kv_BGSE: the shape of one layer's keys.
+        row_X: rows among P of the hard tokens' own, ``X = K * G``.
+        slot_Y: rows among ``B * H * Q`` of their queries, ``Y = K * H``.
+        queries: Q.
+        key_angles, query_angles: cosine and sine ``(K, 1, E / 2)``, float32; the query's divided by ``sqrt(E)``.
+        mask_B1QS: see :func:`grouped_attention`; on the CPU, where all of it is used at once, what is to be added.
+    """
+
+    kv_L2PE: Tensor
+    kv_BGSE: tuple[int, int, int, int]
+    row_X: Tensor
+    slot_Y: Tensor
+    queries: int
+    key_angles: tuple[Tensor, Tensor]
+    query_angles: tuple[Tensor, Tensor]
+    mask_B1QS: Tensor
+
+    @classmethod
+    def of(cls, pack: SequencePack, config: SecondLookConfig, cos_KE: Tensor, sin_KE: Tensor) -> "AttentionInputs":
+        (sequences, seq_len), device = pack.kv_BSL2GE.shape[:2], pack.row_K.device
+        groups, heads, size, queries = config.kv_heads, config.heads, config.head_dim, pack.queries
+        computes = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+        kv_L2BGSE = pack.kv_BSL2GE.permute(2, 3, 0, 4, 1, 5).to(computes)
+        sequence_K = pack.row_K // seq_len
+        group_G, head_H = torch.arange(groups, device=device), torch.arange(heads, device=device)
+        row_KG = ((sequence_K * groups)[:, None] + group_G) * seq_len + (pack.row_K % seq_len)[:, None]
+        slot_KH = ((sequence_K * heads)[:, None] + head_H) * queries + (pack.slot_K % queries)[:, None]
+        cos_K1F, sin_K1F = (angle_KE[:, None, : size // 2].float() for angle_KE in (cos_KE, sin_KE))
+        mask_B1QS = pack.mask()
+        if device.type == "cpu" and queries_at_once((sequences, heads), seq_len, computes.itemsize) >= queries:
+            mask_B1QS = additive(mask_B1QS, computes)
+        return cls(
+            kv_L2PE=kv_L2BGSE.reshape(*kv_L2BGSE.shape[:2], -1, size),
+            kv_BGSE=(sequences, groups, seq_len, size),
+            row_X=row_KG.flatten(),
+            slot_Y=slot_KH.flatten(),
+            queries=queries,
+            key_angles=(cos_K1F, sin_K1F),
+            query_angles=(cos_K1F * size**-0.5, sin_K1F * size**-0.5),
+            mask_B1QS=mask_B1QS,
+        )
+
+    def laid_over(self, own_KGE: Tensor, layer: int, which: int) -> Tensor:
+        """``(B, G, S, E)``: the tokens' own keys (0) or values (1) over those that were there."""
+        there_PE = self.kv_L2PE[layer, which]
+        return ops.scatter_rows(own_KGE.flatten(0, 1), self.row_X, there_PE).view(self.kv_BGSE)
+
+
 class SecondLookAttention(nn.Module):
     def __init__(self, config: SecondLookConfig) -> None:
         super().__init__()
@@ -123,44 +178,27 @@ class SecondLookAttention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(
-        self, x_KD: Tensor, pack: SequencePack, layer: int, angles: tuple[Tensor, Tensor], mask_B1QS: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What attention adds ``(K, D)``, and the tokens' own keys and values ``(K, 2, G, E)``."""
+    def forward(self, x_KD: Tensor, inputs: AttentionInputs, layer: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What attention adds ``(K, D)``, and the tokens' own keys and values, each ``(K, G, E)``."""
         query_KHE = self.q_proj(x_KD).unflatten(-1, (self.heads, self.head_dim))
         key_KGE = self.k_proj(x_KD).unflatten(-1, (self.kv_heads, self.head_dim))
-        value_KGE = self.v_proj(x_KD).unflatten(-1, (self.kv_heads, self.head_dim))
+        dtype = inputs.kv_L2PE.dtype
+        value_KGE = self.v_proj(x_KD).unflatten(-1, (self.kv_heads, self.head_dim)).to(dtype)
         if self.query_key_norm:
             query_KHE, key_KGE = self.q_norm(query_KHE), self.k_norm(key_KGE)
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # late: see auto_classes.py
-
-        query_KHE, key_KGE = apply_rotary_pos_emb(query_KHE.float(), key_KGE.float(), *angles, unsqueeze_dim=1)
-        # Masked attention on the CPU takes twice as long in bfloat16 as in float32 (33 ms against 17, forward and
-        # backward, 7 sequences of SmolLM2 on AVX512-BF16).
-        dtype = torch.float32 if x_KD.device.type == "cpu" else value_KGE.dtype
-        query_KHE, key_KGE, value_KGE = query_KHE.to(dtype), key_KGE.to(dtype), value_KGE.to(dtype)
-        sequences = pack.kv_BSL2GE.shape[0]
-        room = query_KHE.new_zeros(sequences * pack.queries, self.heads * self.head_dim)
-        query_PX = ops.scatter_rows(query_KHE.flatten(1), pack.slot_K, room)
-        query_BHQE = query_PX.view(sequences, pack.queries, self.heads, self.head_dim).transpose(1, 2)
-        with torch.autocast(x_KD.device.type, enabled=False):  # the dtype is chosen
-            attended_BHQE = nn.functional.scaled_dot_product_attention(
-                query_BHQE,
-                self._overlay(key_KGE, pack, layer, 0),
-                self._overlay(value_KGE, pack, layer, 1),
-                attn_mask=mask_B1QS,
-            )
-        attended_KX, _ = ops.gather_rows(attended_BHQE.transpose(1, 2).reshape(room.shape), pack.slot_K)
-        return self.o_proj(attended_KX), torch.stack((key_KGE, value_KGE), dim=1)
-
-    def _overlay(self, own_KGE: Tensor, pack: SequencePack, layer: int, which: int) -> Tensor:
-        """``(B, H, S, E)``: the tokens' own keys (or values) over those that were there."""
-        sequences, seq_len = pack.kv_BSL2GE.shape[:2]
-        there_NX = pack.kv_BSL2GE[:, :, layer, which].flatten(2).flatten(0, 1).to(own_KGE.dtype)
-        all_NX = ops.scatter_rows(own_KGE.flatten(1), pack.row_K, there_NX)
-        all_BGSE = all_NX.view(sequences, seq_len, self.kv_heads, self.head_dim).transpose(1, 2)
-        # Expanded here: on older GPUs grouped attention falls to a kernel that holds all weights in memory.
-        return all_BGSE.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        query_KHE = rotate(query_KHE, *inputs.query_angles, dtype)
+        key_KGE = rotate(key_KGE, *inputs.key_angles, dtype)
+        sequences = inputs.kv_BGSE[0]
+        room_YE = query_KHE.new_zeros(sequences * self.heads * inputs.queries, self.head_dim)
+        query_YE = ops.scatter_rows(query_KHE.flatten(0, 1), inputs.slot_Y, room_YE)
+        attended_BHQE = grouped_attention(
+            query_YE.view(sequences, self.heads, inputs.queries, self.head_dim),
+            inputs.laid_over(key_KGE, layer, 0),
+            inputs.laid_over(value_KGE, layer, 1),
+            inputs.mask_B1QS,
+        )
+        attended_YE, _ = ops.gather_rows(attended_BHQE.flatten(0, 2), inputs.slot_Y)
+        return self.o_proj(attended_YE.view(x_KD.shape[0], -1)), (key_KGE, value_KGE)
 
 
 class SecondLookLayer(nn.Module):
@@ -171,12 +209,10 @@ class SecondLookLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(
-        self, x_KD: Tensor, pack: SequencePack, layer: int, angles: tuple[Tensor, Tensor], mask_B1QS: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        added_KD, kv_K2GE = self.self_attn(self.input_layernorm(x_KD), pack, layer, angles, mask_B1QS)
+    def forward(self, x_KD: Tensor, inputs: AttentionInputs, layer: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        added_KD, own = self.self_attn(self.input_layernorm(x_KD), inputs, layer)
         x_KD = x_KD + added_KD
-        return x_KD + self.mlp(self.post_attention_layernorm(x_KD)), kv_K2GE
+        return x_KD + self.mlp(self.post_attention_layernorm(x_KD)), own
 
 
 class SecondLookStage(nn.Module):
@@ -221,11 +257,11 @@ class SecondLookStage(nn.Module):
         logits. ``left``, if given, gets the tokens' keys and values ``(K, 2, G, E)`` of every layer."""
         x_KD = pack.hidden_KD.float()
         cos_1KE, sin_1KE = self.rotary(x_KD, pack.position_K[None])
-        mask_B1QS = pack.mask()
+        inputs = AttentionInputs.of(pack, self.config, cos_1KE[0], sin_1KE[0])
         for number, layer in enumerate(self.layers):
-            x_KD, kv_K2GE = layer(x_KD, pack, number, (cos_1KE[0], sin_1KE[0]), mask_B1QS)
+            x_KD, own = layer(x_KD, inputs, number)
             if left is not None:
-                left.append(kv_K2GE)
+                left.append(torch.stack(own, dim=1))
         return x_KD, self.norm(x_KD)
 
     @torch.no_grad()

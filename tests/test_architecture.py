@@ -15,7 +15,7 @@ LAYERS = [
     ["auto_classes", "config"],
     ["ops.reference", "ops.backends", "ops.schema", "ops"],
     ["checkpoint", "metrics", "hardware"],
-    ["losses", "selection", "criteria", "hidden_store", "stage", "second_look"],
+    ["losses", "selection", "criteria", "hidden_store", "stage", "attention", "second_look"],
     ["hard_token_gather", "base_model", "data", "adamw8bit", "optim", "stage_tokens", "exits"],
     ["configuration", "base_pass", "memory_plan", "roofline", "ledger", "stage_trainer", "report"],
     ["cascade_cache", "cascade_weights", "exit_logits", "model_card", "modeling", "run_folder"],
