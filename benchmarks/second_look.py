@@ -1,4 +1,4 @@
-"""A training step of a second look against one of an appended stage: ``python benchmarks/second_look.py [--json FILE]``.
+"""A training step of a second look against an appended one's: ``python benchmarks/second_look.py [--json FILE]``.
 
 Both kinds take turns in one process, on the shapes of SmolLM2-135M with random weights, hidden states, keys and values:
 8 layers, blocks of 128 tokens of which 60 % are hard, batches of about 512 hard tokens, the compute dtype of this
