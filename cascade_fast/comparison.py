@@ -63,8 +63,7 @@ def read_run(folder: Path, name: str) -> Row:
     base, final, settings = results["base"], results["final"], results["settings"]
     if "stages" in results:
         layers = settings["layers_per_stage"]
-        # Tokens of an epoch that ended early are fewer than the stage has: what was seen is rate times seconds.
-        tokens = sum(round(e["tokens_per_second"] * e["seconds"]) for s in results["stages"] for e in s["epochs"])
+        tokens = sum(epoch["tokens"] for stage in results["stages"] for epoch in stage["epochs"])
         training = sum(stage["seconds"] for stage in results["stages"])
         shares = list(final["exit_share"].values())
         entered = sum(number * share for number, share in enumerate(shares))  # stages that a token goes through
