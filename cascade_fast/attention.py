@@ -58,7 +58,7 @@ def additive(mask_B1QS: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def grouped_attention(query_BHQE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, mask_B1QS: Tensor) -> Tensor:
-    """``softmax(query @ key.T + mask) @ value``, ``(B, H, Q, E)``; key/value head g serves heads g H/G to (g+1) H/G - 1.
+    """``softmax(query @ key.T + mask) @ value``, ``(B, H, Q, E)``; key/value head g serves heads ``g H/G`` and on.
 
     Args:
         query_BHQE: already divided by ``sqrt(E)``.

@@ -37,7 +37,7 @@ from cascade_fast.hardware import (
 )
 from cascade_fast.hidden_store import HiddenStore, StoreError
 from cascade_fast.metrics import MetricsLog, Progress, format_count, peak_rss_bytes, say, say_table
-from cascade_fast.roofline import plan_for_run
+from cascade_fast.roofline import free_disk_bytes, plan_for_run, this_machine, with_kv
 from cascade_fast.run_folder import RunFolder
 from cascade_fast.second_look import SecondLookConfig, SecondLookStage
 from cascade_fast.selection import check_finite, select_below, select_hardest
@@ -119,7 +119,7 @@ class CascadeRun:
     @functools.cached_property
     def recompute(self) -> Callable[[Tensor], Tensor] | None:
         """The base's keys and values anew, from its residual stream; None where the base pass has kept them."""
-        if self.config.stage_kind != "second-look" or self.config.kv == "store":
+        if self.config.stage_kind != "second-look" or self.config.kv != "recompute":
             return None
         frozen = self._second_look().eval().requires_grad_(False).to(self.device)
         kv_dtype = handed_on_dtype(self.base_pass.stores["train"])
@@ -323,20 +323,18 @@ def run_cascade(config: RunConfig) -> RunFolder:
             say(f"finished already: {folder.report}")
             return folder
         _say_start(config, folder, base, blocks, device, dtype, reason)
-        plan = None
-        if config.stage_kind == "append":  # the plan knows no other kind yet
-            plan, lines = plan_for_run(config, base.config, device, dtype)
-            for line in lines:
-                say(line)
+        config, why = _with_kv(config, folder, base, device, dtype)
+        plan, lines = plan_for_run(config, base.config, device, dtype)
+        for line in [*lines, *why]:
+            say(line)
         passed = base_pass(base, blocks, config, device, dtype, cache_folder(config))
         _say_base_pass(passed)
         passed = dataclasses.replace(passed, head_VD=passed.head_VD.to(device))  # once, for all stages
-        micro_batch_tokens = plan.micro_batch_tokens if plan else None
-        run = CascadeRun(config, folder, base, passed, device, dtype, folder.log, deadline, micro_batch_tokens)
+        run = CascadeRun(config, folder, base, passed, device, dtype, folder.log, deadline, plan.micro_batch_tokens)
         run.train()
         results = run.results(started)
         results["memory"] = {
-            "planned": plan.to_dict() if plan else None,
+            "planned": plan.to_dict(),
             "measured_peak_bytes": peak_memory_bytes(device),
         }
         folder.finish(results, run.stages, base)
@@ -347,6 +345,20 @@ def run_cascade(config: RunConfig) -> RunFolder:
                 f"kept in {folder.path}. Try a lower --lr, --warmup-steps 100, --grad-clip 1, or --dtype float32"
             )
         return folder
+
+
+def _with_kv(
+    config: RunConfig, folder: RunFolder, base: BaseModel, device: torch.device, dtype: torch.dtype
+) -> tuple[RunConfig, list[str]]:
+    """``config`` with ``kv: auto`` settled, once for the run: resumed on a fuller disk it goes on as it began."""
+    settled = folder.kv
+    if config.kv == "auto" and settled is not None:
+        return dataclasses.replace(config, kv=settled), []
+    chosen, why = with_kv(
+        config, base.config, this_machine(device, dtype), dtype, free_disk_bytes(cache_folder(config))
+    )
+    folder.kv = chosen.kv
+    return chosen, [f"plan: {line}" for line in why]
 
 
 def _say_start(
