@@ -1,4 +1,4 @@
-"""A training step of a second look against an appended one's: ``python benchmarks/second_look.py [--json FILE]``.
+"""A step of a second look against one of an appended stage: ``python benchmarks/second_look.py [--json FILE]``.
 
 Both kinds take turns in one process, on the shapes of SmolLM2-135M with random weights, hidden states, keys and values:
 8 layers, blocks of 128 tokens of which 60 % are hard, batches of about 512 hard tokens, the compute dtype of this
@@ -20,8 +20,8 @@ from stage_training import CPU, base_config
 from cascade_fast.config import RunConfig, make_config
 from cascade_fast.hardware import choose_dtype, keep_freed_memory
 from cascade_fast.hidden_store import HiddenStore
-from cascade_fast.memory_plan import Shape
 from cascade_fast.metrics import MetricsLog
+from cascade_fast.parameter_counts import Shape
 from cascade_fast.roofline import training_flops
 from cascade_fast.second_look import SecondLookConfig, SecondLookStage
 from cascade_fast.stage import Stage, StageConfig

@@ -131,7 +131,7 @@ def _meta(
     }
     if config.stage_kind == "second-look":
         meta["second_look_layers"] = config.layers_per_stage
-        meta["kv"] = config.kv
+        meta["kv"] = "recompute" if config.kv == "recompute" else "store"
     return {**meta, "fingerprint": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
 
 

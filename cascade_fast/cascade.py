@@ -1,12 +1,11 @@
 """The whole run: train a cascade as spec'd - base pass, then select, train, keep or stop, advance, stage by stage.
 
-The algorithm is :meth:`CascadeRun.train`; what surrounds it (what is said and written) stands below it and in
-``run_folder.py``.
+The algorithm is :meth:`CascadeRun.train`; what surrounds it stands below it, what is said and written in
+``messages.py`` and ``run_folder.py``.
 """
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_fast import ops
 from cascade_fast.base_model import BaseModel, cache_folder, find_base
 from cascade_fast.base_pass import BasePass, base_pass
 from cascade_fast.config import RunConfig
-from cascade_fast.data import TokenBlocks, load_blocks
+from cascade_fast.data import load_blocks
 from cascade_fast.exits import (
     TOKENS_AT_ONCE,
     ExitEvaluation,
@@ -37,8 +35,9 @@ from cascade_fast.hardware import (
 )
 from cascade_fast.hidden_store import HiddenStore, StoreError
 from cascade_fast.ledger import compute_ledger, matmul_rate, stage_work
-from cascade_fast.metrics import MetricsLog, Progress, format_count, peak_rss_bytes, say, say_table
-from cascade_fast.roofline import plan_for_run
+from cascade_fast.messages import say_base_pass, say_stage, say_start, say_summary
+from cascade_fast.metrics import MetricsLog, Progress, format_count, peak_rss_bytes, say
+from cascade_fast.roofline import free_disk_bytes, plan_for_run, this_machine, with_kv
 from cascade_fast.run_folder import RunFolder
 from cascade_fast.second_look import SecondLookConfig, SecondLookStage
 from cascade_fast.selection import check_finite, select_below, select_hardest
@@ -122,7 +121,7 @@ class CascadeRun:
     @functools.cached_property
     def recompute(self) -> Callable[[Tensor], Tensor] | None:
         """The base's keys and values anew, from its residual stream; None where the base pass has kept them."""
-        if self.config.stage_kind != "second-look" or self.config.kv == "store":
+        if self.config.stage_kind != "second-look" or self.config.kv != "recompute":
             return None
         frozen = self._second_look().eval().requires_grad_(False).to(self.device)
         kv_dtype = handed_on_dtype(self.base_pass.stores["train"])
@@ -194,7 +193,7 @@ class CascadeRun:
         self.folder.write_stage_record(number, record, self.log.size())
         if self.config.stage_kind == "append":  # a second look attends to what every exit before it has left
             self.folder.drop_hidden(number - 2)
-        _say_stage(record)
+        say_stage(record)
         return record
 
     def _train_stage(
@@ -356,25 +355,23 @@ def run_cascade(config: RunConfig) -> RunFolder:
             folder.clean()
             say(f"finished already: {folder.report}")
             return folder
-        _say_start(config, folder, base, blocks, device, dtype, reason)
-        plan = None
-        if config.stage_kind == "append":  # the plan knows no other kind yet
-            plan, lines = plan_for_run(config, base.config, device, dtype)
-            for line in lines:
-                say(line)
+        say_start(config, folder, base, blocks, device, dtype, reason)
+        config, why = _with_kv(config, folder, base, device, dtype)
+        plan, lines = plan_for_run(config, base.config, device, dtype)
+        for line in [*lines, *why]:
+            say(line)
         passed = base_pass(base, blocks, config, device, dtype, cache_folder(config))
-        _say_base_pass(passed)
+        say_base_pass(passed)
         passed = dataclasses.replace(passed, head_VD=passed.head_VD.to(device))  # once, for all stages
-        micro_batch_tokens = plan.micro_batch_tokens if plan else None
-        run = CascadeRun(config, folder, base, passed, device, dtype, folder.log, deadline, micro_batch_tokens)
+        run = CascadeRun(config, folder, base, passed, device, dtype, folder.log, deadline, plan.micro_batch_tokens)
         run.train()
         results = run.results(started)
         results["memory"] = {
-            "planned": plan.to_dict() if plan else None,
+            "planned": plan.to_dict(),
             "measured_peak_bytes": peak_memory_bytes(device),
         }
         folder.finish(results, run.stages, base)
-        _say_summary(results, folder)
+        say_summary(results, folder)
         if results["stages"] and results["stages"][-1]["stopped"] == "non-finite loss":
             raise NonFiniteLoss(
                 f"training of stage {len(results['stages'])} stopped: the loss is not finite. The best before it is "
@@ -383,64 +380,15 @@ def run_cascade(config: RunConfig) -> RunFolder:
         return folder
 
 
-def _say_start(
-    config: RunConfig,
-    folder: RunFolder,
-    base: BaseModel,
-    blocks: TokenBlocks,
-    device: torch.device,
-    dtype: torch.dtype,
-    reason: str,
-) -> None:
-    sizes = ", ".join(f"{len(ids):,} {split}" for split, ids in blocks.ids.items())
-    say(f"cascade_fast {config.preset}: {folder.path}")
-    say(f"base {base.source}, {base.layers} layers")
-    say(f"data {blocks.source}: {sizes} blocks of {config.seq_len} tokens")
-    say(f"computing on {device} in {str(dtype).removeprefix('torch.')} ({reason})")
-    served = sorted({ops.choose(op, device) for op in ops.SELECTION_OPS})
-    say(f"selection operators: {', '.join(served)}")
-
-
-def _say_base_pass(passed: BasePass) -> None:
-    tokens = sum(len(s) for s in passed.stores.values())
-    if passed.reused:
-        say(f"base pass: reused, {tokens:,} tokens")
-    else:
-        say(f"base pass: {tokens:,} tokens in {passed.seconds:.1f} s")
-
-
-def _say_stage(record: dict[str, Any]) -> None:
-    shares = record["exit_share"].items()
-    say_table(
-        f"stage {record['stage']}",
-        ["best epoch", "best val ppl (hard)", "all-token val ppl", *(f"exit {name}" for name, _ in shares), "seconds"],
-        [
-            [
-                str(record["best_epoch"]),
-                _number(record["best_val_ppl"]),
-                _number(record["all_token_val_ppl"]),
-                *(f"{share:.1%}" for _, share in shares),
-                f"{record['seconds']:.1f}",
-            ]
-        ],
+def _with_kv(
+    config: RunConfig, folder: RunFolder, base: BaseModel, device: torch.device, dtype: torch.dtype
+) -> tuple[RunConfig, list[str]]:
+    """``config`` with ``kv: auto`` settled, once for the run: resumed on a fuller disk it goes on as it began."""
+    settled = folder.kv
+    if config.kv == "auto" and settled is not None:
+        return dataclasses.replace(config, kv=settled), []
+    chosen, why = with_kv(
+        config, base.config, this_machine(device, dtype), dtype, free_disk_bytes(cache_folder(config))
     )
-    say(f"  {record['verdict']}")
-
-
-def _say_summary(results: dict[str, Any], folder: RunFolder) -> None:
-    base, final, memory = results["base"], results["final"], results["memory"]
-    planned = memory["planned"]
-    rows = [["validation", _number(base["val_ppl"]), _number(final["all_token_val_ppl"])]]
-    if final["base_test_ppl"] is not None:
-        rows.append(["test", _number(final["base_test_ppl"]), _number(final["all_token_test_ppl"])])
-    say_table("all-token perplexity", ["split", "base", "cascade"], rows)
-    say(
-        f"{final['stages_kept']} stage(s) kept, {format_count(final['total_parameters'])} parameters, "
-        f"{final['seconds']:.1f} s, peak memory {memory['measured_peak_bytes'] / 2**30:.2f} GiB"
-        + (f" (planned {planned['peak_bytes'] / 2**30:.2f}, {planned['phase']})" if planned else "")
-    )
-    say(f"report: {folder.report}")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
+    folder.kv = chosen.kv
+    return chosen, [f"plan: {line}" for line in why]

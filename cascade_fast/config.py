@@ -118,11 +118,11 @@ class RunConfig:
     )
     layers_per_stage: int = _setting(8, "stages", "decoder layers in each stage")
     kv: str = _setting(
-        "store",
+        "auto",
         "stages",
         "the base's keys and values for a second look: kept on disk by the base pass, or recomputed for every batch by "
-        "a frozen copy of the layers",
-        choices=("store", "recompute"),
+        "a frozen copy of the layers; auto takes what the plan finds cheaper",
+        choices=("auto", "store", "recompute"),
     )
     init: str = _setting(
         "identity",
@@ -214,7 +214,7 @@ class RunConfig:
         if self.text_columns and self.text_template is not None:
             raise ConfigError("text_columns and text_template are both given; give one")
         if self.kv == "recompute" and self.stage_kind != "second-look":
-            raise ConfigError(f"kv: {self.kv!r}; stages of kind {self.stage_kind} use none: must be store")
+            raise ConfigError(f"kv: {self.kv!r}; stages of kind {self.stage_kind} use none: must be auto or store")
         if self.stage_kind == "second-look" and self.init != "identity":
             raise ConfigError(
                 f"init: {self.init!r}; a second look starts as the base's own layers, with its head: init must be "

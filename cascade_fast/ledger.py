@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cascade_fast.config import SEED_PRESET, RunConfig
-from cascade_fast.memory_plan import Shape
+from cascade_fast.parameter_counts import Shape
 from cascade_fast.roofline import this_machine
 
 
@@ -27,11 +27,10 @@ def stage_flops(config: RunConfig, base_config: Any) -> float:
     """Of training a stage on one token."""
     shape = Shape.of(config, base_config)
     s = shape.stage
-    layer = 6 * shape.value_output_mlp()
-    if config.stage_kind == "second-look":
-        layer += 6 * s.hidden_size * (shape.attention_inner + s.kv_heads * s.head_dim)  # queries and keys
-        layer += 6 * config.seq_len * shape.attention_inner
-    return s.layers * layer + (6 if s.head == "own" else 4) * shape.head
+    layers = 6 * shape.stage_matrices()
+    if shape.attends:
+        layers += s.layers * 6 * config.seq_len * shape.attention_inner
+    return layers + (6 if s.head == "own" else 4) * shape.head
 
 
 def seed_flops(config: RunConfig, base_config: Any) -> float:

@@ -9,8 +9,6 @@ Every number is arithmetic on shapes. A *phase* is a stretch of the run with a p
 - On the CPU it adds up: glibc keeps freed blocks below 32 MiB, so the resident set holds both. Compare with the
   process's peak resident set, which also counts the *mapped* files (hidden stores, the shared head): the system can
   drop those pages, so they count for the peak but not for whether the run fits.
-
-Shape legend: D hidden size, F intermediate size, V vocabulary, H heads, G key/value heads, E head size, L layers.
 """
 
 import dataclasses
@@ -26,8 +24,9 @@ from cascade_fast.base_pass import TOKENS_AT_ONCE as BASE_TOKENS
 from cascade_fast.config import RunConfig
 from cascade_fast.exits import TOKENS_AT_ONCE as EVAL_TOKENS
 from cascade_fast.losses import chunk_tokens
+from cascade_fast.parameter_counts import Shape, base_weight_bytes, optimizer_bytes, saved_activation_bytes
+from cascade_fast.second_look_plan import SecondLookSizes
 from cascade_fast.selection import hard_count
-from cascade_fast.stage import StageConfig
 
 GIB = 2**30
 # Resident set of the trainer before it loads a base: Python, torch (CPU build), transformers, datasets. Measured.
@@ -35,8 +34,6 @@ PROCESS_BYTES = 455 * 2**20
 # CUDA context, cuBLAS and kernels' code; counts for what fits, not for max_memory_allocated. Estimate for a T4.
 CONTEXT_BYTES = GIB // 2
 HOST_BYTES = 2.5 * GIB  # of the process beside a GPU: torch's CUDA build, the driver. Estimate
-NF4_BYTES = 0.5 + 4 / 64  # half a byte and a float32 absmax for 64 weights (arXiv 2305.14314)
-EIGHT_BIT_MINIMUM = 4096  # bitsandbytes keeps the state of smaller tensors in float32
 TOKEN_BYTES = 8 + 4 + 4 + 4 + 4  # of a hidden store, beside the hidden state: see hidden_store.py
 
 
@@ -46,115 +43,6 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return 0
-
-
-# --- parameters -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Parameter counts of a base and of the stages on it. ``base`` is transformers' configuration."""
-
-    base: Any
-    stage: StageConfig
-
-    @classmethod
-    def of(cls, config: RunConfig, base_config: Any) -> "Shape":
-        stage = StageConfig.from_base(
-            base_config, layers=config.layers_per_stage, init=config.init, head=config.head, reads=config.reads
-        )
-        return cls(base_config, dataclasses.replace(stage, kind=config.stage_kind))
-
-    @property
-    def attends(self) -> bool:
-        """Whether a stage has queries and keys that do something."""
-        return self.stage.kind == "second-look"
-
-    @property
-    def attention_inner(self) -> int:
-        return self.stage.heads * self.stage.head_dim
-
-    @property
-    def head(self) -> int:
-        return self.stage.vocab_size * self.stage.hidden_size
-
-    def query_key(self) -> int:
-        """Of a layer: projections of queries and keys with their biases and norms."""
-        s = self.stage
-        inner = self.attention_inner + s.kv_heads * s.head_dim
-        return inner * (s.hidden_size + s.attention_bias) + (2 * s.head_dim if s.query_key_norm else 0)
-
-    def query_key_matrices(self) -> int:
-        s = self.stage
-        return s.hidden_size * (self.attention_inner + s.kv_heads * s.head_dim)
-
-    def value_output_mlp(self) -> int:
-        """Matrices of a layer that a stage of single tokens multiplies with."""
-        s = self.stage
-        return s.hidden_size * (s.kv_heads * s.head_dim + self.attention_inner + 3 * s.intermediate_size)
-
-    def stage_matrices(self) -> int:
-        """Matrices that a stage multiplies with, its head left out."""
-        return self.stage.layers * (self.value_output_mlp() + self.attends * self.query_key_matrices())
-
-    def small(self) -> int:
-        """Of a layer: norms, and biases of everything but queries and keys."""
-        s = self.stage
-        return (
-            2 * s.hidden_size
-            + s.attention_bias * s.kv_heads * s.head_dim
-            + s.output_bias * s.hidden_size
-            + s.mlp_bias * (2 * s.intermediate_size + s.hidden_size)
-        )
-
-    def base_body(self) -> int:
-        """Parameters of all decoder layers of the base."""
-        return self.base.num_hidden_layers * (self.query_key() + self.value_output_mlp() + self.small())
-
-    def base_parameters(self) -> int:
-        heads = 1 if self.base.tie_word_embeddings else 2
-        return heads * self.head + self.base_body() + self.stage.hidden_size
-
-    def base_quantized(self) -> int:
-        """Weights that become 4-bit: the matrices of the decoder layers, not embeddings, head, norms and biases."""
-        return self.base.num_hidden_layers * (self.query_key_matrices() + self.value_output_mlp())
-
-    def stage_trained(self) -> int:
-        """Parameters with a gradient; queries and keys of a seed stage have none."""
-        own = self.head if self.stage.head == "own" else 0
-        layer = self.value_output_mlp() + self.small() + self.attends * self.query_key()
-        return self.stage.layers * layer + self.stage.hidden_size + own
-
-    def stage_parameters(self) -> int:
-        unused = self.stage.layers * self.query_key() if self.stage.init == "random" else 0
-        return self.stage_trained() + unused
-
-
-def base_weight_bytes(shape: Shape, quantization: str, width: int) -> float:
-    """Of the loaded base; ``width`` is the compute dtype's bytes."""
-    quantized = shape.base_quantized() if quantization == "nf4" else 0
-    return quantized * NF4_BYTES + (shape.base_parameters() - quantized) * width
-
-
-def optimizer_bytes(shape: Shape, optimizer: str) -> float:
-    """AdamW: two float32 a parameter. 8 bit: two bytes, and for each 256 parameters two float32 absmax; what is smaller
-    than ``EIGHT_BIT_MINIMUM`` elements stays in float32."""
-    trained = shape.stage_trained()
-    if optimizer == "adamw":
-        return 8 * trained
-    s = shape.stage
-    # Norms are the small tensors (biases as well, where a family has them).
-    small = s.layers * shape.small() + s.hidden_size if s.hidden_size < EIGHT_BIT_MINIMUM else 0
-    return 8 * small + (trained - small) * (2 + 8 / 256)
-
-
-def saved_activation_bytes(shape: Shape, width: int, *, on_cpu: bool = True) -> int:
-    """What autograd keeps of one token in one stage layer, for ``width`` bytes of compute dtype."""
-    s = shape.stage
-    # float32 (K, D): inputs of the two norms; on a GPU the normed as well, and in half their casts.
-    floats = 2 if on_cpu else 4 if width < 4 else 3
-    halves = (2 if on_cpu else 3) * s.hidden_size + shape.attention_inner + 4 * s.intermediate_size
-    return floats * s.hidden_size * 4 + halves * width + 2 * 4
 
 
 # --- phases -----------------------------------------------------------------------------------------------------------
@@ -276,7 +164,7 @@ def memory_plan(
         loading = HOST_BYTES + max(whole, 4.0 * shape.stage_parameters())
     saved = 4.0 * shape.stage_parameters()
     disk = {
-        "base pass (hidden stores, head)": store_disk + shape.head * width,
+        "base pass (hidden stores, head)": store_disk + (shape.head + shape.attends * shape.stage_parameters()) * width,
         "hidden stores of later stages": stores - store_disk,
         "two checkpoints, best weights": 2 * (saved + optimizer_bytes(shape, config.optimizer)) + saved,
         "stages": config.num_stages * saved,
@@ -291,6 +179,9 @@ def _base_phase(config: RunConfig, shape: Shape, width: int, fused_attention: bo
     mlp = 3 * s.intermediate_size * width
     layer = n * (4 * s.hidden_size * width + 2 * s.hidden_size * 4 + mlp) + attention
     passing = {"activations": layer, "logits (a chunk)": _logit_bytes(shape, width, on_cpu=on_cpu)}
+    look = SecondLookSizes.of(config, shape, width)
+    if look is not None and config.kv != "recompute":
+        passing["keys and values"] = look.base_pass_bytes(n, shape.base.num_hidden_layers)
     weights = base_weight_bytes(shape, config.base_quantization, width)
     return Phase("base pass", on_cpu, {"base weights": weights, "states kept": 3 * n * s.hidden_size * width}, passing)
 
@@ -303,9 +194,17 @@ def _training_phase(config: RunConfig, shape: Shape, width: int, micro: int, on_
     if on_cpu or not config.optimizer.startswith("paged"):
         phase.lasting[f"optimizer state ({config.optimizer})"] = optimizer_bytes(shape, config.optimizer)
     gradients, own_head = 4.0 * trained, 4.0 * shape.head if s.head == "own" else 0.0
-    activations = micro * (s.layers * saved_activation_bytes(shape, width, on_cpu=on_cpu) + 4 * 4 * s.hidden_size)
+    activations: float = micro * (
+        s.layers * saved_activation_bytes(shape, width, on_cpu=on_cpu) + 4 * 4 * s.hidden_size
+    )
     casts = _cast_bytes(shape, width)  # kept for the backward pass
     logits = _logit_bytes(shape, width, on_cpu=on_cpu)
+    look = SecondLookSizes.of(config, shape, width)
+    if look is not None:
+        activations += look.training_bytes(micro, on_cpu)
+        if config.kv == "recompute":
+            phase.lasting["frozen copy of the layers (float32)"] = 4.0 * shape.stage_parameters()
+            casts += _cast_bytes(shape, width)
     if s.head == "own":  # its gradient is made a chunk at a time and added to the sum
         logits += shape.head * (2 * width if width < 4 else 0) + shape.head * 4
     parts = {"activations": activations, "weights in the compute dtype": casts, "logits (a chunk)": logits}
@@ -347,9 +246,15 @@ def _evaluation_phase(config: RunConfig, shape: Shape, width: int, on_cpu: bool)
     s = shape.stage
     phase = Phase("evaluation", on_cpu, {"stages (float32)": 4.0 * config.num_stages * shape.stage_parameters()})
     casts = _cast_bytes(shape, width)
-    layer = EVAL_TOKENS * (6 * s.hidden_size * 4 + 3 * s.intermediate_size * width)
+    layer: float = EVAL_TOKENS * (6 * s.hidden_size * 4 + 3 * s.intermediate_size * width)
     head_cast = shape.head * width if s.head == "own" and width < 4 else 0
     logits = _logit_bytes(shape, width, on_cpu=on_cpu) + head_cast
+    look = SecondLookSizes.of(config, shape, width)
+    if look is not None:
+        layer += look.evaluation_bytes(EVAL_TOKENS, on_cpu)
+        if config.kv == "recompute":
+            phase.lasting["frozen copy of the layers (float32)"] = 4.0 * shape.stage_parameters()
+            casts += _cast_bytes(shape, width)
     if on_cpu:
         phase.passing = {"weights in the compute dtype": casts, "activations": layer, "logits (a chunk)": logits}
     else:
@@ -367,6 +272,8 @@ def _add_head(phase: Phase, shape: Shape, width: int) -> None:
     """The base's head is a mapped file on the CPU."""
     if shape.stage.head == "shared":
         (phase.mapped if phase.on_cpu else phase.lasting)["shared head"] = float(shape.head * width)
+    if shape.attends and phase.on_cpu:
+        phase.mapped["the base's layers"] = float(shape.stage_parameters() * width)
 
 
 def _logit_bytes(shape: Shape, width: int, *, on_cpu: bool) -> float:
@@ -382,11 +289,15 @@ def _store_bytes(config: RunConfig, shape: Shape, width: int) -> tuple[float, fl
     size = shape.stage.hidden_size
     stored = 4 if config.store_dtype == "float32" else 2  # float16 of a float32 base, where it fits
     handed_on = 2 if width == 2 and stored == 2 else 4
-    base = (train_val + test * config.seq_len) * (size * stored + TOKEN_BYTES)
+    look = SecondLookSizes.of(config, shape, width)
+    numbers = look.kv_numbers if look else 0  # keys and values of a token
+    kept = numbers if config.kv != "recompute" else 0
+    base = (train_val + test * config.seq_len) * ((size + kept) * stored + TOKEN_BYTES)
     later, tokens = 0.0, train_val
-    for _ in range(min(config.num_stages - 1, 2)):  # those of two stages back are removed
+    # Those of two stages back are removed, unless a second look attends to what they left.
+    for _ in range(config.num_stages - 1 if look else min(config.num_stages - 1, 2)):
         tokens = hard_count(config.hard_ratio, tokens)
-        later += tokens * (size * handed_on + TOKEN_BYTES)
+        later += tokens * ((size + numbers) * handed_on + TOKEN_BYTES)
     return base + later, base
 
 

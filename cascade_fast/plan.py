@@ -5,6 +5,7 @@ Takes the flags of ``python -m cascade_fast.train``; needs neither a GPU nor wei
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -122,11 +123,26 @@ def main(argv: list[str] | None = None) -> int:
 
 def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bool) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from cascade_fast.memory_plan import CONTEXT_BYTES, Shape, largest_batch_tokens
-    from cascade_fast.roofline import base_pass_time, epoch_time, find_device, gib, plan_on, short_memory
+    from cascade_fast.base_model import cache_folder
+    from cascade_fast.memory_plan import CONTEXT_BYTES, largest_batch_tokens
+    from cascade_fast.parameter_counts import Shape
+    from cascade_fast.roofline import (
+        DEVICES,
+        base_pass_time,
+        epoch_time,
+        find_device,
+        free_disk_bytes,
+        gib,
+        plan_on,
+        short_memory,
+        with_kv,
+    )
 
     base_config = base_configuration(config.base)
     device, dtype = find_device(config.device, config.dtype, **machine)
+    here = device.name not in {d.name for d in DEVICES.values()}
+    free = free_disk_bytes(cache_folder(config)) if here else math.inf
+    config, kv_lines = with_kv(config, base_config, device, dtype, free)
     plan = plan_on(config, base_config, device, dtype)
     shape = Shape.of(config, base_config)
     base_time = base_pass_time(config, base_config, device, dtype)
@@ -145,6 +161,7 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
                     "base_pass_limit": base_time.limit,
                     "epoch_seconds": epoch.seconds,
                     "epoch_limit": epoch.limit,
+                    "kv": config.kv if shape.attends else None,
                 }
             )
         )
@@ -172,6 +189,8 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
     if plan.ram:
         print(f"host RAM: {gib(plan.ram_needed)} GiB of {gib(device.ram_bytes)}")
     print(f"batch: {config.batch_tokens} tokens, {plan.micro_batch_tokens} at once; the largest that fits: {largest:,}")
+    for line in kv_lines:
+        print(line)
     for what, taken in (("base pass", base_time), ("an epoch of stage 1", epoch)):
         print(
             f"{what}: at least {taken.seconds:.1f} s, limited by {taken.limit} (FLOPs {taken.flops:.1f} s, bytes "

@@ -6,9 +6,11 @@ assumed fraction, which the plan prints. These are estimates for choosing settin
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,19 +26,20 @@ from cascade_fast.memory_plan import (
     GIB,
     PROCESS_BYTES,
     MemoryPlan,
-    Shape,
     base_tokens_at_once,
-    base_weight_bytes,
     memory_plan,
     resident_bytes,
-    saved_activation_bytes,
 )
+from cascade_fast.parameter_counts import Shape, base_weight_bytes, saved_activation_bytes
+from cascade_fast.second_look_plan import SecondLookSizes, choose_kv
 from cascade_fast.selection import hard_count
 
 PROBE_SECONDS = 0.2
+PCIE_BYTES_PER_SECOND = 12e9  # third generation, 16 lanes, as copies reach
 # Kernels of a layer in eager mode, counted with TorchDispatchMode: a stage's forward 35 and backward 75; of a base
 # layer's forward about 30 (queries, keys and rotary embedding more); of a chunk of logits about 10.
 STAGE_LAYER_LAUNCHES, BASE_LAYER_LAUNCHES, CHUNK_LAUNCHES = 110, 30, 10
+ATTENTION_LAUNCHES = 70  # of a second look's layer, forward and backward, beside: estimate
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,12 @@ def ram_bytes() -> float:
     return total
 
 
+def free_disk_bytes(folder: Path) -> float:
+    """Where ``folder`` is, or will be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return float(shutil.disk_usage(there).free)
+
+
 def _probe_flops(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.ones(768, 768, device=device, dtype=dtype) for _ in range(2))
     return 2 * 768**3 / _seconds(lambda: a @ b, device)
@@ -240,7 +249,7 @@ def epoch_time(config: RunConfig, base_config: Any, device: Device, dtype: torch
     steps = math.ceil(tokens / config.batch_tokens)
     parts = steps * math.ceil(config.batch_tokens / micro)
     matrices = shape.stage_matrices()
-    flops = tokens * training_flops(shape, config.seq_len)
+    flops: float = tokens * training_flops(shape, config.seq_len)
     step_bytes = trained * (28 if config.optimizer == "adamw" else 16)  # weights, gradient, state: read and written
     if config.grad_clip > 0:
         step_bytes += 12 * trained
@@ -248,9 +257,15 @@ def epoch_time(config: RunConfig, base_config: Any, device: Device, dtype: torch
     part_bytes = casts + matrices * (2 * width + 4 + (2 * width if width < 4 else 0)) + 2 * shape.head * width
     activations = s.layers * 4 * saved_activation_bytes(shape, width)  # each written and read, there and back
     token_bytes = activations + s.vocab_size * (3 * width + 6 * 4)
-    moved = steps * step_bytes + parts * part_bytes + tokens * token_bytes
+    moved: float = steps * step_bytes + parts * part_bytes + tokens * token_bytes
     chunks = max(parts, tokens / chunk_tokens(s.vocab_size, dtype))
-    launches = parts * (s.layers * STAGE_LAYER_LAUNCHES + 50) + chunks * CHUNK_LAUNCHES + steps * 30
+    look = SecondLookSizes.of(config, shape, width)
+    if look is not None:
+        moved += steps * 4 * look.training_bytes(config.batch_tokens, device.on_cpu)
+        if config.kv == "recompute":
+            flops += look.recompute_flops()
+    layer_launches = STAGE_LAYER_LAUNCHES + (ATTENTION_LAUNCHES if shape.attends else 0)
+    launches = parts * (s.layers * layer_launches + 50) + chunks * CHUNK_LAUNCHES + steps * 30
     return _time(flops, moved, launches, device, dtype)
 
 
@@ -265,10 +280,26 @@ def _time(flops: float, moved: float, launches: float, device: Device, dtype: to
 # --- the short form ---------------------------------------------------------------------------------------------------
 
 
+def with_kv(
+    config: RunConfig, base_config: Any, device: Device, dtype: torch.dtype, disk_bytes: float = math.inf
+) -> tuple[RunConfig, list[str]]:
+    """``config`` with ``kv: auto`` settled for ``device`` and so much free disk, and the line that says why."""
+    if config.kv != "auto":
+        return config, []
+    look = SecondLookSizes.of(config, Shape.of(config, base_config), dtype.itemsize)
+    if look is None:
+        return dataclasses.replace(config, kv="store"), []
+    rates = device.rate(dtype), device.bytes_per_second * device.bandwidth_fraction
+    if not device.on_cpu:  # over PCIe
+        rates = rates[0], PCIE_BYTES_PER_SECOND
+    chosen, why = choose_kv(look.kv_seconds(*rates, device.ram_bytes), look.kv_disk_bytes(), disk_bytes)
+    return dataclasses.replace(config, kv=chosen), [f"kv: {chosen} ({why})"]
+
+
 def plan_for_run(
     config: RunConfig, base_config: Any, device: torch.device, dtype: torch.dtype
 ) -> tuple[MemoryPlan, list[str]]:
-    """The plan of a run on this machine, and the lines the trainer says of it."""
+    """The plan of a run on this machine (``kv`` settled), and the lines the trainer says of it."""
     machine = this_machine(device, dtype)
     plan = plan_on(config, base_config, machine, dtype)
     lines = [f"plan: {short_memory(plan, machine)}"]

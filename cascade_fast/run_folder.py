@@ -97,6 +97,15 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report.md"
 
+    @property
+    def kv(self) -> str | None:
+        """What ``kv: auto`` was settled to for this run; None before."""
+        return (_read(self.path / "config.json") or {}).get("kv")
+
+    @kv.setter
+    def kv(self, settled: str) -> None:
+        write_json(self.path / "config.json", {**(_read(self.path / "config.json") or {}), "kv": settled})
+
     def stage(self, number: int) -> Path:
         return self.path / "stages" / str(number)
 

@@ -17,8 +17,9 @@ LAYERS = [
     ["checkpoint", "metrics", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage", "attention", "second_look"],
     ["hard_token_gather", "base_model", "data", "adamw8bit", "optim", "stage_tokens", "exits"],
-    ["configuration", "base_pass", "memory_plan", "roofline", "ledger", "stage_trainer", "report"],
-    ["cascade_cache", "cascade_weights", "exit_logits", "model_card", "modeling", "run_folder"],
+    ["configuration", "base_pass", "parameter_counts", "second_look_plan", "memory_plan", "roofline", "ledger"],
+    ["stage_trainer", "report"],
+    ["cascade_cache", "cascade_weights", "exit_logits", "model_card", "modeling", "run_folder", "messages"],
     ["cascade", "evaluation", "full_finetune", "comparison"],
     ["model_cli", "train", "env", "plan", "generate", "evaluate", "sweep", "baselines", "harness_model", "harness"],
 ]

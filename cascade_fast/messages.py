@@ -1,0 +1,77 @@
+"""What a run tells its user on the console: at its start, after the base pass, of each stage, at its end."""
+
+import math
+from typing import Any
+
+import torch
+
+from cascade_fast import ops
+from cascade_fast.base_model import BaseModel
+from cascade_fast.base_pass import BasePass
+from cascade_fast.config import RunConfig
+from cascade_fast.data import TokenBlocks
+from cascade_fast.metrics import format_count, say, say_table
+from cascade_fast.run_folder import RunFolder
+
+
+def say_start(
+    config: RunConfig,
+    folder: RunFolder,
+    base: BaseModel,
+    blocks: TokenBlocks,
+    device: torch.device,
+    dtype: torch.dtype,
+    reason: str,
+) -> None:
+    sizes = ", ".join(f"{len(ids):,} {split}" for split, ids in blocks.ids.items())
+    say(f"cascade_fast {config.preset}: {folder.path}")
+    say(f"base {base.source}, {base.layers} layers")
+    say(f"data {blocks.source}: {sizes} blocks of {config.seq_len} tokens")
+    say(f"computing on {device} in {str(dtype).removeprefix('torch.')} ({reason})")
+    served = sorted({ops.choose(op, device) for op in ops.SELECTION_OPS})
+    say(f"selection operators: {', '.join(served)}")
+
+
+def say_base_pass(passed: BasePass) -> None:
+    tokens = sum(len(s) for s in passed.stores.values())
+    if passed.reused:
+        say(f"base pass: reused, {tokens:,} tokens")
+    else:
+        say(f"base pass: {tokens:,} tokens in {passed.seconds:.1f} s")
+
+
+def say_stage(record: dict[str, Any]) -> None:
+    shares = record["exit_share"].items()
+    say_table(
+        f"stage {record['stage']}",
+        ["best epoch", "best val ppl (hard)", "all-token val ppl", *(f"exit {name}" for name, _ in shares), "seconds"],
+        [
+            [
+                str(record["best_epoch"]),
+                _number(record["best_val_ppl"]),
+                _number(record["all_token_val_ppl"]),
+                *(f"{share:.1%}" for _, share in shares),
+                f"{record['seconds']:.1f}",
+            ]
+        ],
+    )
+    say(f"  {record['verdict']}")
+
+
+def say_summary(results: dict[str, Any], folder: RunFolder) -> None:
+    base, final, memory = results["base"], results["final"], results["memory"]
+    planned = memory["planned"]
+    rows = [["validation", _number(base["val_ppl"]), _number(final["all_token_val_ppl"])]]
+    if final["base_test_ppl"] is not None:
+        rows.append(["test", _number(final["base_test_ppl"]), _number(final["all_token_test_ppl"])])
+    say_table("all-token perplexity", ["split", "base", "cascade"], rows)
+    say(
+        f"{final['stages_kept']} stage(s) kept, {format_count(final['total_parameters'])} parameters, "
+        f"{final['seconds']:.1f} s, peak memory {memory['measured_peak_bytes'] / 2**30:.2f} GiB"
+        + (f" (planned {planned['peak_bytes'] / 2**30:.2f}, {planned['phase']})" if planned else "")
+    )
+    say(f"report: {folder.report}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
