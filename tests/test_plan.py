@@ -1,5 +1,6 @@
 """The memory plan: counts equal to the real modules', bytes as measured, the command line."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -20,7 +21,9 @@ from cascade_fast.memory_plan import (
 )
 from cascade_fast.parameter_counts import Shape, base_weight_bytes, optimizer_bytes, saved_activation_bytes
 from cascade_fast.plan import BUILT_IN, base_configuration, main
-from cascade_fast.roofline import DEVICES, base_pass_time, epoch_time, find_device
+from cascade_fast.roofline import DEVICES, base_pass_time, epoch_time, find_device, training_flops
+from cascade_fast.second_look import SecondLookConfig, SecondLookStage
+from cascade_fast.second_look_plan import choose_kv
 from cascade_fast.stage import Stage, StageConfig
 
 SIZES = dict(
@@ -39,6 +42,7 @@ BASES = {
     "qwen3": Qwen3Config(**SIZES, tie_word_embeddings=False),
 }
 WARM, SEED = make_config({}), make_config({"preset": "seed"})
+LOOK = make_config({"stage_kind": "second-look"})
 SMALL = base_configuration("smollm2-135m")
 
 
@@ -77,6 +81,50 @@ def test_built_in_bases_have_their_published_sizes(name, parameters):
 
 def test_the_seed_s_stage_is_the_one_of_the_original_experiment():
     assert Shape.of(SEED, SMALL).stage_parameters() == 56_632_896
+
+
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+def test_a_second_look_s_parameters_are_counted_as_it_has_them(base):
+    shape = Shape.of(LOOK, base)
+    with torch.device("meta"):
+        stage = SecondLookStage(SecondLookConfig.of_base(base, layers=8), head_VD=torch.empty(200, 64))
+    assert shape.stage_parameters() == shape.stage_trained() == stage.parameter_count()
+
+
+def test_the_plan_of_a_second_look():
+    """Its keys and values are on disk as the store has them, or nowhere; then a frozen copy makes them."""
+    store, recompute = (
+        memory_plan(
+            dataclasses.replace(LOOK, kv=kv, num_stages=1), SMALL, dtype=torch.bfloat16, on_cpu=True, process_bytes=0
+        )
+        for kv in ("store", "recompute")
+    )
+    blocks = LOOK.train_blocks + 2 * LOOK.val_blocks
+    kv_bytes = blocks * 128 * 8 * 2 * 3 * 64 * 2
+    key = "base pass (hidden stores, head)"
+    assert store.disk[key] - recompute.disk[key] == kv_bytes
+    assert store.phases[1].mapped["hidden stores"] - recompute.phases[1].mapped["hidden stores"] == kv_bytes
+    assert "frozen copy of the layers (float32)" in recompute.phases[1].lasting
+    appended = memory_plan(WARM, SMALL, dtype=torch.bfloat16, on_cpu=True, process_bytes=0)
+    assert store.phases[1].passing["activations"] > appended.phases[1].passing["activations"]
+
+
+def test_kv_is_stored_where_that_is_cheaper_and_fits():
+    seconds = {"store": 1.0, "recompute": 5.0}
+    assert choose_kv(seconds, 100.0, 1000.0)[0] == "store"
+    chosen, why = choose_kv(seconds, 100.0, 50.0)
+    assert chosen == "recompute"
+    assert "GiB are free" in why
+    assert choose_kv({"store": 5.0, "recompute": 1.0}, 100.0, 1000.0)[0] == "recompute"
+
+
+def test_the_command_knows_second_looks(capsys):
+    assert main(["--stage-kind", "second-look", "--device", "t4"]) == 0
+    said = capsys.readouterr().out
+    assert "28,321,344 parameters of its own" in said
+    assert "kv: " in said
+    flops = [training_flops(Shape.of(config, SMALL), 128) for config in (WARM, LOOK)]
+    assert flops[1] - flops[0] == 8 * (6 * 576 * (576 + 192) + 12 * 128 * 576)
 
 
 def test_optimizer_bytes():

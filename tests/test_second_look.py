@@ -19,6 +19,7 @@ from cascade_fast.config import ConfigError, make_config
 from cascade_fast.data import load_blocks
 from cascade_fast.exits import ExitStage, advance, evaluate_exits
 from cascade_fast.hidden_store import HiddenStore
+from cascade_fast.run_folder import RunFolder
 from cascade_fast.second_look import SecondLookConfig, SecondLookStage, check_second_look
 from cascade_fast.selection import select_hardest
 from cascade_fast.stage_tokens import SequenceTokens
@@ -198,6 +199,37 @@ def test_a_batch_is_its_sequences_one_by_one(hard_tokens):
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "positions",
+    [
+        {0: [31]},
+        {0: range(32)},
+        {0: [31], 1: range(32), 2: [0]},
+        {0: [0, 31], 2: range(5, 9), 5: [7]},  # sequences 1, 3 and 4 have none
+    ],
+    ids=["only the last", "all", "one, all, one", "some have none"],
+)
+def test_padding_changes_nothing(look_settings, tmp_path, positions):
+    """Outputs and gradients of a pack whose sequences have different numbers of hard tokens, against one by one."""
+    base, _, passed = _passed(look_settings, tmp_path)
+    stage = _stage(base, passed, noise=0.1)
+    index_K = torch.tensor([32 * sequence + p for sequence, hard in positions.items() for p in hard])
+    tokens = SequenceTokens([passed.stores["train"]], index_K)
+    assert tokens.units == len(positions)
+
+    def gradients(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        stage.zero_grad()
+        for picked in parts:
+            pack, label = tokens.batch(picked, CPU)
+            nn.functional.cross_entropy(stage(pack)[1] @ stage.head.T, label, reduction="sum").backward()
+        return [p.grad for p in stage.parameters()]
+
+    together = gradients([torch.arange(tokens.units)])
+    for mine, expected in zip(together, gradients(list(torch.arange(tokens.units).split(1))), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+        assert mine.isfinite().all()
+
+
 def test_the_order_of_the_sequences_does_not_matter(hard_tokens):
     stage, tokens = hard_tokens
     order = torch.randperm(tokens.units)
@@ -348,6 +380,18 @@ def test_a_run_that_recomputes_is_the_run_that_stores(look_settings, tmp_path):
     assert finals[1]["stages_kept"] == 2
     _, _, passed = _passed(look_settings, tmp_path, kv="recompute")
     assert "kv" not in passed.stores["train"]
+
+
+def test_a_run_settles_how_it_gets_keys_and_values_once(look_settings, tmp_path, capsys):
+    """The plan finds it out, says why, and a resumed run does not ask again."""
+    _, results = _run(look_settings, tmp_path / "run", num_stages=1)
+    assert "plan: kv: " in capsys.readouterr().out
+    assert results["settings"]["kv"] in ("store", "recompute")
+    assert results["memory"]["planned"]["peak_bytes"] > 0
+    settled = RunFolder(tmp_path)
+    assert settled.kv is None
+    settled.kv = "recompute"
+    assert RunFolder(tmp_path).kv == "recompute"
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------------
