@@ -17,10 +17,10 @@ LAYERS = [
     ["checkpoint", "metrics", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage", "second_look"],
     ["hard_token_gather", "base_model", "data", "adamw8bit", "optim", "stage_tokens", "exits"],
-    ["configuration", "base_pass", "memory_plan", "roofline", "ledger", "stage_trainer", "report"],
-    ["cascade_weights", "model_card", "modeling", "run_folder"],
+    ["configuration", "base_pass", "memory_plan", "roofline", "ledger", "stage_trainer", "heat_map", "report_html"],
+    ["cascade_weights", "model_card", "modeling", "model_cli", "report", "run_folder"],
     ["cascade", "evaluation"],
-    ["model_cli", "train", "env", "plan", "generate", "evaluate"],
+    ["train", "env", "plan", "generate", "evaluate"],
 ]
 ORDER = {f"cascade_fast.{name}": i for i, name in enumerate(name for layer in LAYERS for name in layer)}
 SOURCES = sorted((ROOT / "cascade_fast").rglob("*.py"))
