@@ -33,6 +33,7 @@ from cascade_fast.hardware import (
     peak_memory_bytes,
     release_memory,
 )
+from cascade_fast.heat_map import heat_map
 from cascade_fast.hidden_store import HiddenStore, StoreError
 from cascade_fast.ledger import compute_ledger, matmul_rate, stage_work
 from cascade_fast.messages import say_base_pass, say_stage, say_start, say_summary
@@ -287,11 +288,27 @@ class CascadeRun:
 
     # --- results -----------------------------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def final(self) -> ExitEvaluation:
+        """Of validation, once training is over."""
+        return self._all_tokens("val")
+
+    def heat_map(self, ids_BT: Tensor) -> dict[str, Any]:
+        """``heat_map.json``, of the validation blocks ``ids_BT``."""
+        return heat_map(
+            self.base.tokenizer(),
+            ids_BT,
+            self.base_pass.stores["val"]["loss"],
+            self.final,
+            criterion=self.config.criterion,
+            thresholds=[entry.threshold for entry in self.stages],
+        )
+
     def results(self, started: float) -> dict[str, Any]:
         """``results.json``: looks at the test blocks, for the only time."""
         test, stores, last = self.base_pass.stores["test"], self.base_pass.stores, self.config.num_stages
         have_test = len(test) > 0
-        final = self._all_tokens("val")
+        final = self.final
         tokens = {split: len(store) for split, store in stores.items()}
         return {
             "base": {
@@ -370,7 +387,7 @@ def run_cascade(config: RunConfig) -> RunFolder:
             "planned": plan.to_dict(),
             "measured_peak_bytes": peak_memory_bytes(device),
         }
-        folder.finish(results, run.stages, base)
+        folder.finish(results, run.stages, base, run.heat_map(blocks.ids["val"]))
         say_summary(results, folder)
         if results["stages"] and results["stages"][-1]["stopped"] == "non-finite loss":
             raise NonFiniteLoss(

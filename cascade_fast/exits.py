@@ -111,10 +111,12 @@ def advance(
 
 @dataclass(frozen=True)
 class ExitEvaluation:
-    """``loss_N``: every token's cross-entropy at its own exit. ``exit_N``: 0 for the base, k for stage k."""
+    """``loss_N``: every token's cross-entropy at its own exit. ``exit_N``: 0 for the base, k for stage k.
+    ``score_NP``: its score at each of the P doors, NaN at those it did not come to; without stages, the base's."""
 
     loss_N: Tensor
     exit_N: Tensor
+    score_NP: Tensor
 
     @property
     def perplexity(self) -> float:
@@ -144,8 +146,10 @@ def evaluate_exits(
     """
     loss_N = store["loss"].clone()
     exit_N = torch.zeros(len(store), dtype=torch.int64)
+    score_NP = torch.full((len(store), max(len(stages), 1)), torch.nan)
+    score_NP[:, 0] = store["score"]
     if not stages or len(store) == 0:
-        return ExitEvaluation(loss_N, exit_N)
+        return ExitEvaluation(loss_N, exit_N, score_NP)
     kind = stages[0].stage.config.kind
     seq_len = int(store["position"][-1]) + 1
     step = seq_len * max(1, TOKENS_AT_ONCE // seq_len)  # whole sequences
@@ -162,5 +166,7 @@ def evaluate_exits(
             )
             token_K = token_K[hard_J]
             loss_N[token_K], exit_N[token_K] = arrays["loss"], number
+            if number < len(stages):
+                score_NP[token_K, number] = arrays["score"]
             stores.append(HiddenStore(store.folder, arrays, {**store.meta, "stage": number}))
-    return ExitEvaluation(loss_N, exit_N)
+    return ExitEvaluation(loss_N, exit_N, score_NP)

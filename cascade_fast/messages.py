@@ -70,6 +70,7 @@ def say_summary(results: dict[str, Any], folder: RunFolder) -> None:
         f"{final['seconds']:.1f} s, peak memory {memory['measured_peak_bytes'] / 2**30:.2f} GiB"
         + (f" (planned {planned['peak_bytes'] / 2**30:.2f}, {planned['phase']})" if planned else "")
     )
+    say(f"page: {folder.page}")
     say(f"report: {folder.report}")
 
 

@@ -1,11 +1,18 @@
-"""``report.md`` and its plots, made from ``config.json`` and ``results.json`` of a run alone."""
+"""``python -m cascade_fast.report RUN``: ``report.md``, its plots and ``report.html``, from the run folder alone."""
 
+import argparse
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
+from cascade_fast import heat_map
 from cascade_fast.checkpoint import atomic_write, atomic_write_text
-from cascade_fast.metrics import epoch_line, format_count
+from cascade_fast.config import ConfigError
+from cascade_fast.metrics import epoch_line, format_count, say
+from cascade_fast.model_cli import answer
+from cascade_fast.report_html import render_page
 
 DIAGNOSIS_RULE = (
     "Rule: *clear overfitting* if the first epoch has the lowest validation loss while the training loss falls on; "
@@ -14,14 +21,66 @@ DIAGNOSIS_RULE = (
 )
 
 
+# What Markdown would take for markup; an underscore within a word is none.
+_MARKUP = re.compile(r"[\\`*<\[&~]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cascade_fast.report",
+        description="Write the report of a finished run again: report.md, its plots, and report.html.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 a mistake in what was asked for."""
+    return answer(_run, build_parser().parse_args(argv))
+
+
+def _run(asked: argparse.Namespace) -> int:
+    path = write_report(Path(asked.run))
+    say(f"page: {path.with_suffix('.html')}")
+    say(f"report: {path}")
+    return 0
+
+
 def write_report(folder: Path) -> Path:
-    """Writes ``report.md``, ``loss.png``, ``threshold.png`` and ``perplexity.png`` into ``folder``."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    """Writes ``report.md``, ``report.html``, ``loss.png``, ``threshold.png`` and ``perplexity.png`` into ``folder``.
+
+    Raises:
+        ConfigError: not the folder of a finished run, or a file in it is damaged. Nothing has been written then.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"run: {str(folder)!r}; no such folder")
+    config = _read(folder / "config.json", ("machine", "versions"), "it is not the folder of a run")
+    sections = ("base", "tokens", "settings", "stages", "final")
+    results = _read(folder / "results.json", sections, "the run is not finished: go on with --resume auto")
+    tokens = heat_map.read_heat_map(folder)
     plots = _write_plots(folder, results)
+    markdown = render_report(config, results, plots)
+    images = {name: (folder / name).read_bytes() for name in plots}
+    page = render_page(markdown, images, tokens, score_name=_score_name(results), heat_map_file=heat_map.FILE)
     path = folder / "report.md"
-    atomic_write_text(path, render_report(config, results, plots))
+    atomic_write_text(path.with_suffix(".html"), page)
+    atomic_write_text(path, markdown)  # last: a folder with this file is complete
     return path
+
+
+def _read(path: Path, sections: tuple[str, ...], absent: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"run: {str(path.parent)!r} has no {path.name}: {absent}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run: {str(path)!r} cannot be read: {error}") from error
+    missing = [name for name in sections if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise ConfigError(f"run: {str(path)!r} is not that of a run: it has no {', '.join(missing)}")
+    return content
 
 
 def diagnose(epochs: list[dict[str, Any]]) -> str:
@@ -41,7 +100,7 @@ def render_report(config: dict[str, Any], results: dict[str, Any], plots: list[s
         f"# CASCADE: preset {results['settings']['preset']}, hard ratio {results['settings']['hard_ratio']}",
         _summary(results),
         "## Settings",
-        _table(["setting", "value"], [[k, _show(v)] for k, v in results["settings"].items()]),
+        _table(["setting", "value"], [[k, _literal(_show(v))] for k, v in results["settings"].items()]),
         "## Machine and versions",
         _table(["", ""], [[k, str(v)] for k, v in {**config["machine"], **config["versions"]}.items()]),
         "## Base model",
@@ -95,7 +154,7 @@ def _base(results: dict[str, Any]) -> str:
     base, tokens = results["base"], results["tokens"]
     return "\n".join(
         [
-            f"- {base['name']} ({base['source']})",
+            f"- {_literal(base['name'])} ({_literal(base['source'])})",
             f"- parameters: {base['parameters']:,} ({format_count(base['parameters'])})",
             f"- layers: {base['layers']}",
             f"- tokens: {tokens['train']:,} training, {tokens['val']:,} validation, {tokens['test']:,} test",
@@ -214,6 +273,11 @@ def _show(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else _n(value)
 
 
+def _literal(text: str) -> str:
+    """Text of the user's, on one line, that Markdown shows as it is."""
+    return _MARKUP.sub(r"\\\g<0>", text.replace("\n", "\\n"))
+
+
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
@@ -279,3 +343,7 @@ def _perplexity_plot(figure: Any, results: dict[str, Any]) -> Any:
     axes.set(ylabel="perplexity over all validation tokens", title="All-token perplexity by stage")
     axes.margins(y=0.15)
     return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

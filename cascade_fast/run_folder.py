@@ -5,7 +5,8 @@ config.json         every setting as used, versions, machine, fingerprints of ba
 metrics.jsonl       a record for each epoch and event
 stages/1/ ...       config.json, model.safetensors: the stages that are kept
 cascade.json        base, stages and thresholds: what loads the cascade
-results.json        the numbers; report.md and *.png show them
+results.json        the numbers; report.md, report.html and *.png show them
+heat_map.json       some validation text, token by token; report.html shows it
 training/, hidden/  checkpoints and hidden states of a run under way; removed when it is finished
 """
 
@@ -25,6 +26,7 @@ from cascade_fast.checkpoint import write_json
 from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig
 from cascade_fast.configuration import MODEL_CRITERIA, CascadeConfig
 from cascade_fast.exits import ExitStage
+from cascade_fast.heat_map import write_heat_map
 from cascade_fast.metrics import MetricsLog, say
 from cascade_fast.report import write_report
 
@@ -106,6 +108,10 @@ class RunFolder:
     def kv(self, settled: str) -> None:
         write_json(self.path / "config.json", {**(_read(self.path / "config.json") or {}), "kv": settled})
 
+    @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
     def stage(self, number: int) -> Path:
         return self.path / "stages" / str(number)
 
@@ -141,10 +147,13 @@ class RunFolder:
     def keep_stage(self, number: int, entry: ExitStage, *, criterion: str) -> None:
         entry.save(self.stage(number), criterion=criterion)
 
-    def finish(self, results: dict[str, Any], stages: list[ExitStage], base: BaseModel) -> None:
+    def finish(
+        self, results: dict[str, Any], stages: list[ExitStage], base: BaseModel, heat_map: dict[str, Any]
+    ) -> None:
         """Writes what the run leaves and removes what only a run under way needs."""
         write_json(self.path / "cascade.json", self._cascade(results, stages, base))
         write_json(self.path / "config.json", self._model_config(results, stages, base))
+        write_heat_map(self.path, heat_map)
         write_json(self.path / "results.json", results)
         write_report(self.path)
         self.log.write("end", seconds=results["final"]["seconds"])

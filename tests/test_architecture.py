@@ -18,10 +18,10 @@ LAYERS = [
     ["losses", "selection", "criteria", "hidden_store", "stage", "attention", "second_look"],
     ["hard_token_gather", "base_model", "data", "adamw8bit", "optim", "stage_tokens", "exits"],
     ["configuration", "base_pass", "parameter_counts", "second_look_plan", "memory_plan", "roofline", "ledger"],
-    ["stage_trainer", "report"],
-    ["cascade_cache", "cascade_weights", "exit_logits", "model_card", "modeling", "run_folder", "messages"],
+    ["stage_trainer", "heat_map", "report_html", "cascade_cache", "cascade_weights", "exit_logits", "model_card"],
+    ["modeling", "model_cli", "report", "run_folder", "messages"],
     ["cascade", "evaluation", "full_finetune", "comparison"],
-    ["model_cli", "train", "env", "plan", "generate", "evaluate", "sweep", "baselines", "harness_model", "harness"],
+    ["train", "env", "plan", "generate", "evaluate", "sweep", "baselines", "harness_model", "harness"],
 ]
 ORDER = {f"cascade_fast.{name}": i for i, name in enumerate(name for layer in LAYERS for name in layer)}
 SOURCES = sorted((ROOT / "cascade_fast").rglob("*.py"))
