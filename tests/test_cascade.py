@@ -75,7 +75,15 @@ def test_a_warm_cascade_helps_and_says_where_everything_is(tiny_settings, tmp_pa
     assert final["peak_rss_bytes"] > 10**8
     names = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()}
     stages = {f"stages/{n}/{f}" for n in range(1, len(kept) + 1) for f in ("config.json", "model.safetensors")}
-    records = {"config.json", "metrics.jsonl", "results.json", "cascade.json", "report.md"}
+    records = {
+        "config.json",
+        "metrics.jsonl",
+        "results.json",
+        "cascade.json",
+        "report.md",
+        "report.html",
+        "heat_map.json",
+    }
     assert names - {"run.lock"} == stages | records | {"loss.png", "threshold.png", "perplexity.png"}
 
 
