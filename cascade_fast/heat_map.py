@@ -110,5 +110,5 @@ def read_heat_map(folder: Path) -> dict[str, Any] | None:
 
 
 def _rounded(values: Tensor) -> list[Any]:
-    """As nested lists. NaN stays only where no door was come to: those are cut off."""
-    return torch.round(values.double().clamp(-_LARGEST, _LARGEST), decimals=DIGITS).tolist()
+    """As nested lists of finite numbers; where no door was come to, what stands there is cut off."""
+    return torch.round(values.double().nan_to_num(_LARGEST).clamp(-_LARGEST, _LARGEST), decimals=DIGITS).tolist()

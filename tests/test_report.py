@@ -1,0 +1,268 @@
+"""The report: the same numbers everywhere, any text as it is, and a page that works in a browser."""
+
+import json
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer
+
+from cascade_fast import report
+from cascade_fast.exits import ExitEvaluation
+from cascade_fast.heat_map import MAX_TOKENS, heat_map, token_texts, write_heat_map
+from cascade_fast.report_html import render_page, visible
+
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--no-first-run",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(tiny_runs, tmp_path) -> Path:
+    return shutil.copytree(tiny_runs["warm"], tmp_path / "run")
+
+
+def _main(capsys, *argv):
+    code = report.main([str(part) for part in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+class _Page(HTMLParser):
+    """Text of the page outside scripts and styles, and its tokens."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.tokens, self.open, self.links = "", [], [], []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.links += [attributes[name] for name in ("src", "href") if name in attributes]
+        if tag not in ("meta", "link", "img", "br", "input"):
+            self.open.append(tag)
+        if "t" in (attributes.get("class") or "").split():
+            self.tokens.append({**attributes, "text": ""})
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data
+            if self.open[-1] == "span" and self.tokens:
+                self.tokens[-1]["text"] += data
+
+
+# --- the page, without a browser -----------------------------------------------------------------------------------
+
+
+def test_the_report_is_made_again_from_the_folder_alone(run, capsys):
+    before = {name: (run / name).read_bytes() for name in ("report.md", "report.html", "loss.png")}
+    for name in before:
+        (run / name).unlink()
+    code, out, err = _main(capsys, run)
+    assert (code, err) == (0, "")
+    assert str(run / "report.html") in out
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
+def test_the_page_has_the_numbers_of_the_results(run):
+    page = _Page((run / "report.html").read_text())
+    assert page.open == []
+    results = json.loads((run / "results.json").read_text())
+    final = results["final"]
+    for value in (results["base"]["val_ppl"], final["all_token_val_ppl"], final["all_token_test_ppl"]):
+        assert f"{value:.4f}" in page.text
+    in_markdown = re.findall(r"\d+\.\d{4}", (run / "report.md").read_text())
+    assert in_markdown
+    assert set(in_markdown) <= set(re.findall(r"\d+\.\d{4}", page.text))
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    assert sum(link.startswith("data:") for link in page.links) == 3
+
+
+def test_the_heat_map_is_the_run_s(run):
+    content = json.loads((run / "heat_map.json").read_text())
+    results = json.loads((run / "results.json").read_text())
+    assert content["thresholds"] == [stage["exit_threshold"] for stage in results["stages"]]
+    exits = [exit_ for block in content["blocks"] for exit_ in block["exits"]]
+    assert set(exits) == {0, 1, 2}
+    for block in content["blocks"]:
+        assert len(block["texts"]) == len(block["exits"]) + 1 == 33
+        for exit_, scores, base, loss in zip(
+            block["exits"], block["scores"], block["base_loss"], block["loss"], strict=True
+        ):
+            assert len(scores) == min(exit_ + 1, 2)
+            assert all(score <= content["thresholds"][n] + 1e-4 for n, score in enumerate(scores[:exit_]))
+            assert exit_ > 0 or base == loss
+    page = _Page((run / "report.html").read_text())
+    assert [int(token["data-x"]) for token in page.tokens] == exits
+    losses = [loss for block in content["blocks"] for loss in block["loss"]]
+    assert [float(token["data-l"]) for token in page.tokens] == losses
+    assert len(content["blocks"]) == 8
+    assert content["blocks_in_all"] == 12
+
+
+def _map(ids, tokenizer=None, **changes):
+    n = (ids.shape[1] - 1) * ids.shape[0]
+    evaluation = ExitEvaluation(torch.ones(n), torch.arange(n) % 2, torch.zeros(n, 1))
+    content = heat_map(
+        tokenizer or byte_tokenizer(), ids, torch.full((n,), 2.0), evaluation, criterion="cosine", thresholds=[0.5]
+    )
+    return {**content, **changes}
+
+
+def test_any_text_is_shown_as_it_is():
+    text = "a </script><b>&amp; `x`\n\tü€😀 \x00end"
+    ids = torch.tensor([byte_tokenizer()(text)["input_ids"]])
+    html = render_page("# T\n\n<i>not markup</i>", {}, _map(ids), score_name="cosine", heat_map_file="heat_map.json")
+    page = _Page(html)
+    assert page.open == []
+    shown = text[0] + "".join(token["text"] for token in page.tokens)
+    assert shown == visible(text)
+    assert "<i>not markup</i>" in page.text
+    assert html.count("<script>") == 1
+
+
+def test_a_character_of_several_tokens_is_at_the_last_of_them():
+    ids = byte_tokenizer()("aü€😀")["input_ids"]
+    assert token_texts(byte_tokenizer(), ids) == ["a", "", "ü", "", "", "€", "", "", "", "😀"]
+    broken = token_texts(byte_tokenizer(), [*ids[:2], *ids[:1]])  # the first byte of ü, then a
+    assert "".join(broken).replace("\ufffd", "") == "aa"
+
+
+def test_losses_that_are_not_finite_are_no_reason_to_lose_a_report(tmp_path):
+    n = 4
+    evaluation = ExitEvaluation(
+        torch.tensor([1.0, torch.inf, torch.nan, 2.0]), torch.zeros(n).long(), torch.zeros(n, 1)
+    )
+    content = heat_map(
+        byte_tokenizer(), torch.ones(1, 5).int(), torch.ones(n), evaluation, criterion="cosine", thresholds=[0.5]
+    )
+    write_heat_map(tmp_path, content)
+    assert json.loads((tmp_path / "heat_map.json").read_text())["blocks"][0]["loss"] == [1.0, 1e4, 1e4, 2.0]
+
+
+def test_the_heat_map_has_an_end():
+    content = _map(torch.ones(3, 2 * MAX_TOKENS, dtype=torch.int32))
+    assert [len(block["exits"]) for block in content["blocks"]] == [MAX_TOKENS]
+    assert len(_map(torch.ones(50, 17, dtype=torch.int32))["blocks"]) == 8
+
+
+def test_a_run_without_a_heat_map_has_a_report(run, capsys):
+    (run / "heat_map.json").unlink()
+    assert _main(capsys, run)[0] == 0
+    page = _Page((run / "report.html").read_text())
+    assert page.tokens == []
+    assert "has no heat_map.json" in page.text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda run: shutil.rmtree(run), "no such folder"),
+        (lambda run: (run / "results.json").unlink(), "the run is not finished"),
+        (lambda run: (run / "config.json").unlink(), "it is not the folder of a run"),
+        (lambda run: (run / "results.json").write_text("{"), "cannot be read"),
+        (lambda run: (run / "results.json").write_text("{}"), "it has no base, tokens"),
+        (lambda run: (run / "heat_map.json").write_text('{"format": 7}'), "has format 7; this version reads 1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_costs_nothing(run, capsys, spoil, said):
+    spoil(run)
+    before = (run / "report.html").read_bytes() if run.exists() else b""
+    code, _, err = _main(capsys, run)
+    assert (code, said in err, len(err.strip().splitlines())) == (2, True, 1)
+    assert not run.exists() or (run / "report.html").read_bytes() == before
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium as the system has it. With CASCADE_FAST_REQUIRE_BROWSER=1 it must be there."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        if os.environ.get("CASCADE_FAST_REQUIRE_BROWSER") == "1":
+            pytest.fail("no Chromium, but CASCADE_FAST_REQUIRE_BROWSER=1")
+        pytest.skip("no Chromium here")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser, run):
+    page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((run / "report.html").as_uri())
+    yield page
+    assert said == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    page.close()
+
+
+def test_a_browser_shows_the_numbers_and_the_tokens(opened, run):
+    results = json.loads((run / "results.json").read_text())
+    content = json.loads((run / "heat_map.json").read_text())
+    text = opened.inner_text("main")
+    for value in (results["base"]["val_ppl"], results["final"]["all_token_val_ppl"]):
+        assert f"{value:.4f}" in text
+    assert opened.locator(".t").count() == sum(len(block["exits"]) for block in content["blocks"])
+    images = opened.evaluate("[...document.images].map(image => image.naturalWidth)")
+    assert len(images) == 3
+    assert min(images) > 100
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 390  # a phone need not scroll sideways
+
+
+def test_pointing_at_a_token_shows_its_card(opened, run):
+    block = json.loads((run / "heat_map.json").read_text())["blocks"][1]
+    at = block["exits"].index(2, 1)
+    token = opened.locator('[data-block="2"] .t').nth(at)
+    assert opened.locator("#card").is_hidden()
+    token.hover()
+    card = dict(
+        zip(opened.locator("#card dt").all_inner_texts(), opened.locator("#card dd").all_inner_texts(), strict=True)
+    )
+    assert card["exit"] == "stage 2"
+    assert card["loss of the base"] == f"{block['base_loss'][at]:.4f}"
+    assert card["loss at its exit"] == f"{block['loss'][at]:.4f}"
+    assert card["change"] == f"{block['loss'][at] - block['base_loss'][at]:+.4f}"
+    assert card["score at door 2"].startswith(f"{block['scores'][at][1]:.4f} ≤")
+    opened.mouse.move(0, 0)
+    assert opened.locator("#card").is_hidden()
+    token.focus()
+    opened.keyboard.press("ArrowLeft")
+    assert (
+        opened.locator("#card dd").all_inner_texts()[-1] == f"{block['loss'][at - 1] - block['base_loss'][at - 1]:+.4f}"
+    )
+    opened.keyboard.press("Escape")
+    assert opened.locator("#card").is_hidden()
+
+
+def test_the_colours_can_be_of_exits_scores_and_changes(opened):
+    def colours():
+        return opened.evaluate("[...document.querySelectorAll('.t')].map(t => getComputedStyle(t).backgroundColor)")
+
+    seen = [colours()]
+    for by in ("score", "change"):
+        opened.locator(f"input[value={by}]").check()
+        assert opened.locator(f".legend.{by}").is_visible()
+        assert opened.locator(".legend.exit").is_hidden()
+        seen.append(colours())
+    assert seen[0] != seen[1] != seen[2] != seen[0]
+    assert all(len(set(some)) > 2 for some in seen)
