@@ -401,8 +401,10 @@ def _with_kv(
     config: RunConfig, folder: RunFolder, base: BaseModel, device: torch.device, dtype: torch.dtype
 ) -> tuple[RunConfig, list[str]]:
     """``config`` with ``kv: auto`` settled, once for the run: resumed on a fuller disk it goes on as it began."""
+    if config.kv != "auto" or config.stage_kind != "second-look":
+        return config, []
     settled = folder.kv
-    if config.kv == "auto" and settled is not None:
+    if settled is not None:
         return dataclasses.replace(config, kv=settled), []
     chosen, why = with_kv(
         config, base.config, this_machine(device, dtype), dtype, free_disk_bytes(cache_folder(config))
