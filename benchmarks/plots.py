@@ -10,7 +10,7 @@ from typing import Any
 import common
 from matplotlib.figure import Figure
 
-IMAGES = common.ROOT / "docs" / "images"
+IMAGES = common.ROOT / "docs" / "img"
 
 
 def newest(key: str) -> dict[str, Any]:
