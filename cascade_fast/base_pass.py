@@ -212,6 +212,8 @@ def _resume_or_create(
 @torch.inference_mode()
 def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, done: int, criterion: str, progress: Progress) -> bool:
     """Runs the blocks from ``done`` on; False as soon as a hidden state does not fit the store's dtype."""
+    from transformers import DynamicCache
+
     seq_len = ids_BT.shape[1] - 1
     device = model.device
     at_once = max(1, TOKENS_AT_ONCE.get(device.type, 2048) // seq_len)
@@ -225,11 +227,13 @@ def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, done: int, criterion: 
         for first in range(done, ids_BT.shape[0], at_once):
             ids = ids_BT[first : first + at_once].to(device, torch.int64)
             embedded_BSD = model.model.embed_tokens(ids[:, :-1])
-            output = model.model(inputs_embeds=embedded_BSD, use_cache="kv" in store)
+            # One without a configuration keeps every key, whatever the sliding window.
+            cache = DynamicCache() if "kv" in store else None
+            output = model.model(inputs_embeds=embedded_BSD, past_key_values=cache, use_cache=cache is not None)
             last_BSD = output.last_hidden_state
             kept = {"hidden": (residual["hidden"] if reads == "residual" else last_BSD).flatten(0, 1)}
             if "kv" in store:
-                kept["kv"] = _keys_and_values(output.past_key_values, len(copied))
+                kept["kv"] = _keys_and_values(cache, len(copied))
             if store.hidden.dtype == torch.float16 and any(t.abs().max() > FLOAT16_MAX for t in kept.values()):
                 return False
             label_N = ids[:, 1:].flatten()
