@@ -21,9 +21,9 @@ def newest(key: str) -> dict[str, Any]:
 
 def save(figure: Figure, name: str, record: dict[str, Any]) -> None:
     environment = record["environment"]
-    figure.text(
-        0.99, 0.005, f"{environment['cpu']}, {environment['threads']} threads, torch {environment['torch']}, "
-        f"commit {environment['commit']}", ha="right", size=6, color="0.5",
+    figure.supxlabel(
+        f"{environment['cpu']}, {environment['threads']} threads, torch {environment['torch']}, "
+        f"commit {environment['commit']}", x=0.99, ha="right", fontsize=6, color="0.5",
     )  # fmt: skip
     IMAGES.mkdir(exist_ok=True)
     figure.savefig(IMAGES / name, dpi=120, metadata={"Software": None})
