@@ -37,6 +37,13 @@ def axes_of(figure: Figure, **labels: Any) -> Any:
     return axes
 
 
+def by_size(axes: Any, sizes: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.legend()
+
+
 def tokens_per_second() -> None:
     record = newest("batches")
     rates = record["details"]["batches"]["tokens_per_second"]
@@ -48,10 +55,7 @@ def tokens_per_second() -> None:
     speed = record["details"]["speed"]["rates"]
     axes.plot([32], [speed["seed hard tokens/s"]], "s", label="preset seed")
     axes.plot([32], [speed["naive hard tokens/s"]], "X", label="loop of the original experiment")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.legend()
+    by_size(axes, sizes)
     save(figure, "tokens-per-second.png", record)
 
 
@@ -66,10 +70,7 @@ def memory() -> None:
     for key, label, mark in (("plain_bytes", "all logits at once", "X--"), ("bytes", "preset warm", "o-")):
         sizes = [int(size) for size in measured[key]]
         axes.plot(sizes, [measured[key][str(size)] / 2**20 for size in sizes], mark, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.legend()
+    by_size(axes, sizes)
     save(figure, "memory.png", record)
 
 

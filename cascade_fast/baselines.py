@@ -116,29 +116,15 @@ def plan_trainings(
 
 def run_baselines(folder: Path, trainings: Sequence[Training]) -> Path:
     """Trains what is not there yet, and compares; the path of the report."""
-    from cascade_fast.base_model import find_base
-    from cascade_fast.cascade import NonFiniteLoss, run_cascade
-    from cascade_fast.comparison import open_folder, read_run
+    from cascade_fast.cascade import run_cascade
+    from cascade_fast.comparison import train_all
     from cascade_fast.full_finetune import full_finetune
     from cascade_fast.metrics import say
 
-    for config in {(t.config.stage_kind, t.config.layers_per_stage): t.config for t in trainings}.values():
-        find_base(config)  # a base that cannot be had, or copied, is said before anything is trained
     if any(t.method == "full" and t.config.base_quantization != "none" for t in trainings):
         raise ConfigError("base_quantization: must be none for the full fine-tune (or --skip full)")
-    open_folder(folder, "baselines")
-    rows = []
-    for number, training in enumerate(trainings, 1):
-        assert training.config.out is not None
-        say(f"[{number}/{len(trainings)}] {training.method}, {training.config.epochs} epoch(s)")
-        if training.method == "full":
-            full_finetune(training.config)
-        else:
-            try:
-                run_cascade(training.config)
-            except NonFiniteLoss as error:  # its results and report have been written: it counts as it is
-                say(f"  {error}")
-        rows.append(read_run(Path(training.config.out), training.method))
+    runs = [(t.method, t.config, full_finetune if t.method == "full" else run_cascade) for t in trainings]
+    rows = train_all(folder, "baselines", runs)
     report = write_comparison(folder, rows)
     say(f"report: {report}")
     return report

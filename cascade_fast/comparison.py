@@ -12,12 +12,13 @@ Everything is read from the runs' ``results.json``. What a run has cost to train
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cascade_fast.checkpoint import atomic_write, atomic_write_text, write_json
-from cascade_fast.config import ConfigError
+from cascade_fast.config import ConfigError, RunConfig
+from cascade_fast.metrics import markdown_table, say
 
 RECORD = "comparison.json"
 COLUMNS = {  # what the tables show, in order: heading and format
@@ -55,6 +56,32 @@ def open_folder(folder: Path, command: str) -> None:
             return
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, {"command": command, "rows": []})
+
+
+def train_all(
+    folder: Path, command: str, runs: Sequence[tuple[str, RunConfig, Callable[[RunConfig], object]]]
+) -> list[Row]:
+    """Trains what is not there yet of ``runs``: name, settings with ``out``, and what trains them; their rows.
+
+    Raises:
+        ConfigError: a base that cannot be had or copied, or a folder that holds something else; before any training.
+    """
+    from cascade_fast.base_model import find_base
+    from cascade_fast.cascade import NonFiniteLoss
+
+    for config in {(c.stage_kind, c.layers_per_stage): c for _, c, _ in runs}.values():
+        find_base(config)
+    open_folder(folder, command)
+    rows = []
+    for number, (name, config, train) in enumerate(runs, 1):
+        assert config.out is not None
+        say(f"[{number}/{len(runs)}] {Path(config.out).name}, {config.epochs} epoch(s)")
+        try:
+            train(config)
+        except NonFiniteLoss as error:  # its results and report have been written: it counts as it is
+            say(f"  {error}")
+        rows.append(read_run(Path(config.out), name))
+    return rows
 
 
 def read_run(folder: Path, name: str) -> Row:
@@ -189,11 +216,6 @@ def write_report(folder: Path, parts: Sequence[str]) -> Path:
     path = folder / "report.md"
     atomic_write_text(path, "\n\n".join(parts) + "\n")
     return path
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def plot_lines(

@@ -26,9 +26,7 @@ from cascade_fast.hardware import choose_device, choose_dtype, keep_freed_memory
 from cascade_fast.losses import linear_cross_entropy, token_losses
 from cascade_fast.metrics import Progress, epoch_line, peak_rss_bytes, say
 from cascade_fast.optim import build_optimizer, learning_rate, set_learning_rate
-from cascade_fast.stage_trainer import epoch_order
-
-EVAL_TOKENS = 2048
+from cascade_fast.stage_trainer import EVAL_TOKENS, epoch_order
 
 
 def full_finetune(config: RunConfig) -> Path:

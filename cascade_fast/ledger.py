@@ -2,8 +2,9 @@
 
 Counted are the FLOPs a model *needs*, as in MFU (model FLOPs utilization, arXiv 2204.02311): two for each
 multiply-add of a matrix product, twice that again for the gradients of its input and its weight, one of which a frozen
-head does without. Norms, softmax, optimizer and what is computed twice to save memory do not count. MFU is their rate
-over that of a square product of the same dtype, probed on the same device when the run begins.
+head does without.
+Norms, softmax, optimizer and what is computed twice to save memory do not count; attention does over whole blocks. MFU
+is their rate over that of a square product of the same dtype, probed on the same device when the run begins.
 """
 
 import math
@@ -13,33 +14,14 @@ import torch
 
 from cascade_fast.config import SEED_PRESET, RunConfig
 from cascade_fast.parameter_counts import Shape
-from cascade_fast.roofline import this_machine
-
-
-def base_flops(config: RunConfig, base_config: Any, *, with_logits: bool) -> float:
-    """Of one token in the base, in a block of ``seq_len``; causal attention sees half of it on average."""
-    shape = Shape.of(config, base_config)
-    attention = base_config.num_hidden_layers * 2 * config.seq_len * shape.attention_inner
-    return 2 * shape.base_quantized() + attention + (2 * shape.head if with_logits else 0)
-
-
-def stage_flops(config: RunConfig, base_config: Any) -> float:
-    """Of training a stage on one token."""
-    shape = Shape.of(config, base_config)
-    s = shape.stage
-    layers = 6 * shape.stage_matrices()
-    if shape.attends:
-        layers += s.layers * 6 * config.seq_len * shape.attention_inner
-    return layers + (6 if s.head == "own" else 4) * shape.head
+from cascade_fast.roofline import base_flops, this_machine, tokens_with_logits, training_flops
 
 
 def seed_flops(config: RunConfig, base_config: Any) -> float:
     """Of training the original recipe's stage of as many layers on one token: as a sequence of length one in
     transformers' layers, queries and keys included, with a head of its own."""
     shape = Shape.of(config, base_config)
-    s = shape.stage
-    query_key = s.hidden_size * (shape.attention_inner + s.kv_heads * s.head_dim)
-    return 6 * (s.layers * (shape.value_output_mlp() + query_key) + shape.head)
+    return 6 * (shape.stage.layers * (shape.value_output_mlp() + shape.query_key_matrices()) + shape.head)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -62,7 +44,7 @@ def work(tokens: int, layers: int, flops_a_token: float, seconds: float, rate: f
 def stage_work(config: RunConfig, base_config: Any, epochs: list[dict[str, Any]], rate: float) -> dict[str, Any]:
     """Of a stage's training: every epoch's tokens, whether it was the best or not."""
     tokens, seconds = sum(e["tokens"] for e in epochs), sum(e["seconds"] for e in epochs)
-    return work(tokens, config.layers_per_stage, stage_flops(config, base_config), seconds, rate)
+    return work(tokens, config.layers_per_stage, _stage_flops(config, base_config), seconds, rate)
 
 
 def compute_ledger(
@@ -89,11 +71,8 @@ def compute_ledger(
     """
     every = sum(tokens.values())
     base_layers = base_config.num_hidden_layers
-    with_logits = every if config.criterion == "entropy" else every - tokens["train"]
-    flops = (
-        with_logits * base_flops(config, base_config, with_logits=True)
-        + (every - with_logits) * base_flops(config, base_config, with_logits=False)
-    ) / max(every, 1)
+    shape, with_logits = Shape.of(config, base_config), tokens_with_logits(config, every, tokens["train"])
+    flops = base_flops(shape, config.seq_len, with_logits=False) + 2 * shape.head * with_logits / max(every, 1)
     done = [stage["compute"] for stage in stages]
     training = {key: sum(line[key] for line in done) for key in ("tokens", "layer_tokens", "flops", "seconds")}
     training["mfu"] = training["flops"] / (training["seconds"] * rate) if training["seconds"] > 0 else None
@@ -103,6 +82,10 @@ def compute_ledger(
         "training": training,
         "compared": _compared(config, base_config, tokens["train"], stages[0]) if training["tokens"] else {},
     }
+
+
+def _stage_flops(config: RunConfig, base_config: Any) -> int:
+    return training_flops(Shape.of(config, base_config), config.seq_len)
 
 
 def _compared(config: RunConfig, base_config: Any, train_tokens: int, stage: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +101,7 @@ def _compared(config: RunConfig, base_config: Any, train_tokens: int, stage: dic
         }
 
     return {
-        "stage_1": line(ours["tokens"], stage_flops(config, base_config), config.batch_tokens),
-        "dense_stage": line(dense, stage_flops(config, base_config), config.batch_tokens),
+        "stage_1": line(ours["tokens"], _stage_flops(config, base_config), config.batch_tokens),
+        "dense_stage": line(dense, _stage_flops(config, base_config), config.batch_tokens),
         "seed_recipe": line(ours["tokens"], seed_flops(config, base_config), SEED_PRESET["batch_tokens"]),
     }

@@ -202,9 +202,7 @@ def _training_phase(config: RunConfig, shape: Shape, width: int, micro: int, on_
     look = SecondLookSizes.of(config, shape, width)
     if look is not None:
         activations += look.training_bytes(micro, on_cpu)
-        if config.kv == "recompute":
-            phase.lasting["frozen copy of the layers (float32)"] = 4.0 * shape.stage_parameters()
-            casts += _cast_bytes(shape, width)
+        casts += _add_frozen_copy(phase, config, shape, width)
     if s.head == "own":  # its gradient is made a chunk at a time and added to the sum
         logits += shape.head * (2 * width if width < 4 else 0) + shape.head * 4
     parts = {"activations": activations, "weights in the compute dtype": casts, "logits (a chunk)": logits}
@@ -221,6 +219,14 @@ def _training_phase(config: RunConfig, shape: Shape, width: int, micro: int, on_
         }
     _add_head(phase, shape, width)
     return phase
+
+
+def _add_frozen_copy(phase: Phase, config: RunConfig, shape: Shape, width: int) -> float:
+    """Where the base's keys and values are recomputed; returns the bytes of its weights' casts."""
+    if config.kv != "recompute":
+        return 0.0
+    phase.lasting["frozen copy of the layers (float32)"] = 4.0 * shape.stage_parameters()
+    return _cast_bytes(shape, width)
 
 
 def _earlier_stage_bytes(config: RunConfig, shape: Shape) -> float:
@@ -252,9 +258,7 @@ def _evaluation_phase(config: RunConfig, shape: Shape, width: int, on_cpu: bool)
     look = SecondLookSizes.of(config, shape, width)
     if look is not None:
         layer += look.evaluation_bytes(EVAL_TOKENS, on_cpu)
-        if config.kv == "recompute":
-            phase.lasting["frozen copy of the layers (float32)"] = 4.0 * shape.stage_parameters()
-            casts += _cast_bytes(shape, width)
+        casts += _add_frozen_copy(phase, config, shape, width)
     if on_cpu:
         phase.passing = {"weights in the compute dtype": casts, "activations": layer, "logits (a chunk)": logits}
     else:

@@ -68,7 +68,7 @@ def say_summary(results: dict[str, Any], folder: RunFolder) -> None:
     say(
         f"{final['stages_kept']} stage(s) kept, {format_count(final['total_parameters'])} parameters, "
         f"{final['seconds']:.1f} s, peak memory {memory['measured_peak_bytes'] / 2**30:.2f} GiB"
-        + (f" (planned {planned['peak_bytes'] / 2**30:.2f}, {planned['phase']})" if planned else "")
+        f" (planned {planned['peak_bytes'] / 2**30:.2f}, {planned['phase']})"
     )
     say(f"page: {folder.page}")
     say(f"report: {folder.report}")

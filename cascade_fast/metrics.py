@@ -22,6 +22,11 @@ def say(text: str) -> None:
     console.print(text, markup=False)
 
 
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def say_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     """A small table: drawn on a terminal, one tab-free line a row elsewhere."""
     if not console.is_terminal:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cascade_fast.configuration import CascadeConfig
-from cascade_fast.metrics import format_count
+from cascade_fast.metrics import format_count, markdown_table
 
 _RECIPE = (
     "preset", "dataset", "seq_len", "train_blocks", "val_blocks", "hard_ratio", "criterion", "stage_kind",
@@ -35,7 +35,7 @@ def _body(config: CascadeConfig, parameters: int) -> list[str]:
         f"A frozen language model with {len(config.stages)} stage(s), {_stages(config)}. Every token leaves at the "
         "first exit where it is no longer hard, with the logits of that exit. It always passes the whole base first: a "
         "cascade costs more than its base, never less.",
-        _table(
+        markdown_table(
             ["", ""],
             [
                 ["base", f"{name} ({source}), {config.num_hidden_layers} layers{_bits(config)}"],
@@ -45,7 +45,7 @@ def _body(config: CascadeConfig, parameters: int) -> list[str]:
             ],
         ),
         "## Exits",
-        _table(
+        markdown_table(
             ["stage", "layers", "a token enters if its score is at or below"],
             [[str(n), str(s["layers"]), f"{s['threshold']:.4f}"] for n, s in enumerate(config.stages, 1)],
         ),
@@ -85,19 +85,18 @@ def _measured(config: CascadeConfig) -> list[str]:
         note += " Validation chose epochs and stages."
     if "test" in config.measured:
         note += " Test was looked at once, at the end."
-    return ["## Measured", _table(["split", "tokens", "base perplexity", "cascade perplexity", "change"], rows), note]
+    return [
+        "## Measured",
+        markdown_table(["split", "tokens", "base perplexity", "cascade perplexity", "change"], rows),
+        note,
+    ]
 
 
 def _settings(config: CascadeConfig) -> list[str]:
     rows = [[name, _public(str(config.settings[name]))] for name in _RECIPE if config.settings.get(name) is not None]
-    return ["## Data and settings", _table(["setting", "value"], rows)] if rows else []
+    return ["## Data and settings", markdown_table(["setting", "value"], rows)] if rows else []
 
 
 def _public(name: str) -> str:
     """A folder's or file's last part: where it lay on the machine of training tells nobody anything."""
     return Path(name).name if name.startswith(("/", ".", "~")) else name
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -10,7 +10,7 @@ from typing import Any
 from cascade_fast import heat_map
 from cascade_fast.checkpoint import atomic_write, atomic_write_text
 from cascade_fast.config import ConfigError
-from cascade_fast.metrics import epoch_line, format_count, say
+from cascade_fast.metrics import epoch_line, format_count, markdown_table, say
 from cascade_fast.model_cli import answer
 from cascade_fast.report_html import render_page
 
@@ -100,18 +100,20 @@ def render_report(config: dict[str, Any], results: dict[str, Any], plots: list[s
         f"# CASCADE: preset {results['settings']['preset']}, hard ratio {results['settings']['hard_ratio']}",
         _summary(results),
         "## Settings",
-        _table(["setting", "value"], [[k, _literal(_show(v))] for k, v in results["settings"].items()]),
+        markdown_table(["setting", "value"], [[k, _literal(_show(v))] for k, v in results["settings"].items()]),
         "## Machine and versions",
-        _table(["", ""], [[k, str(v)] for k, v in {**config["machine"], **config["versions"]}.items()]),
+        markdown_table(["", ""], [[k, str(v)] for k, v in {**config["machine"], **config["versions"]}.items()]),
         "## Base model",
         _base(results),
         *(_stage(stage) for stage in stages),
         "## Analysis",
         "### Overfitting",
         DIAGNOSIS_RULE,
-        _table(["stage", "training loss", "validation loss", "diagnosis"], [_overfitting_row(s) for s in stages]),
+        markdown_table(
+            ["stage", "training loss", "validation loss", "diagnosis"], [_overfitting_row(s) for s in stages]
+        ),
         "### Thresholds",
-        _table(
+        markdown_table(
             ["stage", "threshold", "hard of those that arrive"],
             [[_n(s["stage"]), f"{s['threshold']:.4f}", f"{s['train_hard']:,} / {s['train_total']:,}"] for s in stages],
         ),
@@ -119,7 +121,7 @@ def render_report(config: dict[str, Any], results: dict[str, Any], plots: list[s
         "### Validation",
         "Perplexity on the hard tokens is measured on a different set at each stage; the column over all tokens, each "
         "at its own exit, is the one that compares.",
-        _table(
+        markdown_table(
             ["stage", "hard tokens, by epoch", "all tokens", "kept"],
             [["base", "", _ppl(results["base"]["val_ppl"]), ""], *(_validation_row(s) for s in stages)],
         ),
@@ -138,7 +140,7 @@ def _summary(results: dict[str, Any]) -> str:
     rows = [["validation", base["val_ppl"], final["all_token_val_ppl"]]]
     if final["base_test_ppl"] is not None:
         rows.append(["test", final["base_test_ppl"], final["all_token_test_ppl"]])
-    table = _table(
+    table = markdown_table(
         ["all-token perplexity", "base", "cascade", "change"],
         [[name, _ppl(before), _ppl(after), f"{after / before - 1:+.2%}"] for name, before, after in rows],
     )
@@ -184,7 +186,7 @@ def _stage(stage: dict[str, Any]) -> str:
     ]
     log = "\n".join(epoch_line(e) for e in stage["epochs"])
     verdict = stage["verdict"][0].upper() + stage["verdict"][1:]
-    return f"## Stage {stage['stage']}\n\n{verdict}.\n\n{_table(['item', 'value'], rows)}\n\n```\n{log}\n```"
+    return f"## Stage {stage['stage']}\n\n{verdict}.\n\n{markdown_table(['item', 'value'], rows)}\n\n```\n{log}\n```"
 
 
 def _overfitting_row(stage: dict[str, Any]) -> list[str]:
@@ -208,7 +210,7 @@ def _exits(results: dict[str, Any]) -> str:
         [f"after stage {s['stage']}", *(f"{s['exit_share'][n]:.1%}" if n in s["exit_share"] else "" for n in names)]
         for s in stages
     ]
-    return _table(["validation tokens", *names], rows)
+    return markdown_table(["validation tokens", *names], rows)
 
 
 def _parameters(results: dict[str, Any]) -> str:
@@ -219,13 +221,13 @@ def _parameters(results: dict[str, Any]) -> str:
         rows.append(
             [_n(stage["stage"]), f"+ {format_count(stage['added_parameters'])}", f"{total:,} ({format_count(total)})"]
         )
-    return _table(["stage", "added", "cumulative"], rows)
+    return markdown_table(["stage", "added", "cumulative"], rows)
 
 
 def _compute(results: dict[str, Any]) -> str:
     ledger, compared = results["compute"], results["compute"]["compared"]
     lines = [["base pass", ledger["base_pass"]], *([f"stage {s['stage']}", s["compute"]] for s in results["stages"])]
-    table = _table(
+    table = markdown_table(
         ["", "tokens", "layer-tokens", "TFLOP", "seconds", "MFU"],
         [
             [
@@ -276,11 +278,6 @@ def _show(value: Any) -> str:
 def _literal(text: str) -> str:
     """Text of the user's, on one line, that Markdown shows as it is."""
     return _MARKUP.sub(r"\\\g<0>", text.replace("\n", "\\n"))
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 # --- plots ----------------------------------------------------------------------------------------------------------

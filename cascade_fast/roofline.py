@@ -218,11 +218,10 @@ def base_pass_time(config: RunConfig, base_config: Any, device: Device, dtype: t
     s, layers, seq = shape.stage, base_config.num_hidden_layers, config.seq_len
     test = config.val_blocks if config.test_blocks is None else config.test_blocks
     tokens = (config.train_blocks + config.val_blocks + test) * seq
-    with_logits = tokens if config.criterion != "cosine" else tokens - config.train_blocks * seq
+    with_logits = tokens_with_logits(config, tokens, config.train_blocks * seq)
     at_once = base_tokens_at_once(config, device.on_cpu)
     passes = math.ceil(tokens / at_once)
-    attention = layers * 4 * seq * shape.attention_inner
-    flops = tokens * (2 * shape.base_quantized() + attention) + with_logits * 2 * shape.head
+    flops = tokens * base_flops(shape, seq, with_logits=False) + with_logits * 2 * shape.head
     weights = base_weight_bytes(shape, config.base_quantization, width)
     if config.base_quantization == "nf4":  # every product writes and reads the weights it unpacks
         weights += 2 * width * shape.base_quantized()
@@ -230,6 +229,17 @@ def base_pass_time(config: RunConfig, base_config: Any, device: Device, dtype: t
     moved = passes * weights + tokens * per_token + with_logits * s.vocab_size * (2 * width + 7 * 4)
     launches = passes * layers * BASE_LAYER_LAUNCHES + with_logits / chunk_tokens(s.vocab_size, dtype) * CHUNK_LAUNCHES
     return _time(flops, moved, launches, device, dtype)
+
+
+def base_flops(shape: Shape, seq_len: int, *, with_logits: bool) -> int:
+    """Of a token in the base; masked scores are computed too."""
+    attention = 4 * shape.base.num_hidden_layers * seq_len * shape.attention_inner
+    return 2 * shape.base_quantized() + attention + (2 * shape.head if with_logits else 0)
+
+
+def tokens_with_logits(config: RunConfig, tokens: int, train_tokens: int) -> int:
+    """Of the ``tokens`` of a base pass: the training tokens' logits are made where their scores come from them."""
+    return tokens - train_tokens if config.criterion == "cosine" else tokens
 
 
 def training_flops(shape: Shape, seq_len: int) -> int:

@@ -57,23 +57,11 @@ def run_name(config: RunConfig) -> str:
 
 def run_sweep(folder: Path, configs: Sequence[RunConfig]) -> Path:
     """Trains what is not there yet, and compares; the path of the report."""
-    from cascade_fast.base_model import find_base
-    from cascade_fast.cascade import NonFiniteLoss, run_cascade
-    from cascade_fast.comparison import open_folder, read_run
+    from cascade_fast import cascade
+    from cascade_fast.comparison import train_all
     from cascade_fast.metrics import say
 
-    for config in {(c.stage_kind, c.layers_per_stage): c for c in configs}.values():
-        find_base(config)  # a base that cannot be had, or copied, is said before anything is trained
-    open_folder(folder, "sweep")
-    rows = []
-    for number, config in enumerate(configs, 1):
-        assert config.out is not None
-        say(f"[{number}/{len(configs)}] {Path(config.out).name}")
-        try:
-            run_cascade(config)
-        except NonFiniteLoss as error:  # its results and report have been written: it counts as it is
-            say(f"  {error}")
-        rows.append(read_run(Path(config.out), ""))
+    rows = train_all(folder, "sweep", [("", config, cascade.run_cascade) for config in configs])
     report = write_comparison(folder, rows)
     say(f"report: {report}")
     return report
