@@ -230,7 +230,10 @@ class CascadeRun:
         if self.config.exit_threshold == "validation":
             wider = [share for share in EXIT_SHARES if share > self.config.hard_ratio]
             entries += [ExitStage(trained.stage, select_hardest(score_N, share).threshold) for share in wider]
-        evaluations = [self._all_tokens("val", [*self.stages, entry]) for entry in entries]
+        evaluations = []
+        for entry in entries:
+            evaluations.append(self._all_tokens("val", [*self.stages, entry]))
+            release_memory()  # other doors, other sizes: what has been freed would not fit
         best = min(range(len(entries)), key=lambda i: evaluations[i].perplexity)
         return entries[best], evaluations[best]
 

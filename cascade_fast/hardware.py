@@ -77,5 +77,10 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    trim_host_memory()
+
+
+def trim_host_memory() -> None:
+    """Gives the system back every page of the host's memory that holds nothing but freed blocks."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc: macOS, Windows, musl
         ctypes.CDLL(None).malloc_trim(0)

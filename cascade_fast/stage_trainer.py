@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cascade_fast.checkpoint import Checkpoints, save_tensors
 from cascade_fast.config import RunConfig
+from cascade_fast.hardware import release_memory, trim_host_memory
 from cascade_fast.losses import linear_cross_entropy, token_losses
 from cascade_fast.metrics import MetricsLog, Progress, epoch_line, say
 from cascade_fast.optim import (
@@ -36,6 +37,9 @@ from cascade_fast.stage_tokens import StageTokens
 
 EVAL_TOKENS = 2048  # tokens of a forward pass without gradients
 LOG_STEPS = 50  # steps between looks at the loss, a line of the log each
+# Packs of a second look differ in size, so that freed blocks seldom fit the next one: on the CPU memory doubled within
+# an epoch (docs/log.md). Pages handed back and taken anew cost about 1 % of so many steps.
+TRIM_STEPS = 10
 
 
 class Interrupted(Exception):
@@ -150,6 +154,7 @@ class StageTrainer:
         self.batch_units = train.units_of(config.batch_tokens)
         self.micro_batch_units = train.units_of(micro_batch_tokens or config.micro_batch_tokens or config.batch_tokens)
         self.steps_per_epoch = math.ceil(train.units / self.batch_units)
+        self.trims = device.type == "cpu" and isinstance(stage, SecondLookStage)
         self.training = StageTraining()
         self.epoch, self.step = 1, 0  # the epoch being run, and its next step
         # Of the epoch so far, kept on the device: summed loss, tokens summed over, steps that were not finite.
@@ -174,6 +179,7 @@ class StageTrainer:
                 if signals:
                     raise Interrupted(signals[0])
         if self.training.best_epoch:
+            release_memory()  # of the last steps
             self.stage.load_state_dict(load_file(self.best_path))
         return self.training
 
@@ -194,6 +200,8 @@ class StageTrainer:
                 progress.advance(tokens)
                 self.step += 1
                 self.epoch_seconds = before + time.monotonic() - started
+                if self.trims and self.step % TRIM_STEPS == 0:
+                    trim_host_memory()
                 if self.step % LOG_STEPS == 0 and not self._look():
                     return False
                 if signals:
@@ -274,6 +282,8 @@ class StageTrainer:
     def _end_epoch(self) -> None:
         config, training, seen = self.config, self.training, self.epoch_tokens
         self.stage.eval()
+        if self.trims:
+            trim_host_memory()
         val_loss = validation_loss(self.stage, self.val, self.device, self.dtype)
         if not math.isfinite(val_loss):
             self._diverged()

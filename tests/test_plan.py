@@ -293,7 +293,16 @@ def test_every_built_in_base_can_be_planned_on_every_device():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smollm2-135m", "llama-360m", "llama-1b", "smollm2-135m, second look"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "smollm2-135m",
+        "llama-360m",
+        "llama-1b",
+        "smollm2-135m, second look",
+        "smollm2-135m, preset second-look",
+    ],
+)
 def test_the_planned_peak_is_within_15_percent_of_the_measured_one(name, tmp_path):
     path = Path(__file__).parent.parent / "benchmarks" / "plan_error.py"
     spec = importlib.util.spec_from_file_location("plan_error", path)

@@ -12,6 +12,7 @@ from test_stage import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 
+from cascade_fast import stage_trainer
 from cascade_fast.base_model import find_base
 from cascade_fast.base_pass import base_pass
 from cascade_fast.cascade import run_cascade
@@ -351,6 +352,19 @@ def test_in_sixteen_bit_too(look_settings, tmp_path, dtype):
     (stage,) = results["stages"]
     assert stage["all_token_val_ppl"] < results["base"]["val_ppl"]
     assert all(epoch["tokens_per_second"] > 0 for epoch in stage["epochs"])
+
+
+@pytest.mark.parametrize(("kind", "trims"), [("second-look", True), ("append", False)])
+def test_memory_goes_back_to_the_system_within_an_epoch(look_settings, tmp_path, monkeypatch, kind, trims):
+    """Packs differ in size, and what one has freed seldom fits the next; tokens of an appended stage's batch do not."""
+    monkeypatch.setattr(stage_trainer, "TRIM_STEPS", 2)
+    trimmed = []
+    monkeypatch.setattr(stage_trainer, "trim_host_memory", lambda: trimmed.append(True))
+    run, _ = _run(look_settings, tmp_path / "run", stage_kind=kind, num_stages=1, epochs=1, batch_tokens=32)
+    events = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    steps = max(event["step"] for event in events if event["event"] == "steps")
+    assert steps >= 4
+    assert len(trimmed) == (steps // 2 + 1 if trims else 0)  # and once before validation
 
 
 def test_micro_batches_add_up(look_settings, tmp_path):
