@@ -47,8 +47,8 @@ def measure(cache_dir: str | None = None) -> dict[str, float]:
 
 
 def measure_one(name: str, folder: Path, cache_dir: str | None = None) -> float:
-    """``planned / measured - 1`` of one configuration of ``LAYERS``, ``SECOND_LOOKS`` or ``PRESET``. ``cache_dir``: where the
-    converted SmolLM2-135M lies (default: the user's cache); the base passes go to ``folder``."""
+    """``planned / measured - 1`` of one configuration of ``LAYERS``, ``SECOND_LOOKS`` or ``PRESET``. ``cache_dir``:
+    where the converted SmolLM2-135M lies (default: the user's cache); the base passes go to ``folder``."""
     if name == PRESET:
         more = ["--preset", "second-look", "--train-blocks", "128", "--val-blocks", "24"]
         return _planned_over_measured(folder / "run", [*ARGUMENTS, *more, "--base", _converted_smollm2(cache_dir)])
