@@ -37,8 +37,8 @@ from cascade_fast.stage_tokens import StageTokens
 
 EVAL_TOKENS = 2048  # tokens of a forward pass without gradients
 LOG_STEPS = 50  # steps between looks at the loss, a line of the log each
-# Packs of a second look differ in size, so that freed blocks seldom fit the next one: on the CPU memory doubled within
-# an epoch (docs/log.md). Pages handed back and taken anew cost about 1 % of so many steps.
+# Packs of a second look differ in size, so that freed blocks seldom fit the next one: on the CPU memory nearly
+# doubled within an epoch. Taking pages anew this often did not show in the time of a run (docs/log.md).
 TRIM_STEPS = 10
 
 
