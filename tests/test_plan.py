@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -309,3 +311,24 @@ def test_the_planned_peak_is_within_15_percent_of_the_measured_one(name, tmp_pat
     plan_error = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plan_error)
     assert abs(plan_error.measure_one(name, tmp_path)) <= 0.15
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc keeps freed memory; others do as they like")
+def test_trimming_gives_freed_pages_back():
+    """In a process of its own, told to keep what it frees: 256 MiB of freed blocks below one that lives."""
+    script = """
+import torch
+from cascade_fast.hardware import keep_freed_memory, trim_host_memory
+from cascade_fast.memory_plan import resident_bytes
+assert keep_freed_memory()
+blocks = [torch.ones(2**18) for _ in range(257)]
+lives = blocks.pop()
+del blocks
+before = resident_bytes()
+trim_host_memory()
+print(before - resident_bytes(), float(lives.sum()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    given_back, alive = done.stdout.split()
+    assert int(given_back) > 200 * 2**20
+    assert float(alive) == 2**18
