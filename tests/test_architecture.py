@@ -4,9 +4,13 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 
@@ -161,3 +165,24 @@ def test_the_readme_s_commands_from_a_clean_clone(tmp_path):
         ["make", "-C", str(clone), "test", "ARGS=-q tests/test_config.py"], capture_output=True, text=True
     )
     assert tests.returncode == 0, tests.stdout
+
+
+def _pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text().splitlines()
+    return {canonicalize_name(n): version for n, _, version in (s.partition("==") for s in lines if s[:1] != "#")}
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-oldest.txt"])
+def test_what_is_pinned_is_allowed(file):
+    """The newest versions tested and the oldest: both within pyproject.toml, the oldest exactly at its lower bounds."""
+    pins = _pins(file)
+    allowed = [Requirement(text) for text in requires("cascade-fast") if "extra" not in text or "gguf" in text]
+    pinned = [r for r in allowed if canonicalize_name(r.name) != "torch"]
+    assert {canonicalize_name(r.name) for r in pinned} <= set(pins)
+    for requirement in pinned:
+        version = pins[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), requirement
+        lowest = {s.version for s in requirement.specifier if s.operator == ">="}
+        if file == "constraints-oldest.txt":
+            assert {Version(text) for text in lowest} == {Version(version)}, requirement
+
