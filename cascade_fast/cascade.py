@@ -369,6 +369,7 @@ def run_cascade(config: RunConfig) -> RunFolder:
         keep_freed_memory()
     base = find_base(config)
     blocks = load_blocks(config, base.tokenizer())
+    config = blocks.settle(config)
     release_memory()  # of tokenization
     with RunFolder.open(config, base.fingerprint, blocks.fingerprint(), device=device, dtype=dtype) as folder:
         if folder.finished:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, make_config
+from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, make_config, saved_settings
 from cascade_fast.model_cli import add_model_arguments, add_run_argument, answer, load_model
 
 SPLITS = ("train", "val", "test")
@@ -97,8 +97,8 @@ def _blocks(asked: argparse.Namespace, config: Any, tokenizer: Any) -> tuple[Any
     """The token blocks (B, S + 1) asked for, and what they are."""
     from cascade_fast.data import load_blocks, text_blocks
 
-    settings = {name: value for name, value in config.settings.items() if name not in RESUME_MAY_CHANGE}
-    if asked.dataset is None and not settings:
+    settings = {n: value for n, value in saved_settings(config.settings).items() if n not in RESUME_MAY_CHANGE}
+    if asked.dataset is None and not config.settings:
         raise ConfigError("dataset: not given, and this cascade does not know what it was trained on")
     if asked.seq_len is not None:
         settings["seq_len"] = asked.seq_len

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cascade_fast.base_model import find_base
 from cascade_fast.checkpoint import atomic_write, write_json
-from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig
+from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig, saved_settings
 from cascade_fast.data import load_blocks
 from cascade_fast.hardware import choose_device, choose_dtype, keep_freed_memory
 from cascade_fast.losses import linear_cross_entropy, token_losses
@@ -47,6 +47,7 @@ def full_finetune(config: RunConfig) -> Path:
     dtype, _ = choose_dtype(device, config.dtype)
     base = find_base(config)
     blocks = load_blocks(config, base.tokenizer())
+    config = blocks.settle(config)
     fingerprints = {"base": base.fingerprint, "data": blocks.fingerprint()}
     if _finished(folder, config, fingerprints):
         say(f"finished already: {folder}")
@@ -205,7 +206,7 @@ def _finished(folder: Path, config: RunConfig, fingerprints: dict[str, str]) -> 
             raise ConfigError(f"out: {str(folder)!r}; exists and is not the folder of a full fine-tune")
         return False
     now = {**config.to_dict(), **fingerprints}
-    before = {**found["settings"], **found.get("fingerprints", {})}
+    before = {**saved_settings(found["settings"]), **found.get("fingerprints", {})}
     differing = [n for n, v in now.items() if n not in RESUME_MAY_CHANGE and before.get(n) != v]
     if differing:
         shown = "; ".join(f"{n} was {before.get(n)!r}, is {now[n]!r}" for n in differing)

@@ -66,7 +66,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: CascadeConfig) -> None:
         super().__init__(config)
-        self.base = AutoModelForCausalLM.from_config(config.base_config)
+        self.base = AutoModelForCausalLM.from_config(config.base_config, trust_remote_code=False)
         self.stages = nn.ModuleList(self._new_stage(config, n) for n in range(1, len(config.stages) + 1))
         self.base_folder: str | None = None  # where the base was found; its tokenizer is there
         self.post_init()
@@ -367,7 +367,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         if self.base_folder is None:
             return
         with suppress(OSError, ValueError):  # the base has none: the model is whole without it
-            AutoTokenizer.from_pretrained(self.base_folder).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(self.base_folder, trust_remote_code=False).save_pretrained(folder)
 
     def push_to_hub(  # type: ignore[override]
         self, repo_id: str, *, self_contained: bool = True, private: bool | None = None, token: Any = None

@@ -23,7 +23,7 @@ import torch
 from cascade_fast import __version__
 from cascade_fast.base_model import BaseModel
 from cascade_fast.checkpoint import write_json
-from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig
+from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig, saved_settings
 from cascade_fast.configuration import MODEL_CRITERIA, CascadeConfig
 from cascade_fast.exits import ExitStage
 from cascade_fast.heat_map import write_heat_map
@@ -234,7 +234,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _check_same(found: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     differences = []
     for name, value in now["settings"].items():
-        before = found["settings"].get(name)
+        before = saved_settings(found["settings"]).get(name)
         if name not in RESUME_MAY_CHANGE and before != value:
             differences.append(f"{name} was {before!r}, is {value!r}")
     for name, value in now["fingerprints"].items():

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import from those below it and from modules of its own layer that stand before it.
 LAYERS = [
-    ["auto_classes", "config"],
+    ["auto_classes", "input_checks", "config"],
     ["ops.reference", "ops.backends", "ops.schema", "ops"],
     ["checkpoint", "metrics", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage", "attention", "second_look"],
@@ -95,7 +95,7 @@ def test_kernels_is_no_package_of_that_name():
 
 
 def test_nothing_is_loaded_by_pickle_and_no_remote_code_is_run():
-    forbidden = re.compile(r"pickle\.load|torch\.load\(|trust_remote_code|allow_pickle")
+    forbidden = re.compile(r"pickle\.load|torch\.load\(|trust_remote_code(?!=False\b)|allow_pickle")
     for path in [*SOURCES, *(ROOT / "kernels").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         assert not forbidden.search(path.read_text()), path
 

@@ -13,7 +13,8 @@ TOKENIZER = byte_tokenizer()
 
 
 def _config(**settings):
-    return make_config({"seq_len": 8, "train_blocks": 2, "val_blocks": 1, "test_blocks": 1, **settings})
+    defaults = {"seq_len": 8, "train_blocks": 2, "val_blocks": 1, "test_blocks": 1, "shuffle": "off"}
+    return make_config({**defaults, **settings})
 
 
 def _texts(*lengths):
