@@ -127,8 +127,8 @@ def find_base(config: RunConfig) -> BaseModel:
     hf_config = read_base_config(config.base, path)
     if getattr(hf_config, "auto_map", None):
         print(
-            f"note: {config.base!r} comes with code of its own, which is never run: transformers' {hf_config.model_type} "
-            "is used",
+            f"note: {config.base!r} comes with code of its own, which is never run: transformers' "
+            f"{hf_config.model_type} is used",
             file=sys.stderr,
         )
     longest = hf_config.max_position_embeddings

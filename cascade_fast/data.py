@@ -111,9 +111,7 @@ def cut_blocks(texts: Iterable[str], tokenizer: Any, config: RunConfig) -> Token
             f"{config.seq_len} tokens (a text is never shared between splits)"
         )
     if config.test_blocks == ALL and counts["test"] == 0:
-        raise ConfigError(
-            f"test_blocks: all; {config.dataset!r} has {found} blocks, training and validation leave none"
-        )
+        raise ConfigError(f"test_blocks: all; {config.dataset!r} has {found} blocks, train and val leave none")
     return TokenBlocks({name: torch.cat(parts) for name, parts in blocks.items()}, config.dataset)
 
 
@@ -131,16 +129,16 @@ def _left(lengths: list[int], val: int, test: int, config: RunConfig) -> int:
     left = sum(lengths[:first])
     if left == 0 and sum(lengths) > 0:
         raise ConfigError(
-            f"train_blocks: all; {config.dataset!r} has {sum(lengths)} blocks of {config.seq_len} tokens, and {val} val + "
-            f"{test} test leave none (a text is never shared between splits)"
+            f"train_blocks: all; {config.dataset!r} has {sum(lengths)} blocks of {config.seq_len} tokens, and {val} val "
+            f"+ {test} test leave none (a text is never shared between splits)"
         )
     return left
 
 
 def _too_short(config: RunConfig, longest: int) -> ConfigError:
     return ConfigError(
-        f"dataset: {config.dataset!r}: every text is shorter than one block of seq_len + 1 = {config.seq_len + 1} tokens "
-        f"(the longest has {longest}); lower seq_len"
+        f"dataset: {config.dataset!r}: every text is shorter than one block of seq_len + 1 = {config.seq_len + 1} "
+        f"tokens (the longest has {longest}); lower seq_len"
     )
 
 

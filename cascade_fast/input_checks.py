@@ -34,8 +34,8 @@ def shown(value: Any) -> str:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether ``value`` is of the annotation ``kind``: int, float (an int will do), str, bool, dict, list, tuples of one
-    type, unions of these. A bool is no number here."""
+    """Whether ``value`` is of the annotation ``kind``: int, float (an int will do), str, bool, dict, list, tuples of
+    one type, unions of these. A bool is no number here."""
     origin = typing.get_origin(kind) or kind
     if kind is Any:
         return True
