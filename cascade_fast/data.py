@@ -129,8 +129,8 @@ def _left(lengths: list[int], val: int, test: int, config: RunConfig) -> int:
     left = sum(lengths[:first])
     if left == 0 and sum(lengths) > 0:
         raise ConfigError(
-            f"train_blocks: all; {config.dataset!r} has {sum(lengths)} blocks of {config.seq_len} tokens, and {val} val "
-            f"+ {test} test leave none (a text is never shared between splits)"
+            f"train_blocks: all; {config.dataset!r} has {sum(lengths)} blocks of {config.seq_len} tokens: {val} val + "
+            f"{test} test leave none (a text is never shared between splits)"
         )
     return left
 
@@ -143,8 +143,8 @@ def _too_short(config: RunConfig, longest: int) -> ConfigError:
 
 
 def text_blocks(config: RunConfig, tokenizer: Any, limit: int | None = None) -> Tensor:
-    """All blocks of ``config.dataset``, or the first ``limit``, in the data's own order: ``(blocks, seq_len + 1)`` int32.
-    No splits.
+    """All blocks of ``config.dataset``, or the first ``limit``, in the data's own order: ``(blocks, seq_len + 1)``
+    int32. No splits.
 
     Raises:
         ConfigError: as :func:`load_blocks`.
@@ -224,7 +224,7 @@ def _load_rows(dataset: str) -> Any:
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said in one line of ours
     datasets.disable_progress_bars()
     path = Path(dataset)
-    if dataset and _exists(path):
+    if dataset and os.path.exists(dataset):
         return _read_files(dataset, *_local_files(path))
     if path.suffix in _SUFFIXES or path.is_absolute():
         raise ConfigError(f"dataset: {dataset!r}; no such file or folder")
@@ -243,13 +243,6 @@ def _load_rows(dataset: str) -> Any:
             f"dataset: {dataset!r}; not a local path, not 'pydoc', and not to be had from the Hugging Face Hub: "
             f"{first_line(error)}"
         ) from error
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long, a folder that may not be entered
-        return False
 
 
 def _read_files(dataset: str, builder: str, files: list[Path]) -> Any:

@@ -102,16 +102,15 @@ def _blocks(asked: argparse.Namespace, config: Any, tokenizer: Any) -> tuple[Any
         raise ConfigError("dataset: not given, and this cascade does not know what it was trained on")
     if asked.seq_len is not None:
         settings["seq_len"] = asked.seq_len
-    longest = config.max_position_embeddings
-    if settings.get("seq_len", 0) > longest:
-        raise ConfigError(f"seq_len: {settings['seq_len']}; the base has {longest} positions")
+    if asked.dataset is not None:
+        settings |= {n: getattr(asked, n) for n in ("dataset", "text_columns", "text_template")}
+    text, longest = make_config(settings), config.max_position_embeddings
+    if text.seq_len > longest:
+        raise ConfigError(f"seq_len: {text.seq_len}; the base has {longest} positions")
     if asked.dataset is None:
-        blocks = load_blocks(make_config(settings), tokenizer).ids[asked.split]
-        source = f"{settings['dataset']}, {asked.split}"
+        blocks, source = load_blocks(text, tokenizer).ids[asked.split], f"{text.dataset}, {asked.split}"
     else:
-        text = {"dataset": asked.dataset, "text_columns": asked.text_columns, "text_template": asked.text_template}
-        blocks = text_blocks(make_config({**settings, **text}), tokenizer, asked.blocks)
-        source = asked.dataset
+        blocks, source = text_blocks(text, tokenizer, asked.blocks), text.dataset
     if len(blocks) == 0:
         raise ConfigError(f"split: {asked.split!r}; the run has no such blocks")
     return blocks[: asked.blocks], source
