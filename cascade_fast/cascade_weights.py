@@ -15,7 +15,7 @@ from cascade_fast.base_model import BaseModel, find_base
 from cascade_fast.config import ConfigError, make_config
 from cascade_fast.configuration import CascadeConfig
 from cascade_fast.exits import ExitStage
-from cascade_fast.input_checks import check_type, one_line
+from cascade_fast.input_checks import check_type, one_line, shown
 
 FILES = ["*.json", "*.jinja", "stages/*"]  # what is read of such a folder on the hub
 
@@ -79,8 +79,8 @@ def find_base_of(config: CascadeConfig, base_path: str | None = None) -> BaseMod
         raise ConfigError(f"{error}. If it lies elsewhere now, pass base_path") from error
     if base.fingerprint != fingerprint:
         raise ConfigError(
-            f"base: {name!r} is another model than the one the stages were trained on: fingerprint "
-            f"{base.fingerprint:.12}, then {fingerprint:.12}"
+            f"base: {shown(name)} is another model than the one the stages were trained on: fingerprint "
+            f"{base.fingerprint:.12}, then {shown(fingerprint[:12])[1:-1]}"
         )
     return base
 

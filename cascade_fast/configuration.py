@@ -81,7 +81,7 @@ class CascadeConfig(PreTrainedConfig):
                 raise ConfigError(f"stages: {name} is {' and '.join(map(repr, found))}; must be the same for all")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As everywhere in transformers; raises ConfigError as :meth:`from_dict`, OSError where nothing is found."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)

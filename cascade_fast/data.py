@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cascade_fast.config import ALL, ConfigError, RunConfig
-from cascade_fast.input_checks import first_line, template_parts
+from cascade_fast.input_checks import one_line, shown, template_parts
 
 SPLITS = ("train", "val", "test")
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -107,11 +107,11 @@ def cut_blocks(texts: Iterable[str], tokenizer: Any, config: RunConfig) -> Token
     if any(counts[name] < wanted[name] for name in required):
         asked = " + ".join(f"{wanted[name]} {name}" for name in required)
         raise ConfigError(
-            f"train_blocks, val_blocks, test_blocks: {asked} blocks asked, but {config.dataset!r} has {found} of "
+            f"train_blocks, val_blocks, test_blocks: {asked} blocks asked, but {shown(config.dataset)} has {found} of "
             f"{config.seq_len} tokens (a text is never shared between splits)"
         )
     if config.test_blocks == ALL and counts["test"] == 0:
-        raise ConfigError(f"test_blocks: all; {config.dataset!r} has {found} blocks, train and val leave none")
+        raise ConfigError(f"test_blocks: all; {shown(config.dataset)} has {found} blocks, train and val leave none")
     return TokenBlocks({name: torch.cat(parts) for name, parts in blocks.items()}, config.dataset)
 
 
@@ -129,15 +129,15 @@ def _left(lengths: list[int], val: int, test: int, config: RunConfig) -> int:
     left = sum(lengths[:first])
     if left == 0 and sum(lengths) > 0:
         raise ConfigError(
-            f"train_blocks: all; {config.dataset!r} has {sum(lengths)} blocks of {config.seq_len} tokens: {val} val + "
-            f"{test} test leave none (a text is never shared between splits)"
+            f"train_blocks: all; {shown(config.dataset)} has {sum(lengths)} blocks of {config.seq_len} tokens: {val} "
+            f"val + {test} test leave none (a text is never shared between splits)"
         )
     return left
 
 
 def _too_short(config: RunConfig, longest: int) -> ConfigError:
     return ConfigError(
-        f"dataset: {config.dataset!r}: every text is shorter than one block of seq_len + 1 = {config.seq_len + 1} "
+        f"dataset: {shown(config.dataset)}: every text is shorter than one block of seq_len + 1 = {config.seq_len + 1} "
         f"tokens (the longest has {longest}); lower seq_len"
     )
 
@@ -227,11 +227,11 @@ def _load_rows(dataset: str) -> Any:
     if dataset and os.path.exists(dataset):
         return _read_files(dataset, *_local_files(path))
     if path.suffix in _SUFFIXES or path.is_absolute():
-        raise ConfigError(f"dataset: {dataset!r}; no such file or folder")
+        raise ConfigError(f"dataset: {shown(dataset)}; no such file or folder")
     # A builder's name alone would read whatever lies in the current folder.
     builders = getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", ())
     if not _HUB_ID.fullmatch(dataset) or dataset in builders:
-        raise ConfigError(f"dataset: {dataset!r}; no such file or folder, and no name of a dataset on the hub")
+        raise ConfigError(f"dataset: {shown(dataset)}; no such file or folder, and no name of a dataset on the hub")
     from cascade_fast.base_model import hub_reachable
 
     if not hub_reachable():
@@ -240,8 +240,8 @@ def _load_rows(dataset: str) -> Any:
         return datasets.load_dataset(dataset, split="train")
     except Exception as error:
         raise ConfigError(
-            f"dataset: {dataset!r}; not a local path, not 'pydoc', and not to be had from the Hugging Face Hub: "
-            f"{first_line(error)}"
+            f"dataset: {shown(dataset)}; not a local path, not 'pydoc', and not to be had from the Hugging Face Hub: "
+            f"{one_line(error)}"
         ) from error
 
 
@@ -254,21 +254,21 @@ def _read_files(dataset: str, builder: str, files: list[Path]) -> Any:
         for file in files:
             _check_file(file, builder)
     except OSError as error:
-        raise ConfigError(f"dataset: {dataset!r} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"dataset: {shown(dataset)} cannot be read: {error.strerror}") from error
     options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
-    empty = ConfigError(f"dataset: {dataset!r} is empty: it holds no text")
+    empty = ConfigError(f"dataset: {shown(dataset)} is empty: it holds no text")
     if not files:
         raise empty
     paths = [glob.escape(str(file)) for file in files]
     try:
         rows = datasets.load_dataset(builder, data_files=paths, split="train", **options)
     except Exception as error:  # whatever the parser of the user's file raises
-        reason = first_line(error.__cause__ or error)
+        reason = one_line(error.__cause__ or error)
         if "corresponds to no data" in reason:
             raise empty from error
         for said, words in _IN_WORDS.items():
             reason = words if reason.startswith(said) else reason
-        raise ConfigError(f"dataset: {dataset!r} cannot be read as {builder}: {reason}") from error
+        raise ConfigError(f"dataset: {shown(dataset)} cannot be read as {builder}: {reason}") from error
     if len(rows) == 0:
         raise empty
     return rows
@@ -338,7 +338,7 @@ def _render(rows: Any, config: RunConfig) -> Iterator[str]:
         parts = []
         wanted = list(config.text_columns or next((c for c in _DEFAULT_COLUMNS if set(c) <= set(columns)), ()))
         if not wanted:
-            raise ConfigError(f"text_columns: not given, and {config.dataset!r} has columns {', '.join(columns)}")
+            raise ConfigError(f"text_columns: not given, and {shown(config.dataset)} has columns {', '.join(columns)}")
         _check_columns("text_columns", wanted, columns)
     rows = rows.select_columns(list(dict.fromkeys(wanted)))
     if config.shuffle == "on":
@@ -355,4 +355,4 @@ def _text(cell: Any) -> str:
 def _check_columns(setting: str, wanted: Iterable[str], columns: list[str]) -> None:
     for name in wanted:
         if name not in columns:
-            raise ConfigError(f"{setting}: {name!r}; the dataset's columns are {', '.join(columns)}")
+            raise ConfigError(f"{setting}: {shown(name)}; the dataset's columns are {', '.join(columns)}")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-SHOWN_CHARACTERS = 200  # of a wrong value, in a message
+SHOWN_CHARACTERS = 400  # of a wrong value, in a message
 
 
 class ConfigError(ValueError):
@@ -79,14 +79,10 @@ def check_fields(where: str, given: Any, kinds: Mapping[str, Any], optional: Ite
         check_type(f"{where}: {name}", value, kinds[name])
 
 
-def first_line(error: BaseException) -> str:
-    """Of an error's message; its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def one_line(error: BaseException) -> str:
-    """An error's message with its lines joined, cut where it gets long."""
+    """An error's message with its lines joined and control characters as Python writes them, cut where it gets long."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: 2 * SHOWN_CHARACTERS])
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
 
 
@@ -133,7 +129,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         byte = error.object[error.start]
         raise ConfigError(f"{where}, line {line}: byte {byte:#04x} is not UTF-8; save the file as UTF-8") from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise ConfigError(f"{where} cannot be read: {reason}") from None
     try:
         loader = yaml.SafeLoader(text)
@@ -147,7 +143,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{where}{at}: {first_line(ValueError(error.problem or error.context))}") from None
+        raise ConfigError(f"{where}{at}: {one_line(ValueError(error.problem or error.context))}") from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise ConfigError(f"{where}, line {line}: character {error.character!r} is not allowed in YAML") from None
@@ -156,7 +152,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{where}; a value cannot be read: {first_line(error)}") from None  # as 2024-13-45
+        raise ConfigError(f"{where}; a value cannot be read: {one_line(error)}") from None  # as 2024-13-45
     return {_setting_name(name): value for name, value in content.items()}
 
 

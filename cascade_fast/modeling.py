@@ -42,7 +42,7 @@ from cascade_fast.checkpoint import atomic_write_text
 from cascade_fast.config import ConfigError
 from cascade_fast.configuration import CascadeConfig
 from cascade_fast.exit_logits import ExitLogits
-from cascade_fast.model_card import render_card
+from cascade_fast.model_card import base_license, render_card
 from cascade_fast.second_look import SecondLookConfig, SecondLookStage
 from cascade_fast.selection import select_below
 from cascade_fast.stage import Stage
@@ -377,9 +377,10 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
                 self.generation_config.save_pretrained(folder)
                 write_stages(folder, self.config, self.stages)
             self._save_tokenizer(folder)
+            license = base_license(self.config, self.base_folder)
             # Not those of the whole: numel() of a 4-bit weight counts bytes, which only the base knows.
             parameters = self.base.num_parameters() + sum(p.numel() for p in self.stages.parameters())
-            atomic_write_text(folder / "README.md", render_card(self.config, parameters=parameters))
+            atomic_write_text(folder / "README.md", render_card(self.config, parameters=parameters, license=license))
         finally:
             self.config = before
 

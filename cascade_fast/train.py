@@ -34,7 +34,7 @@ class SettingsParser(argparse.ArgumentParser):
         if name is None:
             return ""
         means = f" ({explain(name)})" if name in RunConfig.__dataclass_fields__ else ""
-        return f"; instead of {flag} did you mean --{name.replace('_', '-')}{means}?"
+        return f"; {flag}: did you mean --{name.replace('_', '-')}{means}?"
 
 
 def build_parser(

@@ -1,13 +1,18 @@
 """The command line: mistakes are one line and exit code 2, before any work; what it prints where."""
 
+import importlib
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from cascade_fast import train
+from cascade_fast import baselines, plan, sweep, train
 from cascade_fast.metrics import peak_rss_bytes
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -81,6 +86,29 @@ def test_an_unknown_flag_is_argparse_s_error(capsys):
         train.main(["--hard-ration", "0.5"])
     assert stop.value.code == 2
     assert "--hard-ration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [train, baselines, sweep, plan])
+def test_an_unknown_flag_says_which_is_meant(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--learning-rate", "1", "--max_seq_length=5", "--frobnicate", "--layers-per-stag", "2"])
+    assert stop.value.code == 2
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if "error: " in line)
+    assert "--learning-rate: did you mean --lr (peak learning rate)?" in error
+    assert "--max_seq_length: did you mean --seq-len (tokens in a block)?" in error
+    assert "--layers-per-stag: did you mean --layers-per-stage (" in error
+    assert "--frobnicate: " not in error
+
+
+def test_every_command_has_a_console_script():
+    section = (ROOT / "pyproject.toml").read_text().split("[project.scripts]\n")[1].split("\n\n")[0]
+    scripts = dict(re.findall(r'^(\S+) = "(\S+)"$', section, re.MULTILINE))
+    commands = {p.stem for p in (ROOT / "cascade_fast").glob("*.py") if '__name__ == "__main__"' in p.read_text()}
+    assert len(commands) == 9
+    assert scripts == {f"cascade-fast-{name}": f"cascade_fast.{name}:main" for name in commands}
+    for target in scripts.values():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_a_run_is_quiet_and_line_based_without_a_terminal(capsys, flags, tmp_path):
