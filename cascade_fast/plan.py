@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.config import ConfigError, RunConfig, make_config
+from cascade_fast.config import ALL, ConfigError, RunConfig, make_config
 from cascade_fast.train import build_parser
 
 _SMOLLM2 = {
@@ -116,6 +116,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bool) -> int:
+    for name in ("train_blocks", "test_blocks"):
+        if getattr(config, name) == ALL:
+            raise ConfigError(f"{name}: all; a plan does not read the text: must be a number")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from cascade_fast.base_model import cache_folder
     from cascade_fast.memory_plan import CONTEXT_BYTES, largest_batch_tokens

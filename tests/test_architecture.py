@@ -100,6 +100,21 @@ def test_nothing_is_loaded_by_pickle_and_no_remote_code_is_run():
         assert not forbidden.search(path.read_text()), path
 
 
+def test_every_loading_by_transformers_auto_classes_forbids_code_of_a_repository():
+    calls = []
+    for path in [*SOURCES, *(ROOT / "benchmarks").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            auto = ast.unparse(node.func.value).removeprefix("transformers.").startswith("Auto")
+            if auto and node.func.attr in ("from_pretrained", "from_config"):
+                calls.append(path)
+                assert any(k.arg == "trust_remote_code" and ast.unparse(k.value) == "False" for k in node.keywords), (
+                    path
+                )
+    assert len(calls) >= 9
+
+
 def test_no_file_is_too_long():
     files = [
         *SOURCES,

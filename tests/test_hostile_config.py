@@ -151,7 +151,7 @@ def test_the_base_is_what_its_fingerprint_says_whatever_the_file_does(fields, ti
     for stage in changed["stages"]:
         stage["rms_norm_eps"] = 1e-2
     (tmp_path / "config.json").write_text(json.dumps(changed))
-    with pytest.raises(ConfigError, match="stages: stage 1: rms_norm_eps 0.01; must be 1e-06, as the base has it"):
+    with pytest.raises(ConfigError, match=r"stages: stage 1: rms_norm_eps 0\.01; must be 1e-06, as the base has it"):
         CascadeForCausalLM.from_pretrained(tmp_path)
 
 
