@@ -1,6 +1,7 @@
 """What a run tells while it works: progress, lines on the console, and ``metrics.jsonl``."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,17 @@ console = Console(highlight=False, soft_wrap=True)
 def say(text: str) -> None:
     """One line for the user."""
     console.print(text, markup=False)
+
+
+# What Markdown would take for markup; an underscore within a word is none.
+_MARKUP = re.compile(r"[\\`*<\[&~]|(?<![^\W_])_|_(?![^\W_])")
+# Characters that end a line, that a terminal or page obeys instead of showing them, or that no encoding can hold.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def literal(text: str) -> str:
+    """Text of the user's, on one line, that Markdown shows as it is; control characters as Python writes them."""
+    return _MARKUP.sub(r"\\\g<0>", _CONTROL.sub(lambda found: repr(found[0])[1:-1], text))
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.config import ConfigError, RunConfig, make_config
+from cascade_fast.config import ALL, ConfigError, RunConfig, make_config
 from cascade_fast.train import build_parser
 
 _SMOLLM2 = {
@@ -66,7 +66,7 @@ def base_configuration(base: str) -> Any:
     """transformers' configuration of a built-in name, a local folder or a hub id. Raises ConfigError."""
     from transformers import AutoConfig
 
-    from cascade_fast.base_model import FAMILY, hub_reachable
+    from cascade_fast.base_model import hub_reachable, read_base_config
 
     if base in BUILT_IN:
         return AutoConfig.for_model(**BUILT_IN[base])
@@ -76,13 +76,7 @@ def base_configuration(base: str) -> Any:
             f"base: {base!r}; must be a folder with a config.json, one of {', '.join(BUILT_IN)}, or a hub id (the hub "
             "cannot be reached)"
         )
-    try:
-        found = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"base: {base!r}; its configuration cannot be read: {str(error).splitlines()[0]}") from None
-    if found.model_type not in FAMILY:
-        raise ConfigError(f"base: {base!r} is a {found.model_type} model; a cascade needs one of {', '.join(FAMILY)}")
-    return found
+    return read_base_config(base, base)
 
 
 def plan_parser() -> argparse.ArgumentParser:
@@ -122,6 +116,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bool) -> int:
+    for name in ("train_blocks", "test_blocks"):
+        if getattr(config, name) == ALL:
+            raise ConfigError(f"{name}: all; a plan does not read the text: must be a number")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from cascade_fast.base_model import cache_folder
     from cascade_fast.files import free_disk_bytes

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import from those below it and from modules of its own layer that stand before it.
 LAYERS = [
-    ["auto_classes", "config", "cache_name"],
+    ["auto_classes", "input_checks", "config", "cache_name"],
     ["ops.reference", "ops.backends", "ops.schema", "ops"],
     ["files", "metrics", "checkpoint", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage", "attention", "second_look"],
@@ -99,9 +99,24 @@ def test_kernels_is_no_package_of_that_name():
 
 
 def test_nothing_is_loaded_by_pickle_and_no_remote_code_is_run():
-    forbidden = re.compile(r"pickle\.load|torch\.load\(|trust_remote_code|allow_pickle")
+    forbidden = re.compile(r"pickle\.load|torch\.load\(|trust_remote_code(?!=False\b)|allow_pickle")
     for path in [*SOURCES, *(ROOT / "kernels").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         assert not forbidden.search(path.read_text()), path
+
+
+def test_every_loading_by_transformers_auto_classes_forbids_code_of_a_repository():
+    calls = []
+    for path in [*SOURCES, *(ROOT / "benchmarks").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            auto = ast.unparse(node.func.value).removeprefix("transformers.").startswith("Auto")
+            if auto and node.func.attr in ("from_pretrained", "from_config"):
+                calls.append(path)
+                assert any(k.arg == "trust_remote_code" and ast.unparse(k.value) == "False" for k in node.keywords), (
+                    path
+                )
+    assert len(calls) >= 9
 
 
 def test_no_file_is_too_long():
@@ -185,4 +200,3 @@ def test_what_is_pinned_is_allowed(file):
         lowest = {s.version for s in requirement.specifier if s.operator == ">="}
         if file == "constraints-oldest.txt":
             assert {Version(text) for text in lowest} == {Version(version)}, requirement
-
