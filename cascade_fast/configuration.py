@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from cascade_fast.base_model import FAMILY, check_model
 from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError
+from cascade_fast.files import check_json
 from cascade_fast.input_checks import check_fields, check_type, one_line, shown
 from cascade_fast.second_look import SecondLookConfig
 from cascade_fast.stage import StageConfig
@@ -103,10 +104,13 @@ class CascadeConfig(PreTrainedConfig):
                 f"config.json: model_type {shown(config_dict.get('model_type'))}; must be {cls.model_type!r} "
                 "(a training run has it once it is finished)"
             )
+        fields = dict(config_dict)
+        commit = fields.pop("_commit_hash", None)  # which transformers adds
+        check_json("config.json", fields)
         # A file may name another attention, which may be a repository of kernels: that is the caller's to say.
-        fields = {name: value for name, value in config_dict.items() if name not in ATTENTION_FIELDS}
+        fields = {name: value for name, value in fields.items() if name not in ATTENTION_FIELDS}
         try:
-            return super().from_dict(fields, **kwargs)
+            return super().from_dict({**fields, "_commit_hash": commit} if commit else fields, **kwargs)
         except ConfigError as error:
             raise ConfigError(f"config.json: {error}") from error
         except Exception as error:  # transformers checks its own fields, and raises many kinds

@@ -121,6 +121,7 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
             raise ConfigError(f"{name}: all; a plan does not read the text: must be a number")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from cascade_fast.base_model import cache_folder
+    from cascade_fast.files import free_disk_bytes
     from cascade_fast.memory_plan import CONTEXT_BYTES, largest_batch_tokens
     from cascade_fast.parameter_counts import Shape
     from cascade_fast.roofline import (
@@ -128,7 +129,6 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
         base_pass_time,
         epoch_time,
         find_device,
-        free_disk_bytes,
         gib,
         plan_on,
         short_memory,
