@@ -435,10 +435,7 @@ def _settle(
     before: str | None,
 ) -> str:
     """``kv`` for this run: settled once, so that a run resumed on a fuller disk goes on as it began. ``why`` gets the
-    line that says so.
-
-    Raises:
-        ConfigError: the disk has no room for what the run will write.
+    line that says so. Raises ConfigError where the disk has no room for what the run will write.
     """
     cache = cache_folder(config)
     if before is not None:
