@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import from those below it and from modules of its own layer that stand before it.
 LAYERS = [
-    ["auto_classes", "config"],
+    ["auto_classes", "config", "cache_name"],
     ["ops.reference", "ops.backends", "ops.schema", "ops"],
     ["checkpoint", "metrics", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage", "attention", "second_look"],
