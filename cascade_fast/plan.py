@@ -126,13 +126,13 @@ def main(argv: list[str] | None = None) -> int:
 def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bool) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from cascade_fast.base_model import cache_folder
+    from cascade_fast.files import free_disk_bytes
     from cascade_fast.memory_plan import CONTEXT_BYTES, largest_batch_tokens
     from cascade_fast.parameter_counts import Shape
     from cascade_fast.roofline import (
         base_pass_time,
         epoch_time,
         find_device,
-        free_disk_bytes,
         gib,
         plan_on,
         short_memory,

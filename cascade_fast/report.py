@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cascade_fast import heat_map
-from cascade_fast.checkpoint import atomic_write, atomic_write_text
 from cascade_fast.config import ConfigError
+from cascade_fast.files import atomic_write, atomic_write_text
 from cascade_fast.metrics import epoch_line, format_count, markdown_table, say
 from cascade_fast.model_cli import answer
 from cascade_fast.report_html import render_page
