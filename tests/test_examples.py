@@ -34,6 +34,7 @@ def test_the_pages_python_about_the_model(page, tiny_runs, tmp_path, monkeypatch
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
 PARSERS = {"plan": "plan_parser", "baselines": "baselines_parser", "sweep": "sweep_parser"}
 RECORDS = {"docs/log.md"}  # what was run then stays as it was run
+OTHERS = {"--no-build-isolation", "--no-deps", "--wheel-dir", "--benchmark-only"}  # pip's, pytest's
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/model.md"])
@@ -53,6 +54,17 @@ def test_every_flag_of_the_pages_exists(page):
         parser = getattr(module, PARSERS.get(command, "build_parser"))()
         known = {option for action in parser._actions for option in action.option_strings}
         assert flags <= known, f"{command}: {flags - known}"
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("colab", "data", "plan", "troubleshooting"))]
+)
+def test_flags_in_tables_and_sentences_exist(page):
+    known = set(OTHERS)
+    for command in ("train", "plan", "generate", "evaluate", "report", "baselines", "sweep"):
+        parser = getattr(importlib.import_module(f"cascade_fast.{command}"), PARSERS.get(command, "build_parser"))()
+        known |= {option for action in parser._actions for option in action.option_strings}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", (ROOT / page).read_text())) <= known
 
 
 @pytest.mark.parametrize("page", PAGES)
