@@ -3,7 +3,6 @@
 A newest one that is damaged is noticed, and the one before it is used.
 """
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from cascade_fast.files import DamagedFile, load_tensors, save_tensors
+from cascade_fast.metrics import say
 
 KEEP = 2
 
@@ -34,7 +34,7 @@ class Checkpoints:
     def load(
         self, check: Callable[[dict[str, Any]], object] = lambda _state: None
     ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest checkpoint that is whole, or None; damaged ones are named in a warning and passed over.
+        """The newest checkpoint that is whole, or None; damaged ones are named in a line and passed over.
 
         ``check``: raises DamagedFile for a state whose other files are not whole.
         """
@@ -44,5 +44,5 @@ class Checkpoints:
                 check(state)
                 return tensors, state
             except DamagedFile as error:
-                warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
+                say(f"  {error}; going back to the checkpoint before it")
         return None

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["auto_classes", "config", "cache_name"],
     ["ops.reference", "ops.backends", "ops.schema", "ops"],
-    ["files", "checkpoint", "metrics", "hardware"],
+    ["files", "metrics", "checkpoint", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage", "attention", "second_look"],
     ["hard_token_gather", "base_model", "data", "adamw8bit", "optim", "stage_tokens", "exits"],
     ["configuration", "base_pass", "parameter_counts", "second_look_plan", "memory_plan", "disk", "roofline", "ledger"],
