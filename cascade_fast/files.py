@@ -83,12 +83,17 @@ def atomic_write(path: Path, write: Callable[[Path], object], *, size: float | N
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             write(temporary)
-            temporary.chmod(0o666 & ~_UMASK)  # safetensors' files are for their owner alone
+            set_mode(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def set_mode(path: Path) -> None:
+    """As any other new file's: safetensors' are for their owner alone."""
+    path.chmod(0o666 & ~_UMASK)
 
 
 def atomic_write_text(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ LAYERS = [
     ["ops.reference", "ops.backends", "ops.schema", "ops"],
     ["files", "metrics", "checkpoint", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage", "attention", "second_look"],
-    ["hard_token_gather", "base_model", "data", "adamw8bit", "optim", "stage_tokens", "exits"],
+    ["hard_token_gather", "gguf_conversion", "base_model", "data", "adamw8bit", "optim", "stage_tokens", "exits"],
     [
         "configuration",
         "base_pass",
