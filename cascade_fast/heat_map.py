@@ -96,7 +96,15 @@ def read_heat_map(folder: Path) -> dict[str, Any] | None:
     Raises:
         ConfigError: a file that is damaged, or of another format.
     """
-    path = folder / FILE
+    return read_record(folder / FILE, FORMAT)
+
+
+def read_record(path: Path, record_format: int) -> dict[str, Any] | None:
+    """The JSON object in ``path``, which has ``record_format`` as its ``format``; None where there is no file.
+
+    Raises:
+        ConfigError: a file that is damaged, or of another format.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -104,8 +112,8 @@ def read_heat_map(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"run: {str(path)!r} cannot be read: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise ConfigError(f"run: {str(path)!r} has format {found!r}; this version reads {FORMAT}")
+    if found != record_format:
+        raise ConfigError(f"run: {str(path)!r} has format {found!r}; this version reads {record_format}")
     return content
 
 

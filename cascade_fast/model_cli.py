@@ -1,13 +1,19 @@
 """What the commands that run a trained cascade share: naming it, loading it, and answering mistakes."""
 
 import argparse
+import io
+import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from cascade_fast.config import DTYPES, ConfigError
+from cascade_fast.metrics import say_error
 
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
@@ -24,17 +30,71 @@ def add_model_arguments(parser: argparse.ArgumentParser | Any) -> None:
 
 def answer(run: Callable[[argparse.Namespace], int], asked: argparse.Namespace) -> int:
     """The exit code of ``run``: 2, after one line that says why, for a mistake in what was asked for."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a model may say what the terminal's encoding lacks
     try:
         return run(asked)
     except (ConfigError, OSError) as error:
         if asked.debug:
             raise
-        print(f"error: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
+        say_error((str(error).splitlines() or [repr(error)])[0])
         return 2
 
 
+def check_run(folder: Path, *, results: bool = False) -> None:
+    """Makes sure that ``folder`` holds a finished run or, unless ``results`` are needed too, a saved cascade.
+
+    Raises:
+        ConfigError: it holds something else, a run that is still training, or one that was interrupted.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"RUN: {str(folder)!r}; {'is a file' if folder.exists() else 'no such folder'}")
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if [path.name for path in folder.iterdir() if not path.name.startswith(".")] != ["run.lock"]:
+            raise ConfigError(f"RUN: {str(folder)!r}; is not the folder of a run: it has no config.json") from None
+        config = {"machine": None}  # a run that has only just begun
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"RUN: {str(file)!r} cannot be read: {error}") from error
+    if not isinstance(config, dict) or not {"machine", "model_type"} & config.keys():
+        raise ConfigError(f"RUN: {str(file)!r}; is not that of a run or of a cascade")
+    if "machine" not in config and results:
+        raise ConfigError(
+            f"RUN: {str(folder)!r}; holds a saved model: the results are in the folder of the run that trained it"
+        )
+    if "model_type" in config and (not results or (folder / "results.json").exists()):
+        return
+    if _in_use(folder / "run.lock"):
+        raise ConfigError(f"RUN: {str(folder)!r}; is still training: no results yet")
+    raise ConfigError(
+        f"RUN: {str(folder)!r}; the run was interrupted: no results yet. The command that began it goes on with "
+        f"--out {shlex.quote(str(folder))} --resume auto"
+    )
+
+
+def _in_use(lock: Path) -> bool:
+    """Whether another process holds the lock; no where that cannot be found out, as in a read-only folder."""
+    if not lock.exists():
+        return False
+    try:
+        with filelock.FileLock(lock, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+    except OSError:
+        return False
+
+
 def load_model(run: str, *, device: str, dtype: str, base_path: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer, ready to run."""
+    """Model and tokenizer (padding on the left), ready to run.
+
+    Raises:
+        ConfigError: ``run`` is not a finished run or a cascade, its base is not found, or ``device`` is not there.
+    """
+    if Path(run).exists():
+        check_run(Path(run))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
     from transformers.utils import logging

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_fast.config import ConfigError, RunConfig, make_config
+from cascade_fast.metrics import say_error
 from cascade_fast.train import build_parser
 
 _SMOLLM2 = {
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        say_error(str(error))
         return 2
 
 

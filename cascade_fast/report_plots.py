@@ -1,0 +1,69 @@
+"""The plots of a report: those with more points than a table shows better."""
+
+from pathlib import Path
+from typing import Any
+
+from cascade_fast.checkpoint import atomic_write
+
+LEAST_POINTS = 3  # along a plot's axis
+
+
+def write_plots(folder: Path, results: dict[str, Any], *, score_name: str) -> list[str]:
+    """Writes ``loss.png``, ``threshold.png`` and ``perplexity.png``, as far as there is enough to see; their names.
+
+    Args:
+        results: content of ``results.json``.
+        score_name: what a token's score is, in words.
+    """
+    stages = results["stages"]
+    measured = [stage for stage in stages if stage["all_token_val_ppl"] is not None]
+    plots: dict[str, tuple[int, Any]] = {
+        "loss.png": (max((len(stage["epochs"]) for stage in stages), default=0), lambda f: _loss(f, stages)),
+        "threshold.png": (len(stages), lambda f: _threshold(f, stages, score_name)),
+        "perplexity.png": (1 + len(measured), lambda f: _perplexity(f, results["base"]["val_ppl"], measured)),
+    }
+    shown = {name: draw for name, (points, draw) in plots.items() if points >= LEAST_POINTS}
+    if not shown:
+        return []
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    for name, draw in shown.items():
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        draw(figure)
+        atomic_write(folder / name, lambda path, figure=figure: figure.savefig(path, format="png", dpi=120))
+    return list(shown)
+
+
+def _loss(figure: Any, stages: list[dict[str, Any]]) -> None:
+    axes = figure.subplots()
+    for stage in stages:
+        x = [e["epoch"] for e in stage["epochs"]]
+        (line,) = axes.plot(
+            x, [e["train_loss"] for e in stage["epochs"]], "o--", label=f"stage {stage['stage']}, training"
+        )
+        axes.plot(
+            x,
+            [e["val_loss"] for e in stage["epochs"]],
+            "o-",
+            color=line.get_color(),
+            label=f"stage {stage['stage']}, validation",
+        )
+    axes.set(xlabel="epoch", ylabel="cross-entropy of hard tokens (nats)", title="Loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+
+
+def _threshold(figure: Any, stages: list[dict[str, Any]], score: str) -> None:
+    axes = figure.subplots()
+    axes.plot([s["stage"] for s in stages], [s["threshold"] for s in stages], "o-")
+    axes.set(xlabel="stage", ylabel=score, title="Threshold by stage", xticks=[s["stage"] for s in stages])
+
+
+def _perplexity(figure: Any, base_ppl: float, measured: list[dict[str, Any]]) -> None:
+    axes = figure.subplots()
+    names = ["base", *(f"stage {s['stage']}" + ("" if s["accepted"] else "\n(rejected)") for s in measured)]
+    colours = ["C7", *("C0" if s["accepted"] else "C3" for s in measured)]
+    bars = axes.bar(names, values := [base_ppl, *(s["all_token_val_ppl"] for s in measured)], color=colours)
+    axes.bar_label(bars, labels=[f"{v:.3f}" for v in values])
+    axes.set(ylabel="perplexity over all validation tokens", title="All-token perplexity by stage")
+    axes.margins(y=0.15)
