@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cascade_fast import __version__, ops
 from cascade_fast.base_model import BaseModel
+from cascade_fast.cache_name import with_cache
 from cascade_fast.checkpoint import save_tensors, write_json
 from cascade_fast.config import RunConfig
 from cascade_fast.criteria import random_scores
@@ -229,7 +230,7 @@ def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, done: int, criterion: 
             embedded_BSD = model.model.embed_tokens(ids[:, :-1])
             # One without a configuration keeps every key, whatever the sliding window.
             cache = DynamicCache() if "kv" in store else None
-            output = model.model(inputs_embeds=embedded_BSD, past_key_values=cache, use_cache=cache is not None)
+            output = model.model(inputs_embeds=embedded_BSD, use_cache=cache is not None, **with_cache(cache))
             last_BSD = output.last_hidden_state
             kept = {"hidden": (residual["hidden"] if reads == "residual" else last_BSD).flatten(0, 1)}
             if "kv" in store:

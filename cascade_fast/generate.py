@@ -53,16 +53,8 @@ def _check(asked: argparse.Namespace) -> None:
         ("max_new_tokens", asked.max_new_tokens >= 1, "must be at least 1"),
         ("temperature", 0 <= asked.temperature < float("inf"), "must be at least 0"),
         ("top_p", 0 < asked.top_p <= 1, "must be in (0, 1]"),
-        (
-            "raw",
-            not (asked.raw and sys.stdout.isatty()),
-            "standard output is a terminal, which would obey the text: pipe it on",
-        ),
-        (
-            "raw",
-            not (asked.raw and (asked.show_exits or asked.compare_base)),
-            "is for the text alone, without its exits",
-        ),
+        ("raw", not (asked.raw and sys.stdout.isatty()), "this terminal would obey the text: pipe it on"),
+        ("raw", not asked.raw or not (asked.show_exits or asked.compare_base), "is for the text alone, not its exits"),
     ):
         if not good:
             raise ConfigError(f"{name}: {getattr(asked, name)}; {allowed}")

@@ -61,9 +61,7 @@ def check_run(folder: Path, *, results: bool = False) -> None:
     if not isinstance(config, dict) or not {"machine", "model_type"} & config.keys():
         raise ConfigError(f"RUN: {str(file)!r}; is not that of a run or of a cascade")
     if "machine" not in config and results:
-        raise ConfigError(
-            f"RUN: {str(folder)!r}; holds a saved model: the results are in the folder of the run that trained it"
-        )
+        raise ConfigError(f"RUN: {str(folder)!r}; holds a saved model: results are in the folder of its run")
     if "model_type" in config and (not results or (folder / "results.json").exists()):
         return
     if _in_use(folder / "run.lock"):

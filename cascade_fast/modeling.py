@@ -28,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from cascade_fast import ops
+from cascade_fast.cache_name import cache_of, one_cache, with_cache
 from cascade_fast.cascade_cache import SecondLookContext, open_cache
 from cascade_fast.cascade_weights import find_base_of, local_folder, thin_state, write_stages
 from cascade_fast.checkpoint import atomic_write_text
@@ -102,6 +103,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_exits: bool = False,
         thresholds: Sequence[float] | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CascadeOutput:
         """Every token's logits at its own exit.
@@ -110,7 +112,8 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: (B, S); or ``inputs_embeds`` (B, S, D).
             attention_mask: (B, past + S), 0 for padding, on either side. Padding enters no stage.
             labels: (B, S); the loss is transformers': shifted, -100 ignored, the mean over what is left.
-            past_key_values: a second look needs transformers' ``DynamicCache``, which is what ``generate`` makes.
+            cache, past_key_values: two names of one argument, the new and the old one of transformers. A second look
+                needs its ``DynamicCache``, which is what ``generate`` makes.
             logits_to_keep: the last so many positions (0: all), or their indices; the others get no logits and enter
                 no stage but a second look, whose keys and values later tokens attend to.
             output_exits: also return the exit of every token and its scores.
@@ -121,8 +124,8 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ConfigError: another number of thresholds than stages, or NaN among them.
-            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``; for a second look another cache, an
-                attention mask that is not 2D, or positions of several texts in one row.
+            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``; a cache under both its names; for a
+                second look another cache, an attention mask that is not 2D, or positions of several texts in one row.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of them")
@@ -131,7 +134,8 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         batch, new = inputs_embeds.shape[:2]
-        cache, keeps_cache = past_key_values, self.base.config.use_cache if use_cache is None else use_cache
+        given = one_cache(cache, past_key_values)
+        cache, keeps_cache = given, self.base.config.use_cache if use_cache is None else use_cache
         if looks and (doors or keeps_cache or cache is not None):  # it reads the base's keys and values in any case
             cache = open_cache(cache, self.config.base_config, new, position_ids, attention_mask)
         with self._stages_input() as entered:
@@ -139,8 +143,8 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
                 use_cache=use_cache,
+                **with_cache(cache),
                 **kwargs,
             )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -181,13 +185,13 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        left = read.past_key_values
+        left = cache_of(read)
         if context is not None:
-            left = context.close() if keeps_cache or past_key_values is not None else None
+            left = context.close() if keeps_cache or given is not None else None
         return CascadeOutput(
             loss=loss,
             logits=logits_BTV,
-            past_key_values=left,
+            **with_cache(left),
             hidden_states=read.hidden_states,
             attentions=read.attentions,
             exits=exit_BT if output_exits else None,

@@ -65,9 +65,7 @@ def write_report(folder: Path) -> Path:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            f"run: a file in {str(folder)!r} is damaged; no report can be made of it ({reason})"
-        ) from error
+        raise ConfigError(f"run: a file in {str(folder)!r} is damaged: no report can be made ({reason})") from error
     path = folder / "report.md"
     atomic_write_text(path.with_suffix(".html"), page)
     atomic_write_text(path, markdown)  # last: a folder with this file is complete
@@ -181,8 +179,8 @@ def _samples(samples: list[dict[str, Any]]) -> list[str]:
 
     return [
         "## Sample text",
-        "How each goes on from the start of a validation block, taking the likeliest token every time. \u21b5 is a line "
-        "break.",
+        "How each goes on from the start of a validation block, taking the likeliest token every time. \u21b5 is a "
+        "line break.",
         *(
             markdown_table(
                 ["prompt", line(sample["prompt"])],

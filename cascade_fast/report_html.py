@@ -51,7 +51,7 @@ def render_page(markdown: str, images: Mapping[str, bytes], heat_map: dict[str, 
 
 
 def _sections(markdown: str, images: Mapping[str, bytes]) -> list[tuple[str, Markup]]:
-    """Title and HTML below it of each section: what stands before the first ``##`` (no title), then one for each ``##``.
+    """Title and HTML below it of each section: what stands before the first ``##``, then one for each.
 
     HTML in the text is text; tables can be scrolled by themselves.
     """

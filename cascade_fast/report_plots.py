@@ -1,5 +1,6 @@
 """The plots of a report: those with more points than a table shows better."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,25 @@ def write_plots(folder: Path, results: dict[str, Any], *, score_name: str) -> li
     """
     stages = results["stages"]
     measured = [stage for stage in stages if stage["all_token_val_ppl"] is not None]
-    plots: dict[str, tuple[int, Any]] = {
-        "loss.png": (max((len(stage["epochs"]) for stage in stages), default=0), lambda f: _loss(f, stages)),
-        "threshold.png": (len(stages), lambda f: _threshold(f, stages, score_name)),
-        "perplexity.png": (1 + len(measured), lambda f: _perplexity(f, results["base"]["val_ppl"], measured)),
-    }
-    shown = {name: draw for name, (points, draw) in plots.items() if points >= LEAST_POINTS}
-    if not shown:
-        return []
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+    shown = []
 
-    for name, draw in shown.items():
+    def draw(name: str, points: int, plot: Callable[..., None], *of: Any) -> None:
+        if points < LEAST_POINTS:
+            return
+        from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
         figure = Figure(figsize=(6, 4), layout="constrained")
-        draw(figure)
-        atomic_write(folder / name, lambda path, figure=figure: figure.savefig(path, format="png", dpi=120))
-    return list(shown)
+        plot(figure.subplots(), *of)
+        atomic_write(folder / name, lambda path: figure.savefig(path, format="png", dpi=120))
+        shown.append(name)
+
+    draw("loss.png", max((len(stage["epochs"]) for stage in stages), default=0), _loss, stages)
+    draw("threshold.png", len(stages), _threshold, stages, score_name)
+    draw("perplexity.png", 1 + len(measured), _perplexity, results["base"]["val_ppl"], measured)
+    return shown
 
 
-def _loss(figure: Any, stages: list[dict[str, Any]]) -> None:
-    axes = figure.subplots()
+def _loss(axes: Any, stages: list[dict[str, Any]]) -> None:
     for stage in stages:
         x = [e["epoch"] for e in stage["epochs"]]
         (line,) = axes.plot(
@@ -53,14 +54,12 @@ def _loss(figure: Any, stages: list[dict[str, Any]]) -> None:
     axes.legend()
 
 
-def _threshold(figure: Any, stages: list[dict[str, Any]], score: str) -> None:
-    axes = figure.subplots()
+def _threshold(axes: Any, stages: list[dict[str, Any]], score: str) -> None:
     axes.plot([s["stage"] for s in stages], [s["threshold"] for s in stages], "o-")
     axes.set(xlabel="stage", ylabel=score, title="Threshold by stage", xticks=[s["stage"] for s in stages])
 
 
-def _perplexity(figure: Any, base_ppl: float, measured: list[dict[str, Any]]) -> None:
-    axes = figure.subplots()
+def _perplexity(axes: Any, base_ppl: float, measured: list[dict[str, Any]]) -> None:
     names = ["base", *(f"stage {s['stage']}" + ("" if s["accepted"] else "\n(rejected)") for s in measured)]
     colours = ["C7", *("C0" if s["accepted"] else "C3" for s in measured)]
     bars = axes.bar(names, values := [base_ppl, *(s["all_token_val_ppl"] for s in measured)], color=colours)

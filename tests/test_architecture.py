@@ -12,23 +12,15 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import from those below it and from modules of its own layer that stand before it.
 LAYERS = [
-    ["auto_classes", "config", "visible"],
+    ["auto_classes", "config", "cache_name", "visible"],
     ["ops.reference", "ops.backends", "ops.schema", "ops"],
     ["checkpoint", "metrics", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage", "attention", "second_look"],
     ["hard_token_gather", "base_model", "data", "adamw8bit", "optim", "stage_tokens", "exits"],
     ["configuration", "base_pass", "parameter_counts", "second_look_plan", "memory_plan", "roofline", "ledger"],
-    [
-        "stage_trainer",
-        "heat_map",
-        "report_plots",
-        "report_html",
-        "cascade_cache",
-        "cascade_weights",
-        "exit_logits",
-        "model_card",
-    ],
-    ["modeling", "continuation", "model_cli", "samples", "report", "run_folder", "messages"],
+    ["stage_trainer", "heat_map", "cascade_cache", "cascade_weights", "exit_logits", "model_card"],
+    ["modeling", "continuation", "model_cli", "samples"],
+    ["report_plots", "report_html", "report", "run_folder", "messages"],
     ["cascade", "evaluation", "full_finetune", "comparison"],
     ["train", "env", "plan", "generate", "evaluate", "sweep", "baselines", "harness_model", "harness"],
 ]

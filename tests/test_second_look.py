@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 from cascade_fast import stage_trainer
 from cascade_fast.base_model import find_base
 from cascade_fast.base_pass import base_pass
+from cascade_fast.cache_name import cache_of, with_cache
 from cascade_fast.cascade import run_cascade
 from cascade_fast.config import ConfigError, make_config
 from cascade_fast.data import load_blocks
@@ -115,15 +116,13 @@ def test_a_changed_stage_is_what_it_is_on_paper(look_settings, tmp_path, hard_ra
     with torch.no_grad():
         for block in range(3):
             ids = blocks.ids["val"][block].long()
-            kept = [
-                (layer.keys, layer.values) for layer in model(ids[None, :-1], use_cache=True).past_key_values.layers
-            ]
+            kept = [(layer.keys, layer.values) for layer in cache_of(model(ids[None, :-1], use_cache=True)).layers]
             rows = slice(block * 32, (block + 1) * 32)
             for position in (hard.index_K[(hard.index_K // 32) == block] % 32).tolist():
                 cache = DynamicCache()
                 for number, (keys, values) in enumerate(kept):
                     cache.update(keys[:, :, :position], values[:, :, :position], number)
-                out = changed(ids[position].view(1, 1), past_key_values=cache, use_cache=True)
+                out = changed(ids[position].view(1, 1), **with_cache(cache), use_cache=True)
                 expected_N[rows][position] = nn.functional.cross_entropy(out.logits[0], ids[position + 1].view(1))
                 for (keys, values), layer in zip(kept, cache.layers, strict=True):
                     keys[:, :, position], values[:, :, position] = layer.keys[:, :, -1], layer.values[:, :, -1]
