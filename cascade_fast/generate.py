@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from cascade_fast.config import ConfigError
-from cascade_fast.metrics import console, say
+from cascade_fast.metrics import console
 from cascade_fast.model_cli import add_model_arguments, add_run_argument, answer, load_model
 from cascade_fast.visible import visible
 
@@ -87,15 +87,14 @@ def _run(asked: argparse.Namespace) -> int:
         return 0
     for number, found in enumerate(of_cascade):
         if asked.compare_base:
-            say("--- base alone")
-            say(of_base[number].prompt + of_base[number].text)
-            say("--- cascade")
+            print("--- base alone")
+            print(visible(of_base[number].prompt + of_base[number].text))
+            print("--- cascade")
         if asked.show_exits or asked.compare_base:
             _show_exits(found, len(model.stages))
-        elif asked.raw:
-            print(found.prompt + found.text)
         else:
-            say(found.prompt + found.text)
+            text = found.prompt + found.text
+            print(text if asked.raw else visible(text))
     return 0
 
 
