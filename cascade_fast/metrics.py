@@ -21,9 +21,6 @@ from cascade_fast.visible import visible
 
 LINE_SECONDS = 30.0  # between progress lines where there is no terminal
 _ANY_WIDTH = 100_000  # cells
-# What Markdown would take for markup; an underscore within a word is none.
-_MARKUP = re.compile(r"[\\`*<\[&~]|(?<![^\W_])_|_(?![^\W_])")
-
 console = Console(highlight=False, emoji=False, soft_wrap=True)
 
 
@@ -37,14 +34,18 @@ def say_error(text: str) -> None:
     print(f"error: {visible(' '.join(text.splitlines()))}", file=sys.stderr)
 
 
+# What Markdown would take for markup; an underscore within a word is none.
+_MARKUP = re.compile(r"[\\`*<\[&~]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def literal(text: str) -> str:
+    """Text of people's or models', on one line, that Markdown shows as it is."""
+    return _MARKUP.sub(r"\\\g<0>", visible(text).replace("\n", "\\n"))
+
+
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def markdown_text(text: str) -> str:
-    """Text of people's or models', on one line, that Markdown shows as it is."""
-    return _MARKUP.sub(r"\\\g<0>", visible(text).replace("\n", "\\n"))
 
 
 def say_table(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -10,7 +10,7 @@ from cascade_fast.checkpoint import atomic_write_text
 from cascade_fast.config import SECOND_LOOK_PRESET, ConfigError
 from cascade_fast.configuration import MODEL_CRITERIA
 from cascade_fast.heat_map import read_heat_map
-from cascade_fast.metrics import epoch_line, format_count, markdown_table, markdown_text, say
+from cascade_fast.metrics import epoch_line, format_count, literal, markdown_table, say
 from cascade_fast.model_cli import answer, check_run
 from cascade_fast.report_html import HEAT_MAP, MACHINE, SETTINGS, render_page
 from cascade_fast.report_plots import write_plots
@@ -143,10 +143,10 @@ def render_report(
         *(["### Compute", _compute(results)] if "compute" in results else []),
         *(f"![{name.removesuffix('.png')}]({name})" for name in plots),
         f"## {SETTINGS}",
-        markdown_table(["setting", "value"], [[k, markdown_text(_show(v))] for k, v in results["settings"].items()]),
+        markdown_table(["setting", "value"], [[k, literal(_show(v))] for k, v in results["settings"].items()]),
         f"## {MACHINE}",
         markdown_table(
-            ["", ""], [[k, markdown_text(str(v))] for k, v in {**config["machine"], **config["versions"]}.items()]
+            ["", ""], [[k, literal(str(v))] for k, v in {**config["machine"], **config["versions"]}.items()]
         ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -163,6 +163,7 @@ def _summary(results: dict[str, Any]) -> str:
     )
     kept, trained = final["stages_kept"], len(results["stages"])
     return (
+        f"Base {literal(base['name'])}, text {literal(results['settings']['dataset'])}. "
         f"{kept} of {trained} trained stage(s) kept. {final['seconds']:.0f} seconds, "
         f"peak memory {final['peak_rss_bytes'] / 2**30:.2f} GiB.\n\n{table}\n\n"
         "Validation blocks chose epochs and stages; the test blocks were looked at once, at the end."
@@ -175,7 +176,7 @@ def _samples(samples: list[dict[str, Any]]) -> list[str]:
         return []
 
     def line(text: str) -> str:
-        return markdown_text(text.replace("\n", " \u21b5 "))
+        return literal(text.replace("\n", " \u21b5 "))
 
     return [
         "## Sample text",
@@ -238,7 +239,7 @@ def _base(results: dict[str, Any]) -> str:
     base, tokens = results["base"], results["tokens"]
     return "\n".join(
         [
-            f"- {markdown_text(base['name'])} ({markdown_text(base['source'])})",
+            f"- {literal(base['name'])} ({literal(base['source'])})",
             f"- parameters: {base['parameters']:,} ({format_count(base['parameters'])})",
             f"- layers: {base['layers']}",
             f"- tokens: {tokens['train']:,} training, {tokens['val']:,} validation, {tokens['test']:,} test",

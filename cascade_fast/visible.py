@@ -2,15 +2,16 @@
 
 import re
 
-# C0 and DEL but for newline and tab, C1, the bidirectional embeddings, overrides and isolates, lone surrogates.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# C0 and DEL but for newline and tab, C1, separators that some take for newlines, the bidirectional embeddings,
+# overrides and isolates, lone surrogates.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
     """``text`` with every character that a terminal or a page would obey instead of show made visible.
 
-    C0 and DEL become their Control Pictures (ESC is ``␛``), C1 and bidirectional controls ``\\x9b`` or ``\\u202e``, and
-    lone surrogates, which no encoding can hold, U+FFFD. Newlines and tabs stay.
+    C0 and DEL become their Control Pictures (ESC is ``␛``), C1, separators and bidirectional controls ``\\x9b`` or
+    ``\\u202e``, and lone surrogates, which no encoding can hold, U+FFFD. Newlines and tabs stay.
     """
     return _CONTROL.sub(_picture, text)
 

@@ -160,7 +160,7 @@ def test_visible():
     assert visible(SHOWN) == SHOWN
     assert visible("tab\tnewline\n, ü, €, 😀, \u200d and עברית") == "tab\tnewline\n, ü, €, 😀, \u200d and עברית"
     assert visible("\udcff") == "\ufffd"
-    for code in (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)):
+    for code in (*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)):
         assert (visible(chr(code)) == chr(code)) is (chr(code) in "\t\n")
 
 
