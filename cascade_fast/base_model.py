@@ -26,6 +26,7 @@ from torch import Tensor
 from cascade_fast.checkpoint import file_sha256
 from cascade_fast.config import ConfigError, RunConfig
 from cascade_fast.second_look import check_second_look
+from cascade_fast.visible import visible
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -237,7 +238,7 @@ def _convert_gguf(base: str, gguf: Path, cache: Path) -> Path:
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(f"converting {gguf.name} to safetensors (once; kept in {folder})", flush=True)
+    print(f"converting {visible(gguf.name)} to safetensors (once; kept in {folder})", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The reader draws its own progress bar on standard error, terminal or not; errors come as exceptions.
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, contextlib.redirect_stderr(io.StringIO()):
