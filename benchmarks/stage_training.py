@@ -100,8 +100,8 @@ def baseline_process(link: Connection) -> None:
 def random_store(folder: Path, dtype: torch.dtype) -> HiddenStore:
     store = HiddenStore.create(folder, TOKENS, 576, dtype, with_loss=True, meta={"reads": "residual"})
     generator = torch.Generator().manual_seed(0)
-    store["hidden"][:] = torch.randn(TOKENS, 576, generator=generator)
-    store["label"][:] = torch.randint(0, 49_152, (TOKENS,), generator=generator)
+    hidden = torch.randn(TOKENS, 576, generator=generator)
+    store.append({"hidden": hidden, "label": torch.randint(0, 49_152, (TOKENS,), generator=generator)})
     return store.finish()
 
 
@@ -163,11 +163,11 @@ def our_base_pass(folder: Path, dtype: torch.dtype, criterion: str) -> Callable[
     ids_BT = torch.randint(0, 49_152, (BLOCKS, SEQ_LEN + 1), dtype=torch.int32)
     store_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     tokens, meta = BLOCKS * SEQ_LEN, {"reads": "residual"}
-    store = HiddenStore.create(folder, tokens, 576, store_dtype, with_loss=criterion == "entropy", meta=meta)
 
     def run() -> None:
+        store = HiddenStore.create(folder, tokens, 576, store_dtype, with_loss=criterion == "entropy", meta=meta)
         with ours_pass.Progress("base pass", tokens) as progress:
-            ours_pass._fill(model, ids_BT, store, 0, criterion, progress)
+            ours_pass._fill(model, ids_BT, store, criterion, progress)
 
     return run
 

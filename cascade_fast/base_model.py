@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cascade_fast.checkpoint import file_sha256
 from cascade_fast.config import ConfigError, RunConfig
+from cascade_fast.files import file_sha256
 from cascade_fast.second_look import check_second_look
 from cascade_fast.visible import visible
 

@@ -6,13 +6,13 @@ A training run leaves its stages so, and ``save_pretrained(..., self_contained=F
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cascade_fast.base_model import BaseModel, find_base
 from cascade_fast.config import ConfigError, make_config
 from cascade_fast.configuration import CascadeConfig
 from cascade_fast.exits import ExitStage
+from cascade_fast.files import load_tensors
 
 FILES = ["*.json", "*.jinja", "stages/*"]  # what is read of such a folder on the hub
 
@@ -57,15 +57,16 @@ def thin_state(folder: Path, config: CascadeConfig, base: BaseModel) -> dict[str
 
     Raises:
         ConfigError: a stage's file is missing.
+        DamagedFile: it does not match its checksum.
     """
     state: dict[str, Tensor] = {}
     for file in sorted(Path(base.path).glob("*.safetensors")):
-        state |= {f"base.{name}": tensor for name, tensor in load_file(file).items()}
+        state |= {f"base.{name}": tensor for name, tensor in load_tensors(file)[0].items()}
     for number in range(1, len(config.stages) + 1):
         file = folder / "stages" / str(number) / "model.safetensors"
         if not file.is_file():
             raise ConfigError(f"stages: {str(file)!r} is missing, but config.json names {len(config.stages)} stage(s)")
-        state |= {f"stages.{number - 1}.{name}": tensor for name, tensor in load_file(file).items()}
+        state |= {f"stages.{number - 1}.{name}": tensor for name, tensor in load_tensors(file)[0].items()}
     return state
 
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError
+from cascade_fast.files import check_json
 from cascade_fast.second_look import SecondLookConfig
 from cascade_fast.stage import StageConfig
 
@@ -82,7 +83,10 @@ class CascadeConfig(PreTrainedConfig):
                 f"config.json: model_type {config_dict.get('model_type')!r}; must be {cls.model_type!r} "
                 "(a training run has it once it is finished)"
             )
-        return super().from_dict(config_dict, **kwargs)
+        config_dict = dict(config_dict)
+        commit = config_dict.pop("_commit_hash", None)  # which transformers adds
+        check_json("config.json", config_dict)
+        return super().from_dict({**config_dict, "_commit_hash": commit} if commit else config_dict, **kwargs)
 
     @property
     def thresholds(self) -> list[float]:

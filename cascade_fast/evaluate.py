@@ -173,7 +173,7 @@ def _show(value: Any) -> str:
 
 
 def _write(asked: argparse.Namespace, results: dict[str, Any]) -> None:
-    from cascade_fast.checkpoint import atomic_write_text
+    from cascade_fast.files import atomic_write_text
     from cascade_fast.metrics import say
 
     if asked.csv is not None:
@@ -203,7 +203,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 def _write_sweep(path: Path, results: dict[str, Any]) -> None:
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    from cascade_fast.checkpoint import atomic_write, atomic_write_text
+    from cascade_fast.files import atomic_write, atomic_write_text
     from cascade_fast.metrics import say
 
     atomic_write_text(path, _csv(results["sweep"]))

@@ -8,7 +8,6 @@ cascade keeps no stage that does not help.
 Shape legend: B blocks of a batch, S tokens of a block, N = B * S tokens, D hidden size.
 """
 
-import json
 import math
 import time
 from pathlib import Path
@@ -19,9 +18,9 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from cascade_fast.base_model import find_base
-from cascade_fast.checkpoint import atomic_write, write_json
 from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig
 from cascade_fast.data import load_blocks
+from cascade_fast.files import atomic_write, read_json, write_json
 from cascade_fast.hardware import choose_device, choose_dtype, keep_freed_memory
 from cascade_fast.losses import linear_cross_entropy, token_losses
 from cascade_fast.metrics import Progress, epoch_line, peak_rss_bytes, say
@@ -196,10 +195,7 @@ class FullFinetune:
 
 def _finished(folder: Path, config: RunConfig, fingerprints: dict[str, str]) -> bool:
     """Raises ConfigError where the folder holds something else."""
-    try:
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
+    found = read_json(folder / "results.json", needs=("settings",)) if (folder / "results.json").exists() else None
     if found is None:
         if folder.exists() and (not folder.is_dir() or any("best.safetensors" not in p.name for p in folder.iterdir())):
             raise ConfigError(f"out: {str(folder)!r}; exists and is not the folder of a full fine-tune")

@@ -7,7 +7,6 @@ from itertools import groupby
 from typing import Any
 
 from cascade_fast.config import ConfigError
-from cascade_fast.metrics import console
 from cascade_fast.model_cli import add_model_arguments, add_run_argument, answer, load_model
 from cascade_fast.visible import visible
 
@@ -113,6 +112,8 @@ def _show_exits(found: Any, stages: int) -> None:
     """The text of a :class:`Continuation` with its tokens in the colours of their exits - or, where there are no
     colours, those of stage k within ``[k: ...]`` - and a legend with each exit's count and share."""
     from rich.text import Text
+
+    from cascade_fast.metrics import console
 
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     text = Text().append(visible(found.prompt), style="dim")

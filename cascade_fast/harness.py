@@ -8,7 +8,7 @@ import importlib.util
 import sys
 
 from cascade_fast.config import ConfigError
-from cascade_fast.metrics import say_error
+from cascade_fast.visible import say_error
 
 MODEL = "cascade"
 

@@ -1,6 +1,5 @@
 """What a run tells its user on the console: at its start, after the base pass, of each stage, at its end."""
 
-import json
 import math
 import shlex
 from pathlib import Path
@@ -14,6 +13,7 @@ from cascade_fast.base_pass import BasePass
 from cascade_fast.config import RunConfig
 from cascade_fast.configuration import MODEL_CRITERIA
 from cascade_fast.data import TokenBlocks
+from cascade_fast.files import read_json
 from cascade_fast.metrics import format_count, say, say_table
 from cascade_fast.report import advice
 from cascade_fast.run_folder import RunFolder
@@ -82,7 +82,7 @@ def say_summary(results: dict[str, Any], folder: RunFolder) -> None:
 
 def say_next(folder: Path) -> None:
     """After a finished run: the commands that show what came of it, or what to try where nothing did."""
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = read_json(folder / "results.json", needs=("final", "settings"))
     if results["final"]["stages_kept"] == 0:
         say("\n".join(advice(results)).replace("`", ""))
     elif results["settings"]["criterion"] in MODEL_CRITERIA:

@@ -1,7 +1,6 @@
 """What a run tells while it works: progress, lines on the console, and ``metrics.jsonl``."""
 
 import json
-import os
 import re
 import sys
 import time
@@ -17,6 +16,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from cascade_fast.files import room_for
 from cascade_fast.visible import visible
 
 LINE_SECONDS = 30.0  # between progress lines where there is no terminal
@@ -27,11 +27,6 @@ console = Console(highlight=False, emoji=False, soft_wrap=True)
 def say(text: str) -> None:
     """Text for the user, on standard output; control characters in it are shown, not obeyed."""
     console.print(visible(text), markup=False)
-
-
-def say_error(text: str) -> None:
-    """One line on standard error that says what is wrong."""
-    print(f"error: {visible(' '.join(text.splitlines()))}", file=sys.stderr)
 
 
 # What Markdown would take for markup; an underscore within a word is none.
@@ -133,16 +128,28 @@ class MetricsLog:
 
     def write(self, event: str, **fields: Any) -> None:
         line = json.dumps({"event": event, "time": time.time(), **fields}, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
+        with room_for(self.path, len(line)), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
 
     def size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
 
+    def first_line_size(self) -> int:
+        """Bytes of the first line; 0 if there is none that is whole."""
+        if not self.path.exists():
+            return 0
+        with self.path.open("rb") as file:
+            line = file.readline()
+        return len(line) if line.endswith(b"\n") else 0
+
     def truncate(self, size: int) -> None:
-        if self.path.exists():
-            os.truncate(self.path, min(size, self.size()))
+        """Keeps the whole lines among the first ``size`` bytes: a process may have died within the one after them."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb+") as file:
+            kept = file.read(size)
+            file.truncate(kept.rfind(b"\n") + 1)
 
 
 def peak_rss_bytes() -> int:

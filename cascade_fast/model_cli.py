@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import json
 import os
 import shlex
 import sys
@@ -13,7 +12,9 @@ from typing import Any
 import filelock
 
 from cascade_fast.config import DTYPES, ConfigError
-from cascade_fast.metrics import say_error
+from cascade_fast.visible import say_error
+
+LOCK = "run.lock"
 
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,12 @@ def answer(run: Callable[[argparse.Namespace], int], asked: argparse.Namespace) 
     except (ConfigError, OSError) as error:
         if asked.debug:
             raise
-        say_error((str(error).splitlines() or [repr(error)])[0])
+        if isinstance(error, OSError):
+            from cascade_fast.files import first_line
+
+            say_error(first_line(error))
+        else:
+            say_error(str(error))
         return 2
 
 
@@ -47,24 +53,23 @@ def check_run(folder: Path, *, results: bool = False) -> None:
     Raises:
         ConfigError: it holds something else, a run that is still training, or one that was interrupted.
     """
+    from cascade_fast.files import is_temporary, read_json
+
     if not folder.is_dir():
         raise ConfigError(f"RUN: {str(folder)!r}; {'is a file' if folder.exists() else 'no such folder'}")
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if [path.name for path in folder.iterdir() if not path.name.startswith(".")] != ["run.lock"]:
-            raise ConfigError(f"RUN: {str(folder)!r}; is not the folder of a run: it has no config.json") from None
+    if (folder / "config.json").exists():
+        config = read_json(folder / "config.json")
+    elif (folder / LOCK).exists() and all(path.name == LOCK or is_temporary(path) for path in folder.iterdir()):
         config = {"machine": None}  # a run that has only just begun
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"RUN: {str(file)!r} cannot be read: {error}") from error
-    if not isinstance(config, dict) or not {"machine", "model_type"} & config.keys():
-        raise ConfigError(f"RUN: {str(file)!r}; is not that of a run or of a cascade")
+    else:
+        raise ConfigError(f"RUN: {str(folder)!r}; is not the folder of a run: it has no config.json")
+    if not {"machine", "model_type"} & config.keys():
+        raise ConfigError(f"RUN: {str(folder)!r}; its config.json is not that of a run or of a cascade")
     if "machine" not in config and results:
         raise ConfigError(f"RUN: {str(folder)!r}; holds a saved model: results are in the folder of its run")
     if "model_type" in config and (not results or (folder / "results.json").exists()):
         return
-    if _in_use(folder / "run.lock"):
+    if _in_use(folder / LOCK):
         raise ConfigError(f"RUN: {str(folder)!r}; is still training: no results yet")
     raise ConfigError(
         f"RUN: {str(folder)!r}; the run was interrupted: no results yet. The command that began it goes on with "
@@ -76,13 +81,15 @@ def _in_use(lock: Path) -> bool:
     """Whether another process holds the lock; no where that cannot be found out, as in a read-only folder."""
     if not lock.exists():
         return False
+    from cascade_fast.files import acquire_lock
+
     try:
-        with filelock.FileLock(lock, timeout=0):
-            return False
+        acquire_lock(lock, timeout=0).release()
     except filelock.Timeout:
         return True
     except OSError:
-        return False
+        pass
+    return False
 
 
 def load_model(run: str, *, device: str, dtype: str, base_path: str | None) -> tuple[Any, Any]:
@@ -97,6 +104,7 @@ def load_model(run: str, *, device: str, dtype: str, base_path: str | None) -> t
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
+    from cascade_fast.files import first_line
     from cascade_fast.hardware import choose_device
     from cascade_fast.modeling import CascadeForCausalLM
 
@@ -108,7 +116,7 @@ def load_model(run: str, *, device: str, dtype: str, base_path: str | None) -> t
     except OSError as error:
         if Path(run).is_dir():
             raise
-        reason = (str(error).splitlines() or [repr(error)])[0]
+        reason = first_line(error)
         raise ConfigError(f"RUN: {run!r}; no such folder, and not to be had from the hub: {reason}") from error
     tokenizer = AutoTokenizer.from_pretrained(model.base_folder)
     if tokenizer.pad_token is None:

@@ -31,10 +31,10 @@ from cascade_fast import ops
 from cascade_fast.cache_name import cache_of, one_cache, with_cache
 from cascade_fast.cascade_cache import SecondLookContext, open_cache
 from cascade_fast.cascade_weights import find_base_of, local_folder, thin_state, write_stages
-from cascade_fast.checkpoint import atomic_write_text
 from cascade_fast.config import ConfigError
 from cascade_fast.configuration import CascadeConfig
 from cascade_fast.exit_logits import ExitLogits
+from cascade_fast.files import atomic_write_text
 from cascade_fast.model_card import render_card
 from cascade_fast.second_look import SecondLookConfig, SecondLookStage
 from cascade_fast.selection import select_below

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cascade_fast.config import ConfigError, RunConfig, make_config
-from cascade_fast.metrics import say_error
 from cascade_fast.train import build_parser
-from cascade_fast.visible import visible
+from cascade_fast.visible import say_error, visible
 
 _SMOLLM2 = {
     "model_type": "llama",
@@ -126,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
 def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bool) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from cascade_fast.base_model import cache_folder
+    from cascade_fast.files import free_disk_bytes
     from cascade_fast.memory_plan import CONTEXT_BYTES, largest_batch_tokens
     from cascade_fast.parameter_counts import Shape
     from cascade_fast.roofline import (
@@ -133,7 +133,6 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
         base_pass_time,
         epoch_time,
         find_device,
-        free_disk_bytes,
         gib,
         plan_on,
         short_memory,

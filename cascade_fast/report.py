@@ -1,14 +1,13 @@
 """``python -m cascade_fast.report RUN``: ``report.md``, its plots and ``report.html``, from the run folder alone."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.checkpoint import atomic_write_text
 from cascade_fast.config import SECOND_LOOK_PRESET, ConfigError
 from cascade_fast.configuration import MODEL_CRITERIA
+from cascade_fast.files import atomic_write_text, read_json
 from cascade_fast.heat_map import read_heat_map
 from cascade_fast.metrics import epoch_line, format_count, literal, markdown_table, say
 from cascade_fast.model_cli import answer, check_run
@@ -53,12 +52,12 @@ def write_report(folder: Path) -> Path:
         ConfigError: not the folder of a finished run, or a file in it is damaged. No report has been written then.
     """
     check_run(folder, results=True)
-    config = _read(folder / "config.json", ("machine", "versions"))
-    results = _read(folder / "results.json", ("base", "tokens", "settings", "stages", "final"))
-    tokens = read_heat_map(folder)
+    config = read_json(folder / "config.json", needs=("machine", "versions"))
+    results = read_json(folder / "results.json", needs=("base", "tokens", "settings", "stages", "final"))
+    tokens, samples = read_heat_map(folder), read_samples(folder)
     try:
         plots = write_plots(folder, results, score_name=_score_name(results))
-        markdown = render_report(config, results, plots, samples=read_samples(folder), heat_map=tokens is not None)
+        markdown = render_report(config, results, plots, samples=samples, heat_map=tokens is not None)
         images = {name: (folder / name).read_bytes() for name in plots}
         page = render_page(markdown, images, tokens, score_name=_score_name(results))
     except ConfigError:
@@ -70,17 +69,6 @@ def write_report(folder: Path) -> Path:
     atomic_write_text(path.with_suffix(".html"), page)
     atomic_write_text(path, markdown)  # last: a folder with this file is complete
     return path
-
-
-def _read(path: Path, sections: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"run: {str(path)!r} cannot be read: {error}") from error
-    missing = [name for name in sections if not isinstance(content, dict) or name not in content]
-    if missing:
-        raise ConfigError(f"run: {str(path)!r} is not that of a run: it has no {', '.join(missing)}")
-    return content
 
 
 def diagnose(epochs: list[dict[str, Any]]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.checkpoint import atomic_write
+from cascade_fast.files import atomic_write
 
 LEAST_POINTS = 3  # along a plot's axis
 

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,12 +155,6 @@ def ram_bytes() -> float:
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
             total = min(total, float(Path(limit).read_text()))
     return total
-
-
-def free_disk_bytes(folder: Path) -> float:
-    """Where ``folder`` is, or will be."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return float(shutil.disk_usage(there).free)
 
 
 def _probe_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -3,13 +3,12 @@
 The text is that of ``heat_map.json``, so that nothing but the run's folder and its base is needed.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.checkpoint import atomic_write_text
 from cascade_fast.configuration import MODEL_CRITERIA
 from cascade_fast.continuation import continue_texts
+from cascade_fast.files import read_json, write_json
 from cascade_fast.heat_map import read_heat_map, read_record
 from cascade_fast.model_cli import load_model
 
@@ -28,7 +27,7 @@ def make_samples(folder: Path, device: str = "auto") -> bool:
     Raises:
         ConfigError: the run's files are damaged or its base is not found.
     """
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = read_json(folder / "results.json", needs=("settings", "final"))
     content = read_heat_map(folder)
     prompts = [] if content is None else sample_prompts(content)
     if (
@@ -47,8 +46,7 @@ def make_samples(folder: Path, device: str = "auto") -> bool:
         {"prompt": before.prompt, "base": before.text, "cascade": after.text}
         for before, after in zip(base, cascade, strict=True)
     ]
-    record = {"format": FORMAT, "new_tokens": NEW_TOKENS, "samples": samples}
-    atomic_write_text(folder / FILE, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    write_json(folder / FILE, {"format": FORMAT, "samples": samples})
     return True
 
 
@@ -66,5 +64,5 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: a file that is damaged, or of another format.
     """
-    content = read_record(folder / FILE, FORMAT)
+    content = read_record(folder / FILE, FORMAT, needs=("samples",))
     return [] if content is None else content["samples"]

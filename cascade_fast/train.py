@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_fast.config import ConfigError, RunConfig, make_config
-from cascade_fast.metrics import say, say_error
+from cascade_fast.visible import say_error
 
 DESCRIPTION = (
     "Train a cascade: new layers on the hard tokens of a frozen language model. With no flags: SmolLM2-135M-Instruct "
@@ -83,6 +83,7 @@ def _add_samples(folder: Path, device: str) -> None:
 
     The run is finished: whatever is missing here (memory, a base that was moved) costs the samples and nothing else.
     """
+    from cascade_fast.metrics import say
     from cascade_fast.report import write_report
     from cascade_fast.samples import make_samples
 

@@ -1,6 +1,7 @@
-"""Text that others wrote - people, models, files - made safe to show."""
+"""Text that others wrote - people, models, files - made safe to show. Loads no torch: mistakes are answered at once."""
 
 import re
+import sys
 
 # C0 and DEL but for newline and tab, C1, separators that some take for newlines, the bidirectional embeddings,
 # overrides and isolates, lone surrogates.
@@ -14,6 +15,11 @@ def visible(text: str) -> str:
     ``\\u202e``, and lone surrogates, which no encoding can hold, U+FFFD. Newlines and tabs stay.
     """
     return _CONTROL.sub(_picture, text)
+
+
+def say_error(text: str) -> None:
+    """One line on standard error that says what is wrong."""
+    print(f"error: {visible(' '.join(text.splitlines()))}", file=sys.stderr)
 
 
 def _picture(match: re.Match[str]) -> str:

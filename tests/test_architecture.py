@@ -14,10 +14,10 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["auto_classes", "config", "cache_name", "visible"],
     ["ops.reference", "ops.backends", "ops.schema", "ops"],
-    ["checkpoint", "metrics", "hardware"],
+    ["files", "metrics", "checkpoint", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage", "attention", "second_look"],
     ["hard_token_gather", "base_model", "data", "adamw8bit", "optim", "stage_tokens", "exits"],
-    ["configuration", "base_pass", "parameter_counts", "second_look_plan", "memory_plan", "roofline", "ledger"],
+    ["configuration", "base_pass", "parameter_counts", "second_look_plan", "memory_plan", "disk", "roofline", "ledger"],
     ["stage_trainer", "heat_map", "cascade_cache", "cascade_weights", "exit_logits", "model_card"],
     ["modeling", "continuation", "model_cli", "samples"],
     ["report_plots", "report_html", "report", "run_folder", "messages"],

@@ -1,7 +1,6 @@
 """Generation: with and without a cache, in batches with padding, sampled, streamed, and from the command line."""
 
 import io
-import json
 import re
 import shutil
 from contextlib import redirect_stdout
@@ -15,6 +14,7 @@ from transformers import AutoTokenizer, TextStreamer
 from cascade_fast import evaluate
 from cascade_fast import generate as module
 from cascade_fast.continuation import continue_texts, recorded_exits
+from cascade_fast.files import read_json, write_json
 from cascade_fast.modeling import CascadeForCausalLM
 from cascade_fast.visible import visible
 
@@ -217,7 +217,7 @@ def test_a_terminal_has_colours_and_a_dumb_one_marks(tiny_runs, monkeypatch, cap
         terminal = Console(
             force_terminal=True, color_system="standard" if colours else None, highlight=False, soft_wrap=True
         )
-        monkeypatch.setattr(module, "console", terminal)
+        monkeypatch.setattr("cascade_fast.metrics.console", terminal)
         out = _main(capsys, *asked)[1]
         assert ("\x1b[33m" in out) is colours
         assert ("[1:" in out) is not colours
@@ -273,9 +273,9 @@ def test_a_prompt_that_is_not_unicode(tiny_runs, capsys):
 @pytest.mark.parametrize("command", [module, evaluate], ids=["generate", "evaluate"])
 def test_a_run_under_way_is_named_as_that(tiny_runs, tmp_path, capsys, command):
     run = shutil.copytree(tiny_runs["warm"], tmp_path / "run")
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json")
     del config["model_type"]  # a run has it once it is finished
-    (run / "config.json").write_text(json.dumps(config))
+    write_json(run / "config.json", config)
     asked = [str(run), "text"] if command is module else [str(run)]
     with filelock.FileLock(run / "run.lock"):
         assert command.main(asked) == 2

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from cascade_fast import report
 from cascade_fast.exits import ExitEvaluation
+from cascade_fast.files import read_json, write_json
 from cascade_fast.heat_map import MAX_TOKENS, heat_map, token_texts, write_heat_map
 from cascade_fast.modeling import CascadeForCausalLM
 from cascade_fast.report_html import render_page
@@ -175,14 +176,18 @@ def test_a_run_without_a_heat_map_has_a_report(run, capsys):
         (lambda run: shutil.rmtree(run), "no such folder"),
         (lambda run: (run / "results.json").unlink(), "was interrupted: no results yet"),
         (lambda run: (run / "config.json").unlink(), "is not the folder of a run: it has no config.json"),
-        (lambda run: (run / "results.json").write_text("{"), "cannot be read"),
-        (lambda run: (run / "results.json").write_text("{}"), "it has no base, tokens"),
+        (lambda run: (run / "results.json").write_text("{"), "is damaged: "),
+        (lambda run: (run / "results.json").write_text("{}"), "is damaged: has no base"),
         (lambda run: (run / "heat_map.json").write_text('{"format": 7}'), "has format 7; this version reads 1"),
-        (lambda run: (run / "heat_map.json").write_text('{"format": 1, "blocks": 3}'), "a file in"),
-        (lambda run: (run / "samples.json").write_text('{"format": 1}'), "is damaged: no report can be made (KeyError"),
-        (lambda run: (run / "samples.json").write_text("[1]"), "has format None; this version reads 1"),
-        (lambda run: (run / "config.json").write_text("[]"), "is not that of a run or of a cascade"),
-        (lambda run: (run / "config.json").write_text("{}"), "is not that of a run or of a cascade"),
+        (lambda run: (run / "heat_map.json").write_text('{"format": 1, "blocks": 3}'), "has no thresholds"),
+        (lambda run: (run / "samples.json").write_text('{"format": 1}'), "is damaged: has no samples"),
+        (
+            lambda run: (run / "samples.json").write_text('{"format": 1, "samples": [{}]}'),
+            "is damaged: no report can be made (KeyError",
+        ),
+        (lambda run: (run / "samples.json").write_text("{}"), "has format None; this version reads 1"),
+        (lambda run: (run / "config.json").write_text("[]"), "is damaged: holds list, not an object"),
+        (lambda run: (run / "config.json").write_text("{}"), "its config.json is not that of a run"),
         (lambda run: (run / "config.json").write_text('{"model_type": "cascade"}'), "holds a saved model"),
     ],
 )
@@ -245,12 +250,12 @@ def test_samples_are_what_base_and_cascade_say(tiny_runs, tmp_path, kind):
 
 
 def test_a_run_with_nothing_to_sample_has_no_samples(run):
-    results = json.loads((run / "results.json").read_text())
+    results = read_json(run / "results.json")
     for changed in (
         {**results, "final": {**results["final"], "stages_kept": 0}},
         {**results, "settings": {**results["settings"], "criterion": "random"}},
     ):
-        (run / "results.json").write_text(json.dumps(changed))
+        write_json(run / "results.json", changed)
         assert not make_samples(run, "cpu")
     assert not (run / "samples.json").exists()
 
@@ -323,9 +328,9 @@ def test_advice_is_of_flags_that_exist():
 
 def test_a_run_under_way_is_named_as_that(run, capsys):
     (run / "results.json").unlink()
-    config = json.loads((run / "config.json").read_text())
-    del config["model_type"]
-    (run / "config.json").write_text(json.dumps(config))
+    config = read_json(run / "config.json")
+    del config["model_type"]  # a run has it once it is finished
+    write_json(run / "config.json", config)
     with filelock.FileLock(run / "run.lock"):
         code, _, err = _main(capsys, run)
     assert (code, err) == (2, f"error: RUN: '{run}'; is still training: no results yet\n")

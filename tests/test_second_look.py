@@ -20,8 +20,8 @@ from cascade_fast.cascade import run_cascade
 from cascade_fast.config import ConfigError, make_config
 from cascade_fast.data import load_blocks
 from cascade_fast.exits import ExitStage, advance, evaluate_exits
+from cascade_fast.files import read_json, write_json
 from cascade_fast.hidden_store import HiddenStore
-from cascade_fast.run_folder import RunFolder
 from cascade_fast.second_look import SecondLookConfig, SecondLookStage, check_second_look
 from cascade_fast.selection import select_hardest
 from cascade_fast.stage_tokens import SequenceTokens
@@ -401,10 +401,13 @@ def test_a_run_settles_how_it_gets_keys_and_values_once(look_settings, tmp_path,
     assert "plan: kv: " in capsys.readouterr().out
     assert results["settings"]["kv"] in ("store", "recompute")
     assert results["memory"]["planned"]["peak_bytes"] > 0
-    settled = RunFolder(tmp_path)
-    assert settled.kv is None
-    settled.kv = "recompute"
-    assert RunFolder(tmp_path).kv == "recompute"
+    record = read_json(tmp_path / "run" / "config.json")
+    assert record["kv"] == results["settings"]["kv"]
+    (tmp_path / "run" / "results.json").unlink()  # as if it had been killed at the end
+    other = {"store": "recompute", "recompute": "store"}[record["kv"]]
+    write_json(tmp_path / "run" / "config.json", {**record, "kv": other})
+    _, resumed = _run(look_settings, tmp_path / "run", num_stages=1, resume="auto")
+    assert resumed["settings"]["kv"] == other
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------------

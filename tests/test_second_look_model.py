@@ -244,7 +244,7 @@ def test_the_cache_holds_what_the_latest_exit_left(base):
 
 def test_beams_drafts_and_several_answers(model):
     """What transformers does to a cache between two steps: reordering, cropping, repeating, selecting."""
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = 299  # never comes; 5.0 cannot look drafts up without one
     ids = text_ids(1)
     how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20, "pad_token_id": 0}
     plain = model.generate(ids, **how, do_sample=False, use_cache=False)
@@ -381,7 +381,7 @@ def test_a_sliding_window_holds_up_to_its_length():
     shape = {k: v for k, v in tiny_llama_config().to_dict().items() if k not in ("model_type", "rope_parameters")}
     base = AutoModelForCausalLM.from_config(MistralConfig(**{**shape, "sliding_window": 24}))
     model = _cascade(base.eval())
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = 299  # never comes; 5.0 cannot look drafts up without one
     ids = text_ids(2)
     how = {"do_sample": False, "attention_mask": torch.ones_like(ids)[:, :14]}
     generated = [model.generate(ids[:, :14], **how, max_new_tokens=11, use_cache=c) for c in (True, False)]
