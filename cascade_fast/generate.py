@@ -124,9 +124,9 @@ def _show_exits(found: Any, stages: int) -> None:
     legend = Text("exits:")
     for number in range(stages + 1):
         name = f"stage {number}" if number else "base"
-        mark = f"[{number}: ] " if number and not coloured else ""
+        mark = f"[{number}: ...] " if number and not coloured else ""
         legend.append("  " if number else " ")
-        legend.append(f"{mark}{name} {counts[number]} ({counts[number] / len(found.exits):.0%})", style=_style(number))
+        legend.append(f"{mark}{name}: {counts[number]} ({counts[number] / len(found.exits):.0%})", style=_style(number))
     console.print(text)
     console.print(legend)
 

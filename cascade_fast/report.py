@@ -173,7 +173,7 @@ def _samples(samples: list[dict[str, Any]]) -> list[str]:
         *(
             markdown_table(
                 ["prompt", line(sample["prompt"])],
-                [["base alone", line(sample["base"])], ["cascade", line(sample["cascade"])]],
+                [["base", line(sample["base"])], ["cascade", line(sample["cascade"])]],
             )
             for sample in samples
         ),

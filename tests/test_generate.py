@@ -117,7 +117,7 @@ def test_the_command_line(run, capsys):
     code, shown, _ = _main(capsys, *asked, "--show-exits")
     text, legend = shown.rstrip("\n").rsplit("\n", 1)
     assert re.sub(r"\[[12]:([^]]*)]", r"\1", text).strip() == streamed.strip()
-    counts = [int(n) for n in re.findall(r"(?:base|stage 1|stage 2) (\d+) \(", legend)]
+    counts = [int(n) for n in re.findall(r"(?:base|stage 1|stage 2): (\d+) \(", legend)]
     assert len(counts) == 3
     assert 1 <= sum(counts) <= 8
     shares = [int(n) for n in re.findall(r"\((\d+)%\)", legend)]
@@ -137,7 +137,7 @@ def test_the_base_alone_is_shown_beside_the_cascade(run, loaded, capsys):
         ids = model.generate(**_inputs(tokenizer, [prompt]), **settings)[0]
         expected = tokenizer.decode(ids, skip_special_tokens=True)
         assert re.sub(r"\[[12]:([^]]*)]", r"\1", cascade).startswith(expected)
-        assert "exits: base " in cascade
+        assert "exits: base: " in cascade
     assert out.count("--- cascade") == 2
 
 
