@@ -388,6 +388,7 @@ def run_cascade(config: RunConfig) -> RunFolder:
         keep_freed_memory()
     base = find_base(config)
     blocks = load_blocks(config, base.tokenizer())
+    config = blocks.settle(config)
     release_memory()  # of tokenization
     why: list[str] = []
     settle = functools.partial(_settle, config, base, blocks, device, dtype, why)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cascade_fast import ops
 from cascade_fast.criteria import random_scores
-from cascade_fast.files import DamagedFile, first_line, load_tensors, save_tensors, write_json
+from cascade_fast.files import DamagedFile, load_tensors, save_tensors, write_json
 from cascade_fast.hidden_store import HiddenStore
+from cascade_fast.input_checks import one_line
 from cascade_fast.losses import token_losses
 from cascade_fast.second_look import SecondLookConfig, SecondLookStage, SequencePack
 from cascade_fast.selection import select_below
@@ -45,7 +46,7 @@ class ExitStage:
         try:
             stage.load_state_dict(load_tensors(path)[0])
         except RuntimeError as error:  # another shape or other names: one without a checksum that is another stage's
-            raise DamagedFile(f"{str(path)!r} does not fit the stage: {first_line(error)}") from error
+            raise DamagedFile(f"{str(path)!r} does not fit the stage: {one_line(error)}") from error
         return cls(stage.eval(), threshold)
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cascade_fast.config import ConfigError
+from cascade_fast.input_checks import ConfigError, one_line
 
 CHECKSUM = "sha256"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -42,7 +42,8 @@ class DiskFull(ConfigError):
     def __init__(self, path: Path, needed: float | None) -> None:
         more = "" if needed is None else f" needs {needed / 2**20:,.1f} MiB,"
         super().__init__(
-            f"the disk is full: {str(path)!r}{more} {free_disk_bytes(path) / 2**20:,.1f} MiB are free there; make room"
+            f"the disk is full: {str(path)!r}{more} {free_disk_bytes(path) / 2**20:,.1f} MiB are free there; make room, and "
+            "give the same command again (with --resume auto for a training)"
         )
 
 
@@ -65,13 +66,6 @@ def room_for(path: Path, needed: float | None = None) -> Iterator[None]:
         if not any(f"os error {number})" in str(error) for number in _DISK_FULL):
             raise
         raise DiskFull(path, needed) from error
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line; of the system's, what is wrong and with which file."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror if error.filename is None else f"{os.fsdecode(error.filename)!r}: {error.strerror}"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -154,7 +148,7 @@ def read_json(path: Path, *, needs: Sequence[str] = ()) -> dict[str, Any]:
     except FileNotFoundError:
         raise DamagedFile(f"{str(path)!r} is missing") from None
     except (OSError, ValueError) as error:
-        raise DamagedFile(f"{str(path)!r} is damaged: {first_line(error)}") from error
+        raise DamagedFile(f"{str(path)!r} is damaged: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise DamagedFile(f"{str(path)!r} is damaged: holds {type(content).__name__}, not an object")
     check_json(path, content)
@@ -188,7 +182,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise DamagedFile(f"{str(path)!r} is missing") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedFile(f"{str(path)!r} is damaged: {first_line(error)}") from error
+        raise DamagedFile(f"{str(path)!r} is damaged: {one_line(error)}") from error
 
 
 # --- checksums --------------------------------------------------------------------------------------------------------

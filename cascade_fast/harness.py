@@ -8,7 +8,7 @@ import importlib.util
 import sys
 
 from cascade_fast.config import ConfigError
-from cascade_fast.visible import say_error
+from cascade_fast.input_checks import one_line
 
 MODEL = "cascade"
 
@@ -36,7 +36,7 @@ def main() -> int:
 
         cli_evaluate()
     except ConfigError as error:
-        say_error(str(error))
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -34,8 +34,9 @@ _MARKUP = re.compile(r"[\\`*<\[&~]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def literal(text: str) -> str:
-    """Text of people's or models', on one line, that Markdown shows as it is."""
-    return _MARKUP.sub(r"\\\g<0>", visible(text).replace("\n", "\\n"))
+    """Text of people's or models', on one line, that Markdown shows as it is; control characters as Python writes
+    them."""
+    return _MARKUP.sub(r"\\\g<0>", visible(text).replace("\n", "\\n").replace("\t", "\\t"))
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import filelock
 
 from cascade_fast.config import DTYPES, ConfigError
-from cascade_fast.visible import say_error
+from cascade_fast.input_checks import one_line
 
 LOCK = "run.lock"
 
@@ -38,12 +38,7 @@ def answer(run: Callable[[argparse.Namespace], int], asked: argparse.Namespace) 
     except (ConfigError, OSError) as error:
         if asked.debug:
             raise
-        if isinstance(error, OSError):
-            from cascade_fast.files import first_line
-
-            say_error(first_line(error))
-        else:
-            say_error(str(error))
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -101,10 +96,9 @@ def load_model(run: str, *, device: str, dtype: str, base_path: str | None) -> t
     if Path(run).exists():
         check_run(Path(run))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    from cascade_fast.files import first_line
+    from cascade_fast.base_model import load_tokenizer
     from cascade_fast.hardware import choose_device
     from cascade_fast.modeling import CascadeForCausalLM
 
@@ -116,9 +110,8 @@ def load_model(run: str, *, device: str, dtype: str, base_path: str | None) -> t
     except OSError as error:
         if Path(run).is_dir():
             raise
-        reason = first_line(error)
-        raise ConfigError(f"RUN: {run!r}; no such folder, and not to be had from the hub: {reason}") from error
-    tokenizer = AutoTokenizer.from_pretrained(model.base_folder)
+        raise ConfigError(f"RUN: {run!r}; no such folder, and not to be had from the hub: {one_line(error)}") from error
+    tokenizer = load_tokenizer(f"RUN: {run!r}", model.base_folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.config import ConfigError, RunConfig, make_config
+from cascade_fast.config import ALL, ConfigError, RunConfig, make_config
+from cascade_fast.input_checks import one_line
 from cascade_fast.train import build_parser
-from cascade_fast.visible import say_error, visible
+from cascade_fast.visible import visible
 
 _SMOLLM2 = {
     "model_type": "llama",
@@ -67,7 +68,7 @@ def base_configuration(base: str) -> Any:
     """transformers' configuration of a built-in name, a local folder or a hub id. Raises ConfigError."""
     from transformers import AutoConfig
 
-    from cascade_fast.base_model import FAMILY, hub_reachable
+    from cascade_fast.base_model import hub_reachable, read_base_config
 
     if base in BUILT_IN:
         return AutoConfig.for_model(**BUILT_IN[base])
@@ -77,13 +78,7 @@ def base_configuration(base: str) -> Any:
             f"base: {base!r}; must be a folder with a config.json, one of {', '.join(BUILT_IN)}, or a hub id (the hub "
             "cannot be reached)"
         )
-    try:
-        found = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"base: {base!r}; its configuration cannot be read: {str(error).splitlines()[0]}") from None
-    if found.model_type not in FAMILY:
-        raise ConfigError(f"base: {base!r} is a {found.model_type} model; a cascade needs one of {', '.join(FAMILY)}")
-    return found
+    return read_base_config(base, base)
 
 
 def plan_parser() -> argparse.ArgumentParser:
@@ -118,11 +113,14 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         if debug:
             raise
-        say_error(str(error))
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 
 def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bool) -> int:
+    for name in ("train_blocks", "test_blocks"):
+        if getattr(config, name) == ALL:
+            raise ConfigError(f"{name}: all; a plan does not read the text: must be a number")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from cascade_fast.base_model import cache_folder
     from cascade_fast.files import free_disk_bytes

@@ -23,14 +23,13 @@ import torch
 
 from cascade_fast import __version__
 from cascade_fast.base_model import BaseModel
-from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig
+from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig, saved_settings
 from cascade_fast.configuration import MODEL_CRITERIA, CascadeConfig
 from cascade_fast.exits import ExitStage
 from cascade_fast.files import (
     DamagedFile,
     acquire_lock,
     clear_temporaries,
-    first_line,
     is_temporary,
     load_tensors,
     lock_holder,
@@ -38,6 +37,7 @@ from cascade_fast.files import (
     write_json,
 )
 from cascade_fast.heat_map import write_heat_map
+from cascade_fast.input_checks import one_line
 from cascade_fast.metrics import MetricsLog, say
 from cascade_fast.report import write_report
 
@@ -93,7 +93,7 @@ class RunFolder:
             folder = cls(path, {**(found or record), "kv": record["kv"]})
             folder._acquire()
         except OSError as error:
-            raise ConfigError(f"out: {str(path)!r}; cannot be used: {first_line(error)}") from error
+            raise ConfigError(f"out: {str(path)!r}; cannot be used: {one_line(error)}") from error
         try:
             folder._start(record, new=found is None, preset=config.preset)
         except BaseException:
@@ -297,7 +297,7 @@ def _reference(base: BaseModel) -> dict[str, Any]:
 def _check_same(found: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     differences = []
     for name, value in now["settings"].items():
-        before = found["settings"].get(name)
+        before = saved_settings(found["settings"]).get(name)
         if name not in RESUME_MAY_CHANGE and before != value:
             differences.append(f"{name} was {before!r}, is {value!r}")
     for name, value in now["fingerprints"].items():

@@ -269,7 +269,7 @@ def test_sample_text_is_shown_and_not_obeyed(run):
     report.write_report(run)
     page = _Page((run / "report.html").read_text())
     assert page.open == []
-    shown = "a | b ↵ <script>alert(1)</script> `x` [y](z) *e* ␛[31m \\u202e \\|"
+    shown = "a | b ↵ <script>alert(1)</script> `x` [y](z) *e* \\x1b[31m \\u202e \\|"
     assert page.text.count(shown) == 3
     assert not re.search("[\x1b\u202e]", (run / "report.md").read_text())
 
