@@ -9,17 +9,15 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cascade_fast.base_model import BaseModel, cache_folder, find_base
-from cascade_fast.base_pass import BasePass, base_pass, pass_folder
+from cascade_fast.base_pass import BasePass, base_pass
 from cascade_fast.config import RunConfig
-from cascade_fast.data import TokenBlocks, load_blocks
-from cascade_fast.disk import check_disk
+from cascade_fast.data import load_blocks
 from cascade_fast.exits import (
     TOKENS_AT_ONCE,
     ExitEvaluation,
@@ -28,7 +26,7 @@ from cascade_fast.exits import (
     evaluate_exits,
     handed_on_dtype,
 )
-from cascade_fast.files import DamagedFile, free_disk_bytes
+from cascade_fast.files import DamagedFile
 from cascade_fast.hardware import (
     choose_device,
     choose_dtype,
@@ -41,8 +39,9 @@ from cascade_fast.hidden_store import HiddenStore, StoreError
 from cascade_fast.ledger import compute_ledger, matmul_rate, stage_work
 from cascade_fast.messages import say_base_pass, say_stage, say_start, say_summary
 from cascade_fast.metrics import MetricsLog, Progress, format_count, peak_rss_bytes, say
-from cascade_fast.roofline import plan_for_run, plan_on, this_machine, with_kv
+from cascade_fast.roofline import plan_for_run
 from cascade_fast.run_folder import RunFolder
+from cascade_fast.run_plan import settle_kv
 from cascade_fast.second_look import SecondLookConfig, SecondLookStage
 from cascade_fast.selection import check_finite, select_below, select_hardest
 from cascade_fast.stage import Stage, StageConfig
@@ -391,7 +390,7 @@ def run_cascade(config: RunConfig) -> RunFolder:
     config = blocks.settle(config)
     release_memory()  # of tokenization
     why: list[str] = []
-    settle = functools.partial(_settle, config, base, blocks, device, dtype, why)
+    settle = functools.partial(settle_kv, config, base, blocks, device, dtype, why)
     fingerprints = base.fingerprint, blocks.fingerprint()
     with RunFolder.open(config, *fingerprints, device=device, dtype=dtype, settle=settle) as folder:
         if folder.finished:
@@ -422,30 +421,3 @@ def run_cascade(config: RunConfig) -> RunFolder:
                 f"kept in {folder.path}. Try a lower --lr, --warmup-steps 100, --grad-clip 1, or --dtype float32"
             )
         return folder
-
-
-def _settle(
-    config: RunConfig,
-    base: BaseModel,
-    blocks: TokenBlocks,
-    device: torch.device,
-    dtype: torch.dtype,
-    why: list[str],
-    out: Path,
-    before: str | None,
-) -> str:
-    """``kv`` for this run: settled once, so that a run resumed on a fuller disk goes on as it began. ``why`` gets the
-    line that says so.
-
-    Raises:
-        ConfigError: the disk has no room for what the run will write.
-    """
-    cache = cache_folder(config)
-    if before is not None:
-        config = dataclasses.replace(config, kv=before)
-    machine = this_machine(device, dtype)
-    config, lines = with_kv(config, base.config, machine, dtype, free_disk_bytes(cache))
-    why += [f"plan: {line}" for line in lines]
-    passed = pass_folder(base, blocks, config, device, dtype, cache)
-    check_disk(plan_on(config, base.config, machine, dtype).disk, out=out, base_pass=passed)
-    return config.kv

@@ -322,6 +322,7 @@ def make_config(overrides: dict[str, Any], config_file: str | None = None) -> Ru
 def saved_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that a run has saved, for :func:`make_config`. A run from before there was ``shuffle`` took its
     texts in the data's own order."""
+    check_type("settings", settings, dict)
     return {"shuffle": "off", **settings}
 
 

@@ -104,15 +104,13 @@ class CascadeConfig(PreTrainedConfig):
                 f"config.json: model_type {shown(config_dict.get('model_type'))}; must be {cls.model_type!r} "
                 "(a training run has it once it is finished)"
             )
-        config_dict = dict(config_dict)
-        commit = config_dict.pop("_commit_hash", None)  # which transformers adds
-        check_json("config.json", config_dict)
-        if commit:
-            config_dict["_commit_hash"] = commit
+        fields = dict(config_dict)
+        commit = fields.pop("_commit_hash", None)  # which transformers adds
+        check_json("config.json", fields)
         # A file may name another attention, which may be a repository of kernels: that is the caller's to say.
-        fields = {name: value for name, value in config_dict.items() if name not in ATTENTION_FIELDS}
+        fields = {name: value for name, value in fields.items() if name not in ATTENTION_FIELDS}
         try:
-            return super().from_dict(fields, **kwargs)
+            return super().from_dict({**fields, "_commit_hash": commit} if commit else fields, **kwargs)
         except ConfigError as error:
             raise ConfigError(f"config.json: {error}") from error
         except Exception as error:  # transformers checks its own fields, and raises many kinds

@@ -41,9 +41,10 @@ class DiskFull(ConfigError):
 
     def __init__(self, path: Path, needed: float | None) -> None:
         more = "" if needed is None else f" needs {needed / 2**20:,.1f} MiB,"
+        free = f"{free_disk_bytes(path) / 2**20:,.1f} MiB are free there"
         super().__init__(
-            f"the disk is full: {str(path)!r}{more} {free_disk_bytes(path) / 2**20:,.1f} MiB are free there; make room, and "
-            "give the same command again (with --resume auto for a training)"
+            f"the disk is full: {str(path)!r}{more} {free}; make room and give the same command again (a "
+            "training's with --resume auto)"
         )
 
 

@@ -86,14 +86,16 @@ def plan_parser() -> argparse.ArgumentParser:
     parser = build_parser(
         "python -m cascade_fast.plan",
         "Plan a run: memory by phase, whether it fits, the time of an epoch. Needs neither a GPU nor weights: --base "
-        f"may be a folder with a config.json, a hub id, or one of {', '.join(BUILT_IN)}. --device t4, l4 and a100 are "
-        "a table's; cpu, cuda and auto read this machine.",
+        f"may be a folder with a config.json, a hub id, or one of {', '.join(BUILT_IN)}. --device cpu, cuda and auto "
+        "read this machine. A GPU that is not here: --device t4, l4, a100, v100, h100, rtx3090 or rtx4090; any other "
+        "by its --memory-gib, --tflops and --gbs, without --device.",
     )
     machine = parser.add_argument_group("machine")
     for flag, text in (
-        ("--tflops", "peak TFLOP/s of the compute dtype, instead of the table's or the probe's"),
-        ("--gbs", "memory bandwidth in GB/s, instead of the table's or the probe's"),
-        ("--memory-gib", "memory of the device in GiB"),
+        ("--memory-gib", "memory of the GPU in GiB; beside --device: instead of that device's"),
+        ("--tflops", "peak TFLOP/s in the compute dtype, without sparsity; beside --device: as above"),
+        ("--gbs", "memory bandwidth in GB/s; beside --device: as above"),
+        ("--ram-gib", "host RAM beside the GPU in GiB, instead of what is assumed"),
     ):
         machine.add_argument(flag, type=float, metavar="X", default=argparse.SUPPRESS, help=text)
     machine.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON instead of tables")
@@ -103,12 +105,12 @@ def plan_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 it fits, 1 it does not, 2 a mistake in the settings."""
     given = vars(plan_parser().parse_args(argv))
-    machine = {name: given.pop(name, None) for name in ("tflops", "gbs", "memory_gib")}
+    machine = {name: given.pop(name, None) for name in ("memory_gib", "tflops", "gbs", "ram_gib")}
     debug, as_json, config_file = given.pop("debug", False), given.pop("json", False), given.pop("config", None)
     try:
         for name, value in machine.items():
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}: {value}; must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}: {value}; must be above 0, and finite")
         return _print_plan(make_config(given, config_file), machine, as_json)
     except ConfigError as error:
         if debug:
@@ -127,7 +129,6 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
     from cascade_fast.memory_plan import CONTEXT_BYTES, largest_batch_tokens
     from cascade_fast.parameter_counts import Shape
     from cascade_fast.roofline import (
-        DEVICES,
         base_pass_time,
         epoch_time,
         find_device,
@@ -139,8 +140,7 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
 
     base_config = base_configuration(config.base)
     device, dtype = find_device(config.device, config.dtype, **machine)
-    here = device.name not in {d.name for d in DEVICES.values()}
-    free = free_disk_bytes(cache_folder(config)) if here else math.inf
+    free = free_disk_bytes(cache_folder(config)) if device.here else math.inf
     config, kv_lines = with_kv(config, base_config, device, dtype, free)
     plan = plan_on(config, base_config, device, dtype)
     shape = Shape.of(config, base_config)
@@ -199,6 +199,7 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
         f"assumed: {device.rate(dtype) / 1e12:.2f} TFLOP/s ({device.flops_fraction:.0%} of peak), "
         f"{device.bytes_per_second * device.bandwidth_fraction / 1e9:.0f} GB/s ({device.bandwidth_fraction:.0%}), "
         f"{device.launch_seconds * 1e6:.0f} us a launch"
+        + (f", {gib(device.ram_bytes)} GiB of host RAM" if not device.here and machine["ram_gib"] is None else "")
     )
     return 0 if fits else 1
 

@@ -127,8 +127,8 @@ def quiet_libraries() -> None:
 
 
 def exit_code(work: Callable[[], None], debug: bool, again: str = "the same command with --resume auto") -> int:
-    """Does ``work``; an error of the user's, the system's or of training, or an interruption, becomes a line and its exit
-    code. ``again``: what goes on from there."""
+    """Does ``work``; an error of the user's, the system's or of training, or an interruption, becomes a line and its
+    exit code. ``again``: what goes on from there."""
     try:
         work()
     except (ConfigError, OSError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cascade_fast import baselines, evaluate, plan, sweep, train
+from cascade_fast.files import read_json
 from cascade_fast.metrics import peak_rss_bytes, say_table
 
 ROOT = Path(__file__).parent.parent
@@ -137,7 +138,7 @@ def test_a_run_from_before_shuffle_keeps_its_order(capsys, flags, tmp_path):
     run = tmp_path / "run"
     command = [*flags, "--out", str(run), "--num-stages", "1"]
     assert _main(capsys, *command, "--shuffle", "off")[0] == 0
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json")
     assert config["settings"].pop("shuffle") == "off"
     (run / "config.json").write_text(json.dumps(config))
     expected = json.loads((run / "results.json").read_text())["base"]["val_ppl"]

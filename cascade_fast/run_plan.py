@@ -1,11 +1,45 @@
-"""Whether the disk has room for what a run will write, before it writes anything."""
+"""What is settled before a run writes anything: how it gets keys and values, and whether the disk has room for it."""
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
-from cascade_fast.config import ConfigError
+import torch
+
+from cascade_fast.base_model import BaseModel, cache_folder
+from cascade_fast.base_pass import pass_folder
+from cascade_fast.config import ConfigError, RunConfig
+from cascade_fast.data import TokenBlocks
 from cascade_fast.files import free_disk_bytes
 from cascade_fast.memory_plan import BASE_PASS_DISK
+from cascade_fast.roofline import plan_on, this_machine, with_kv
+
+
+def settle_kv(
+    config: RunConfig,
+    base: BaseModel,
+    blocks: TokenBlocks,
+    device: torch.device,
+    dtype: torch.dtype,
+    why: list[str],
+    out: Path,
+    before: str | None,
+) -> str:
+    """``kv`` for this run: settled once, so that a run resumed on a fuller disk goes on as it began. ``why`` gets the
+    line that says so.
+
+    Raises:
+        ConfigError: the disk has no room for what the run will write.
+    """
+    cache = cache_folder(config)
+    if before is not None:
+        config = dataclasses.replace(config, kv=before)
+    machine = this_machine(device, dtype)
+    config, lines = with_kv(config, base.config, machine, dtype, free_disk_bytes(cache))
+    why += [f"plan: {line}" for line in lines]
+    passed = pass_folder(base, blocks, config, device, dtype, cache)
+    check_disk(plan_on(config, base.config, machine, dtype).disk, out=out, base_pass=passed)
+    return config.kv
 
 
 def check_disk(planned: dict[str, float], *, out: Path, base_pass: Path) -> None:
