@@ -124,36 +124,45 @@ def _plain(dtype: Any) -> str:
 
 
 def _say(results: dict[str, Any]) -> None:
+    """Three tables, each narrow enough for a terminal of 80 columns with two stages."""
     from cascade_fast.metrics import say_table
 
-    header = ["exits", "perplexity", "vs base (95 %)", "accuracy", "left at", "layers/token", "GFLOP/token", "seconds"]
-    rows = []
-    for row in results["rows"]:
-        gflop = "-" if row["flops_per_token"] is None else f"{row['flops_per_token'] / 1e9:.3f}"
-        rows.append(
+    rows, stages = results["rows"], len(results["thresholds"])
+    say_table(
+        "all tokens, each at its own exit",
+        ["exits", "perplexity", "vs base", "95 % interval", "accuracy"],
+        [[row["name"], f"{row['perplexity']:.4f}", *_difference(row), f"{row['accuracy']:.2%}"] for row in rows],
+    )
+    left_at = ["base", *(f"stage {n}" for n in range(1, stages + 1))]
+    say_table(
+        "\nshare of tokens that leave at each exit; layers and GFLOP a token",
+        ["exits", *left_at, "layers", "GFLOP", "seconds"],
+        [
             [
                 row["name"],
-                f"{row['perplexity']:.4f}",
-                _interval(row),
-                f"{row['accuracy']:.2%}",
-                " / ".join(f"{share:.1%}" for share in row["exit_share"]),
+                *(f"{share:.1%}" for share in row["exit_share"]),
                 f"{row['layers_per_token']:.2f}",
-                gflop,
+                "" if row["flops_per_token"] is None else f"{row['flops_per_token'] / 1e9:.3f}",
                 f"{row['seconds']:.2f}",
             ]
-        )
-    say_table("all tokens, each at its own exit", header, rows)
+            for row in rows
+        ],
+    )
     if results["doors"]:
-        names = ["at exit", "easy: leave", "perplexity", "hard: go on", "perplexity here", "at their own exit"]
         say_table(
-            "easy and hard tokens", names, [[_show(value) for value in door.values()] for door in results["doors"]]
+            "\nperplexity of easy tokens, which leave, and of hard ones: had they left here, and where they do",
+            ["at exit", "easy", "perplexity", "hard", "had they left", "where they do"],
+            [[_show(value) for value in door.values()] for door in results["doors"]],
         )
 
 
-def _interval(row: dict[str, Any]) -> str:
-    if row["name"] == "base" or row["difference_low"] is None:
-        return "-" if row["name"] == "base" else f"{row['difference']:+.4f}"
-    return f"{row['difference']:+.4f} ({row['difference_low']:+.4f} to {row['difference_high']:+.4f})"
+def _difference(row: dict[str, Any]) -> tuple[str, str]:
+    """To the base's perplexity, and its interval; nothing for the base itself, or where one block has no interval."""
+    if row["name"] == "base":
+        return "", ""
+    if row["difference_low"] is None:
+        return f"{row['difference']:+.4f}", ""
+    return f"{row['difference']:+.4f}", f"{row['difference_low']:+.4f} to {row['difference_high']:+.4f}"
 
 
 def _show(value: Any) -> str:

@@ -8,6 +8,7 @@ import importlib.util
 import sys
 
 from cascade_fast.config import ConfigError
+from cascade_fast.input_checks import one_line
 
 MODEL = "cascade"
 
@@ -35,7 +36,7 @@ def main() -> int:
 
         cli_evaluate()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

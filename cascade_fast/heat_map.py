@@ -4,6 +4,7 @@ Shapes: B blocks, S predicted tokens a block, N = B * S, P doors.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from cascade_fast.config import ConfigError
 from cascade_fast.exits import ExitEvaluation
-from cascade_fast.files import atomic_write_text
+from cascade_fast.files import CHECKSUM, DamagedFile, atomic_write_text, json_checksum, read_json
 
 FILE = "heat_map.json"
 FORMAT = 1
@@ -87,25 +88,30 @@ def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
 
 
 def write_heat_map(folder: Path, content: dict[str, Any]) -> None:
-    atomic_write_text(folder / FILE, json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n")
+    whole = {**content, CHECKSUM: json_checksum(content)}  # as write_json, on one line: it is long
+    atomic_write_text(folder / FILE, json.dumps(whole, separators=(",", ":"), allow_nan=False) + "\n")
 
 
 def read_heat_map(folder: Path) -> dict[str, Any] | None:
-    """The heat map of a run; None if it has none.
+    """The heat map of a run; None if it has none. Raises ConfigError as :func:`read_record`."""
+    return read_record(folder / FILE, FORMAT, needs=("thresholds", "blocks_in_all", "blocks"))
+
+
+def read_record(path: Path, record_format: int, *, needs: Sequence[str]) -> dict[str, Any] | None:
+    """The JSON object in ``path`` with the keys ``needs`` and ``record_format`` as its ``format``; None where there is
+    no file.
 
     Raises:
         ConfigError: a file that is damaged, or of another format.
     """
-    path = folder / FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"run: {str(path)!r} cannot be read: {error}") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise ConfigError(f"run: {str(path)!r} has format {found!r}; this version reads {FORMAT}")
+    content = read_json(path)
+    if content.get("format") != record_format:
+        raise ConfigError(f"{str(path)!r} has format {content.get('format')!r}; this version reads {record_format}")
+    for name in needs:
+        if name not in content:
+            raise DamagedFile(f"{str(path)!r} is damaged: has no {name}")
     return content
 
 

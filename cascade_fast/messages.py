@@ -1,6 +1,8 @@
 """What a run tells its user on the console: at its start, after the base pass, of each stage, at its end."""
 
 import math
+import shlex
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +11,11 @@ from cascade_fast import ops
 from cascade_fast.base_model import BaseModel
 from cascade_fast.base_pass import BasePass
 from cascade_fast.config import RunConfig
+from cascade_fast.configuration import MODEL_CRITERIA
 from cascade_fast.data import TokenBlocks
+from cascade_fast.files import read_json
 from cascade_fast.metrics import format_count, say, say_table
+from cascade_fast.report import advice
 from cascade_fast.run_folder import RunFolder
 
 
@@ -41,16 +46,17 @@ def say_base_pass(passed: BasePass) -> None:
 
 
 def say_stage(record: dict[str, Any]) -> None:
-    shares = record["exit_share"].items()
+    shares = record["exit_share"]
     say_table(
-        f"stage {record['stage']}",
-        ["best epoch", "best val ppl (hard)", "all-token val ppl", *(f"exit {name}" for name, _ in shares), "seconds"],
+        f"stage {record['stage']}, best epoch: validation perplexity of its hard tokens and of all, and where all exit",
+        ["stage", "epoch", "hard ppl", "all ppl", *(name.replace("_", " ") for name in shares), "seconds"],
         [
             [
+                str(record["stage"]),
                 str(record["best_epoch"]),
                 _number(record["best_val_ppl"]),
                 _number(record["all_token_val_ppl"]),
-                *(f"{share:.1%}" for _, share in shares),
+                *(f"{share:.1%}" for share in shares.values()),
                 f"{record['seconds']:.1f}",
             ]
         ],
@@ -72,6 +78,18 @@ def say_summary(results: dict[str, Any], folder: RunFolder) -> None:
     )
     say(f"page: {folder.page}")
     say(f"report: {folder.report}")
+
+
+def say_next(folder: Path) -> None:
+    """After a finished run: the commands that show what came of it, or what to try where nothing did."""
+    results = read_json(folder / "results.json", needs=("final", "settings"))
+    if results["final"]["stages_kept"] == 0:
+        say("\n".join(advice(results)).replace("`", ""))
+    elif results["settings"]["criterion"] in MODEL_CRITERIA:
+        run = shlex.quote(str(folder))
+        say("next:")
+        say(f'  python -m cascade_fast.generate {run} "Your text" --compare-base')
+        say(f"  python -m cascade_fast.evaluate {run}")
 
 
 def _number(value: float | None) -> str:

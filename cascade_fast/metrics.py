@@ -7,32 +7,36 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
 from cascade_fast.files import room_for
+from cascade_fast.visible import visible
 
 LINE_SECONDS = 30.0  # between progress lines where there is no terminal
-
-console = Console(highlight=False, soft_wrap=True)
+_ANY_WIDTH = 100_000  # cells
+console = Console(highlight=False, emoji=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """One line for the user."""
-    console.print(text, markup=False)
+    """Text for the user, on standard output; control characters in it are shown, not obeyed."""
+    console.print(visible(text), markup=False)
 
 
 # What Markdown would take for markup; an underscore within a word is none.
 _MARKUP = re.compile(r"[\\`*<\[&~]|(?<![^\W_])_|_(?![^\W_])")
-# Characters that end a line, that a terminal or page obeys instead of showing them, or that no encoding can hold.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def literal(text: str) -> str:
-    """Text of the user's, on one line, that Markdown shows as it is; control characters as Python writes them."""
-    return _MARKUP.sub(r"\\\g<0>", _CONTROL.sub(lambda found: repr(found[0])[1:-1], text))
+    """Text of people's or models', on one line, that Markdown shows as it is; control characters as Python writes
+    them."""
+    return _MARKUP.sub(r"\\\g<0>", visible(text).replace("\n", "\\n").replace("\t", "\\t"))
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -41,16 +45,27 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def say_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """A small table: drawn on a terminal, one tab-free line a row elsewhere."""
-    if not console.is_terminal:
-        say(f"{title}: " + "; ".join(", ".join(f"{h} {v}" for h, v in zip(header, row, strict=True)) for row in rows))
-        return
-    table = Table(title=title, title_justify="left")
-    for name in header:
-        table.add_column(name, justify="right")
+    """A small table, its first column the names of the rows.
+
+    Where it does not fit into the terminal (80 columns where there is none), or into what ``COLUMNS`` says, each row is
+    told by itself, a line for every value: nothing is cut.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(Text(visible(name)), justify="right" if number else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        table.add_row(*(Text(visible(cell)) for cell in row))  # as Text: brackets are no markup
+    say(title)
+    options = console.options.update(width=_ANY_WIDTH)
+    if Measurement.get(console, options, table).maximum <= console.width:
+        console.print(table)
+        return
+    longest = max(map(cell_len, header[1:]), default=0)
+    for row in rows:
+        say(f"  {row[0]}")
+        for name, value in zip(header[1:], row[1:], strict=True):
+            if value:
+                say(f"    {name}{' ' * (longest - cell_len(name))}  {value}")
 
 
 class Progress:

@@ -1,13 +1,20 @@
 """What the commands that run a trained cascade share: naming it, loading it, and answering mistakes."""
 
 import argparse
+import io
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from cascade_fast.config import DTYPES, ConfigError
+from cascade_fast.input_checks import one_line
+
+LOCK = "run.lock"
 
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
@@ -24,17 +31,70 @@ def add_model_arguments(parser: argparse.ArgumentParser | Any) -> None:
 
 def answer(run: Callable[[argparse.Namespace], int], asked: argparse.Namespace) -> int:
     """The exit code of ``run``: 2, after one line that says why, for a mistake in what was asked for."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a model may say what the terminal's encoding lacks
     try:
         return run(asked)
     except (ConfigError, OSError) as error:
         if asked.debug:
             raise
-        print(f"error: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 
+def check_run(folder: Path, *, results: bool = False) -> None:
+    """Makes sure that ``folder`` holds a finished run or, unless ``results`` are needed too, a saved cascade.
+
+    Raises:
+        ConfigError: it holds something else, a run that is still training, or one that was interrupted.
+    """
+    from cascade_fast.files import is_temporary, read_json
+
+    if not folder.is_dir():
+        raise ConfigError(f"RUN: {str(folder)!r}; {'is a file' if folder.exists() else 'no such folder'}")
+    if (folder / "config.json").exists():
+        config = read_json(folder / "config.json")
+    elif (folder / LOCK).exists() and all(path.name == LOCK or is_temporary(path) for path in folder.iterdir()):
+        config = {"machine": None}  # a run that has only just begun
+    else:
+        raise ConfigError(f"RUN: {str(folder)!r}; is not the folder of a run: it has no config.json")
+    if not {"machine", "model_type"} & config.keys():
+        raise ConfigError(f"RUN: {str(folder)!r}; its config.json is not that of a run or of a cascade")
+    if "machine" not in config and results:
+        raise ConfigError(f"RUN: {str(folder)!r}; holds a saved model: results are in the folder of its run")
+    if "model_type" in config and (not results or (folder / "results.json").exists()):
+        return
+    if _in_use(folder / LOCK):
+        raise ConfigError(f"RUN: {str(folder)!r}; is still training: no results yet")
+    raise ConfigError(
+        f"RUN: {str(folder)!r}; the run was interrupted: no results yet. The command that began it goes on with "
+        f"--out {shlex.quote(str(folder))} --resume auto"
+    )
+
+
+def _in_use(lock: Path) -> bool:
+    """Whether another process holds the lock; no where that cannot be found out, as in a read-only folder."""
+    if not lock.exists():
+        return False
+    from cascade_fast.files import acquire_lock
+
+    try:
+        acquire_lock(lock, timeout=0).release()
+    except filelock.Timeout:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def load_model(run: str, *, device: str, dtype: str, base_path: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer, ready to run."""
+    """Model and tokenizer (padding on the left), ready to run.
+
+    Raises:
+        ConfigError: ``run`` is not a finished run or a cascade, its base is not found, or ``device`` is not there.
+    """
+    if Path(run).exists():
+        check_run(Path(run))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
@@ -50,8 +110,7 @@ def load_model(run: str, *, device: str, dtype: str, base_path: str | None) -> t
     except OSError as error:
         if Path(run).is_dir():
             raise
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        raise ConfigError(f"RUN: {run!r}; no such folder, and not to be had from the hub: {reason}") from error
+        raise ConfigError(f"RUN: {run!r}; no such folder, and not to be had from the hub: {one_line(error)}") from error
     tokenizer = load_tokenizer(f"RUN: {run!r}", model.base_folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cascade_fast.config import ALL, ConfigError, RunConfig, make_config
+from cascade_fast.input_checks import one_line
 from cascade_fast.train import build_parser
+from cascade_fast.visible import visible
 
 _SMOLLM2 = {
     "model_type": "llama",
@@ -113,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -163,7 +165,7 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
             )
         )
         return 0 if fits else 1
-    print(f"{config.base}: {shape.base_parameters():,} parameters, {base_config.num_hidden_layers} layers")
+    print(f"{visible(config.base)}: {shape.base_parameters():,} parameters, {base_config.num_hidden_layers} layers")
     print(f"a stage: {shape.stage.layers} layers, {shape.stage_parameters():,} parameters of its own")
     print(f"{device.name}, {str(dtype).removeprefix('torch.')}\n")
     print(f"| {'phase':<16} | {'what':<38} | {'GiB':>7} |")

@@ -1,17 +1,19 @@
 """``python -m cascade_fast.report RUN``: ``report.md``, its plots and ``report.html``, from the run folder alone."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from cascade_fast import heat_map
-from cascade_fast.config import ConfigError
-from cascade_fast.files import atomic_write, atomic_write_text
+from cascade_fast.config import SECOND_LOOK_PRESET, ConfigError
+from cascade_fast.configuration import MODEL_CRITERIA
+from cascade_fast.files import atomic_write_text, read_json
+from cascade_fast.heat_map import read_heat_map
 from cascade_fast.metrics import epoch_line, format_count, literal, markdown_table, say
-from cascade_fast.model_cli import answer
-from cascade_fast.report_html import render_page
+from cascade_fast.model_cli import answer, check_run
+from cascade_fast.report_html import HEAT_MAP, MACHINE, SETTINGS, render_page
+from cascade_fast.report_plots import write_plots
+from cascade_fast.samples import read_samples
 
 DIAGNOSIS_RULE = (
     "Rule: *clear overfitting* if the first epoch has the lowest validation loss while the training loss falls on; "
@@ -44,38 +46,29 @@ def _run(asked: argparse.Namespace) -> int:
 
 
 def write_report(folder: Path) -> Path:
-    """Writes ``report.md``, ``report.html``, ``loss.png``, ``threshold.png`` and ``perplexity.png`` into ``folder``.
+    """Writes ``report.md``, ``report.html`` and the plots that :func:`write_plots` finds worth it into ``folder``.
 
     Raises:
-        ConfigError: not the folder of a finished run, or a file in it is damaged. Nothing has been written then.
+        ConfigError: not the folder of a finished run, or a file in it is damaged. No report has been written then.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"run: {str(folder)!r}; no such folder")
-    config = _read(folder / "config.json", ("machine", "versions"), "it is not the folder of a run")
-    sections = ("base", "tokens", "settings", "stages", "final")
-    results = _read(folder / "results.json", sections, "the run is not finished: go on with --resume auto")
-    tokens = heat_map.read_heat_map(folder)
-    plots = _write_plots(folder, results)
-    markdown = render_report(config, results, plots)
-    images = {name: (folder / name).read_bytes() for name in plots}
-    page = render_page(markdown, images, tokens, score_name=_score_name(results), heat_map_file=heat_map.FILE)
+    check_run(folder, results=True)
+    config = read_json(folder / "config.json", needs=("machine", "versions"))
+    results = read_json(folder / "results.json", needs=("base", "tokens", "settings", "stages", "final"))
+    tokens, samples = read_heat_map(folder), read_samples(folder)
+    try:
+        plots = write_plots(folder, results, score_name=_score_name(results))
+        markdown = render_report(config, results, plots, samples=samples, heat_map=tokens is not None)
+        images = {name: (folder / name).read_bytes() for name in plots}
+        page = render_page(markdown, images, tokens, score_name=_score_name(results))
+    except ConfigError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"run: a file in {str(folder)!r} is damaged: no report can be made ({reason})") from error
     path = folder / "report.md"
     atomic_write_text(path.with_suffix(".html"), page)
     atomic_write_text(path, markdown)  # last: a folder with this file is complete
     return path
-
-
-def _read(path: Path, sections: tuple[str, ...], absent: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"run: {str(path.parent)!r} has no {path.name}: {absent}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"run: {str(path)!r} cannot be read: {error}") from error
-    missing = [name for name in sections if not isinstance(content, dict) or name not in content]
-    if missing:
-        raise ConfigError(f"run: {str(path)!r} is not that of a run: it has no {', '.join(missing)}")
-    return content
 
 
 def diagnose(epochs: list[dict[str, Any]]) -> str:
@@ -88,16 +81,27 @@ def diagnose(epochs: list[dict[str, Any]]) -> str:
     return "clear overfitting" if best == 0 else "mild overfitting"
 
 
-def render_report(config: dict[str, Any], results: dict[str, Any], plots: list[str]) -> str:
-    """The report as Markdown."""
+def render_report(
+    config: dict[str, Any],
+    results: dict[str, Any],
+    plots: list[str],
+    *,
+    samples: list[dict[str, Any]],
+    heat_map: bool,
+) -> str:
+    """The report as Markdown: what came of the run first, what it was made with last."""
     stages = results["stages"]
     parts = [
         f"# CASCADE: preset {results['settings']['preset']}, hard ratio {results['settings']['hard_ratio']}",
         _summary(results),
-        "## Settings",
-        markdown_table(["setting", "value"], [[k, literal(_show(v))] for k, v in results["settings"].items()]),
-        "## Machine and versions",
-        markdown_table(["", ""], [[k, str(v)] for k, v in {**config["machine"], **config["versions"]}.items()]),
+        *_samples(samples),
+        f"## {HEAT_MAP}",
+        "[report.html](report.html) shows some validation text token by token, coloured by exit, score or change of "
+        "loss."
+        if heat_map
+        else "This run has no `heat_map.json`: it was trained before runs left one.",
+        "## What to try next",
+        _next(results),
         "## Base model",
         _base(results),
         *(_stage(stage) for stage in stages),
@@ -126,6 +130,12 @@ def render_report(config: dict[str, Any], results: dict[str, Any], plots: list[s
         _parameters(results),
         *(["### Compute", _compute(results)] if "compute" in results else []),
         *(f"![{name.removesuffix('.png')}]({name})" for name in plots),
+        f"## {SETTINGS}",
+        markdown_table(["setting", "value"], [[k, literal(_show(v))] for k, v in results["settings"].items()]),
+        f"## {MACHINE}",
+        markdown_table(
+            ["", ""], [[k, literal(str(v))] for k, v in {**config["machine"], **config["versions"]}.items()]
+        ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -141,10 +151,76 @@ def _summary(results: dict[str, Any]) -> str:
     )
     kept, trained = final["stages_kept"], len(results["stages"])
     return (
+        f"Base {literal(base['name'])}, text {literal(results['settings']['dataset'])}. "
         f"{kept} of {trained} trained stage(s) kept. {final['seconds']:.0f} seconds, "
         f"peak memory {final['peak_rss_bytes'] / 2**30:.2f} GiB.\n\n{table}\n\n"
         "Validation blocks chose epochs and stages; the test blocks were looked at once, at the end."
     )
+
+
+def _samples(samples: list[dict[str, Any]]) -> list[str]:
+    """A section with a table for each prompt; nothing for a run without samples."""
+    if not samples:
+        return []
+
+    def line(text: str) -> str:
+        return literal(text.replace("\n", " \u21b5 "))
+
+    return [
+        "## Sample text",
+        "How each goes on from the start of a validation block, taking the likeliest token every time. \u21b5 is a "
+        "line break.",
+        *(
+            markdown_table(
+                ["prompt", line(sample["prompt"])],
+                [["base", line(sample["base"])], ["cascade", line(sample["cascade"])]],
+            )
+            for sample in samples
+        ),
+    ]
+
+
+def advice(results: dict[str, Any]) -> list[str]:
+    """What to try next, judged by how the run went: a sentence each, settings as flags in backquotes."""
+    settings, stages, kept = results["settings"], results["stages"], results["final"]["stages_kept"]
+    second_look = "`--preset second-look`"
+    if results["base"]["layers"] < SECOND_LOOK_PRESET["layers_per_stage"]:
+        second_look = f"`--stage-kind second-look --layers-per-stage {results['base']['layers']}`"
+    more_text = f"`--train-blocks {4 * settings['train_blocks']}`"
+    if kept == 0:
+        tries = [f"a lower learning rate (`--lr {settings['lr'] / 3:.1g}`)"]
+        if settings["hard_ratio"] < 0.9:
+            tries.append("a higher hard ratio (`--hard-ratio 0.9`)")
+        tries.append(f"more text ({more_text})")
+        if settings["stage_kind"] == "append":
+            tries.append(f"stages that read the text again ({second_look})")
+        return [f"No stage was kept: the cascade is its base. Worth a try, one at a time: {', '.join(tries)}."]
+    found = []
+    for stage in stages:
+        if diagnose(stage["epochs"]) in ("clear overfitting", "mild overfitting"):
+            found.append(f"Stage {stage['stage']} overfits: more text ({more_text}), or fewer epochs.")
+    last = stages[kept - 1]
+    if last["stopped"] == "all epochs done" and diagnose(last["epochs"]) == "none seen":
+        found.append(
+            f"The validation loss of stage {kept} still fell in its last epoch: more of them "
+            f"(`--epochs {2 * settings['epochs']}`)."
+        )
+    if settings["stage_kind"] == "append":
+        found.append(f"Stages that read the text again gain more, and cost more: {second_look}.")
+    elif settings["exit_threshold"] == "trained":
+        found.append("Perhaps more tokens gain from the stage than it was trained on: `--exit-threshold validation`.")
+    return found
+
+
+def _next(results: dict[str, Any]) -> str:
+    parts = ["\n".join(f"- {sentence}" for sentence in advice(results))]
+    if results["settings"]["criterion"] in MODEL_CRITERIA and results["final"]["stages_kept"]:
+        parts.append("With the cascade as it is, `RUN` being this folder:")
+        parts.append(
+            '```\npython -m cascade_fast.generate RUN "Your text" --compare-base\n'
+            "python -m cascade_fast.evaluate RUN --sweep-threshold curve.csv\n```"
+        )
+    return "\n\n".join(filter(None, parts))
 
 
 def _base(results: dict[str, Any]) -> str:
@@ -268,68 +344,6 @@ def _ppl(value: float | None) -> str:
 
 def _show(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else _n(value)
-
-
-# --- plots ----------------------------------------------------------------------------------------------------------
-
-
-def _write_plots(folder: Path, results: dict[str, Any]) -> list[str]:
-    stages = results["stages"]
-    if not stages:
-        return []
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
-
-    def save(figure: Figure, name: str) -> str:
-        atomic_write(folder / name, lambda path: figure.savefig(path, format="png", dpi=120))
-        return name
-
-    return [
-        save(_loss_plot(Figure(figsize=(6, 4), layout="constrained"), stages), "loss.png"),
-        save(
-            _threshold_plot(Figure(figsize=(6, 4), layout="constrained"), stages, _score_name(results)), "threshold.png"
-        ),
-        save(_perplexity_plot(Figure(figsize=(6, 4), layout="constrained"), results), "perplexity.png"),
-    ]
-
-
-def _loss_plot(figure: Any, stages: list[dict[str, Any]]) -> Any:
-    axes = figure.subplots()
-    for stage in stages:
-        x = [e["epoch"] for e in stage["epochs"]]
-        (line,) = axes.plot(
-            x, [e["train_loss"] for e in stage["epochs"]], "o--", label=f"stage {stage['stage']}, training"
-        )
-        axes.plot(
-            x,
-            [e["val_loss"] for e in stage["epochs"]],
-            "o-",
-            color=line.get_color(),
-            label=f"stage {stage['stage']}, validation",
-        )
-    axes.set(xlabel="epoch", ylabel="cross-entropy of hard tokens (nats)", title="Loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    return figure
-
-
-def _threshold_plot(figure: Any, stages: list[dict[str, Any]], score: str) -> Any:
-    axes = figure.subplots()
-    axes.plot([s["stage"] for s in stages], [s["threshold"] for s in stages], "o-")
-    axes.set(xlabel="stage", ylabel=score, title="Threshold by stage", xticks=[s["stage"] for s in stages])
-    return figure
-
-
-def _perplexity_plot(figure: Any, results: dict[str, Any]) -> Any:
-    axes = figure.subplots()
-    measured = [s for s in results["stages"] if s["all_token_val_ppl"] is not None]
-    names = ["base", *(f"stage {s['stage']}" + ("" if s["accepted"] else "\n(rejected)") for s in measured)]
-    values = [results["base"]["val_ppl"], *(s["all_token_val_ppl"] for s in measured)]
-    colours = ["C7", *("C0" if s["accepted"] else "C3" for s in measured)]
-    bars = axes.bar(names, values, color=colours)
-    axes.bar_label(bars, labels=[f"{v:.3f}" for v in values])
-    axes.set(ylabel="perplexity over all validation tokens", title="All-token perplexity by stage")
-    axes.margins(y=0.15)
-    return figure
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Colours are Paul Tol's (SRON/EPS/TN/09-002): ones that colour-blind people can t
 """
 
 import base64
-import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
@@ -17,16 +16,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+from cascade_fast.visible import visible
+
 EXIT_COLOURS = 8  # of stages; the ninth has the first one's
 CHANGE_EDGES = (-1.0, -0.3, -0.05, 0.05, 0.3, 1.0)  # nats; unchanged is in the middle
 BINS = len(CHANGE_EDGES) + 1
-# Characters that HTML drops, changes or cannot hold; tabs and newlines are text.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+# Sections of the Markdown that the page shows otherwise: the map itself for a link to it, and folded.
+HEAT_MAP, SETTINGS, MACHINE = "Token heat map", "Settings", "Machine and versions"
 
 
-def render_page(
-    markdown: str, images: Mapping[str, bytes], heat_map: dict[str, Any] | None, *, score_name: str, heat_map_file: str
-) -> str:
+def render_page(markdown: str, images: Mapping[str, bytes], heat_map: dict[str, Any] | None, *, score_name: str) -> str:
     """The page.
 
     Args:
@@ -43,37 +42,39 @@ def render_page(
     )
     return environment.get_template("report.html").render(
         title=markdown.partition("\n")[0].removeprefix("# "),
-        body=Markup(_to_html(markdown, images)),
+        sections=_sections(markdown, images),
+        names={"heat_map": HEAT_MAP, "folded": (SETTINGS, MACHINE)},
         heat_map=None if heat_map is None else _view(heat_map),
-        heat_map_file=heat_map_file,
         score_name=score_name,
         exit_colours=EXIT_COLOURS,
     )
 
 
-def _to_html(markdown: str, images: Mapping[str, bytes]) -> str:
-    """HTML in the text is text; tables can be scrolled by themselves."""
-    renderer = MarkdownIt("commonmark", {"html": False}).enable("table")
+def _sections(markdown: str, images: Mapping[str, bytes]) -> list[tuple[str, Markup]]:
+    """Title and HTML below it of each section: what stands before the first ``##``, then one for each.
+
+    HTML in the text is text; tables can be scrolled by themselves.
+    """
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
 
     def image(_renderer: Any, tokens: Any, index: int, *_: Any) -> str:
         data = base64.b64encode(images[tokens[index].attrs["src"]]).decode()
         alt = Markup.escape(tokens[index].content)
         return f'<img src="data:image/png;base64,{data}" alt="{alt}">'
 
-    renderer.add_render_rule("image", image)
-    renderer.add_render_rule("table_open", lambda *_: '<div class="wide"><table>\n')
-    renderer.add_render_rule("table_close", lambda *_: "</table></div>\n")
-    return renderer.render(markdown)
+    parser.add_render_rule("image", image)
+    parser.add_render_rule("table_open", lambda *_: '<div class="wide"><table>\n')
+    parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
+    tokens = parser.parse(markdown)
+    starts = [n for n, token in enumerate(tokens) if (token.type, token.tag) == ("heading_open", "h2")]
 
+    def html(first: int, last: int | None) -> Markup:
+        return Markup(parser.renderer.render(tokens[first:last], parser.options, {}))
 
-def visible(text: str) -> str:
-    """``text`` with control characters as their pictures."""
-
-    def picture(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        return "\u2421" if code == 0x7F else chr(0x2400 + code) if code < 0x20 else "\ufffd"
-
-    return _CONTROL.sub(picture, text)
+    sections = [("", html(0, starts[0] if starts else None))]
+    for start, end in zip(starts, [*starts[1:], None], strict=True):
+        sections.append((tokens[start + 1].content, html(start + 3, end)))  # heading: open, text, close
+    return sections
 
 
 def _view(heat_map: dict[str, Any]) -> dict[str, Any]:

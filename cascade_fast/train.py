@@ -6,6 +6,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cascade_fast.config import ConfigError, RunConfig, explain, make_config
@@ -92,8 +93,28 @@ def _train(config: RunConfig) -> None:
     quiet_libraries()
     # Imported here: a mistake in the flags is answered before torch is loaded.
     from cascade_fast.cascade import run_cascade
+    from cascade_fast.messages import say_next
 
-    run_cascade(config)
+    folder = run_cascade(config).path
+    _add_samples(folder, config.device)
+    say_next(folder)
+
+
+def _add_samples(folder: Path, device: str) -> None:
+    """Sample text for the report, once the run has measured everything and has let go of its memory.
+
+    The run is finished: whatever is missing here (memory, a base that was moved) costs the samples and nothing else.
+    """
+    from cascade_fast.metrics import say
+    from cascade_fast.report import write_report
+    from cascade_fast.samples import make_samples
+
+    try:
+        if make_samples(folder, device):
+            write_report(folder)
+            say("sample text: in the report")
+    except Exception as error:
+        say(f"sample text: none, {type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
 def quiet_libraries() -> None:
@@ -129,7 +150,7 @@ def exit_code(work: Callable[[], None], debug: bool, again: str = "the same comm
             print(f"interrupted ({error}), saved; {again} goes on", file=sys.stderr)
             return error.exit_code
         if isinstance(error, NonFiniteLoss | NonFiniteScores):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
             return 2
         raise
     return 0

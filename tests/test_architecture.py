@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import from those below it and from modules of its own layer that stand before it.
 LAYERS = [
-    ["auto_classes", "input_checks", "config", "cache_name"],
+    ["auto_classes", "input_checks", "config", "cache_name", "visible"],
     ["ops.reference", "ops.backends", "ops.schema", "ops"],
     ["files", "metrics", "checkpoint", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage", "attention", "second_look"],
@@ -31,8 +31,9 @@ LAYERS = [
         "run_plan",
         "ledger",
     ],
-    ["stage_trainer", "heat_map", "report_html", "cascade_cache", "cascade_weights", "exit_logits", "model_card"],
-    ["modeling", "model_cli", "report", "run_folder", "messages"],
+    ["stage_trainer", "heat_map", "cascade_cache", "cascade_weights", "exit_logits", "model_card"],
+    ["modeling", "continuation", "model_cli", "samples"],
+    ["report_plots", "report_html", "report", "run_folder", "messages"],
     ["cascade", "evaluation", "full_finetune", "comparison"],
     ["train", "env", "plan", "generate", "evaluate", "sweep", "baselines", "harness_model", "harness"],
 ]

@@ -12,7 +12,7 @@ import pytest
 
 from cascade_fast import baselines, evaluate, plan, sweep, train
 from cascade_fast.files import read_json
-from cascade_fast.metrics import peak_rss_bytes
+from cascade_fast.metrics import peak_rss_bytes, say_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,8 +121,15 @@ def test_a_run_is_quiet_and_line_based_without_a_terminal(capsys, flags, tmp_pat
     lines = out.splitlines()
     assert any(line.startswith("computing on cpu in float32 (asked for)") for line in lines)
     assert any("epoch 1: train_loss=" in line for line in lines)
-    assert lines[-1] == f"report: {tmp_path / 'run' / 'report.md'}"
-    assert len(lines) < 30
+    run = tmp_path / "run"
+    assert lines[-5:] == [
+        f"report: {run / 'report.md'}",
+        "sample text: in the report",
+        "next:",
+        f'  python -m cascade_fast.generate {run} "Your text" --compare-base',
+        f"  python -m cascade_fast.evaluate {run}",
+    ]
+    assert len(lines) < 40
     assert "Traceback" not in err
 
 
@@ -197,3 +204,54 @@ def test_peak_memory_is_the_process_s_own():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 2**20 < int(run.stdout) < 300 * 2**20
     assert peak_rss_bytes() > len(room)
+
+
+def test_a_run_that_keeps_no_stage_says_what_to_try(capsys, flags, tmp_path):
+    code, out, _ = _main(capsys, *flags, "--out", str(tmp_path / "run"), "--min-improvement", "0.9")
+    assert code == 0
+    assert "0 stage(s) kept" in out
+    last = out.splitlines()[-1]
+    assert last.startswith("No stage was kept: the cascade is its base. Worth a try, one at a time: ")
+    assert "--lr 0.001" in last
+    assert last.replace("`", "") in (tmp_path / "run" / "report.md").read_text().replace("`", "")
+
+
+def test_samples_that_cannot_be_made_cost_nothing_else(capsys, flags, tmp_path, monkeypatch):
+    def no_memory(*_args, **_settings):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("cascade_fast.samples.load_model", no_memory)
+    code, out, _ = _main(capsys, *flags, "--out", str(tmp_path / "run"), "--num-stages", "1")
+    assert code == 0
+    assert "sample text: none, MemoryError: no room" in out
+    assert out.splitlines()[-3] == "next:"
+    assert "## Sample text" not in (tmp_path / "run" / "report.md").read_text()
+    monkeypatch.undo()
+    # The same command finds the run finished, and makes what is missing.
+    code, out, _ = _main(capsys, *flags, "--out", str(tmp_path / "run"), "--num-stages", "1", "--resume", "auto")
+    assert (code, "finished already" in out) == (0, True)
+    assert "## Sample text" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_names_are_shown_and_not_obeyed(capsys, flags, tmp_path):
+    code, out, err = _main(capsys, *flags, "--out", str(tmp_path / "run"), "--dataset", "no\x1b[31m\nsuch.json")
+    assert (code, out) == (2, "")
+    assert "\x1b" not in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("width", [32, 80])
+def test_a_table_loses_nothing_in_any_width(capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    say_table("a title", ["name", "first", "second"], [["[b]x[/b]", "1" * 12, "2" * 20], ["y\x1b", "3" * 12, ""]])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= width
+    for part in ("a title", "[b]x[/b]", "y\\x1b", "first", "second", "1" * 12, "2" * 20, "3" * 12):
+        assert part in out
+    if width == 80:
+        assert [line.rstrip() for line in out.splitlines()[1:]] == [
+            "name             first                second",
+            "────────────────────────────────────────────",
+            "[b]x[/b]  111111111111  22222222222222222222",
+            "y\\x1b     333333333333",
+        ]

@@ -162,7 +162,11 @@ def test_the_command_line_writes_what_it_says(run, tmp_path, capsys):
     assert found["rows"][0]["perplexity"] == pytest.approx(results["base_test_ppl"], rel=1e-5)
     assert found["rows"][2]["perplexity"] == pytest.approx(results["all_token_test_ppl"], rel=1e-5)
     assert found["data"]["tokens"] == 384
-    assert f"perplexity {results['all_token_test_ppl']:.4f}" in out
+    lines = out.splitlines()
+    tables = lines[1 : next(n for n, line in enumerate(lines) if line.startswith("curve: "))]
+    assert max(map(len, tables)) <= 100  # no table is wider than 80, its titles are sentences
+    (row,) = (line for line in lines if line.startswith("+ stages 1-2") and "to" in line)
+    assert row.split()[3] == f"{results['all_token_test_ppl']:.4f}"
     with files["table.csv"].open() as file:
         table = list(csv.DictReader(file))
     assert [float(row["perplexity"]) for row in table] == [row["perplexity"] for row in found["rows"]]

@@ -7,14 +7,21 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from conftest import byte_tokenizer
+from transformers import AutoTokenizer
 
 from cascade_fast import report
 from cascade_fast.exits import ExitEvaluation
+from cascade_fast.files import read_json, write_json
 from cascade_fast.heat_map import MAX_TOKENS, heat_map, token_texts, write_heat_map
-from cascade_fast.report_html import render_page, visible
+from cascade_fast.modeling import CascadeForCausalLM
+from cascade_fast.report_html import render_page
+from cascade_fast.report_plots import write_plots
+from cascade_fast.samples import make_samples, sample_prompts
+from cascade_fast.visible import visible
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
@@ -64,7 +71,7 @@ class _Page(HTMLParser):
 
 
 def test_the_report_is_made_again_from_the_folder_alone(run, capsys):
-    before = {name: (run / name).read_bytes() for name in ("report.md", "report.html", "loss.png")}
+    before = {name: (run / name).read_bytes() for name in ("report.md", "report.html", "perplexity.png")}
     for name in before:
         (run / name).unlink()
     code, out, err = _main(capsys, run)
@@ -84,7 +91,7 @@ def test_the_page_has_the_numbers_of_the_results(run):
     assert in_markdown
     assert set(in_markdown) <= set(re.findall(r"\d+\.\d{4}", page.text))
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
-    assert sum(link.startswith("data:") for link in page.links) == 3
+    assert sum(link.startswith("data:") for link in page.links) == 1
 
 
 def test_the_heat_map_is_the_run_s(run):
@@ -121,7 +128,7 @@ def _map(ids, tokenizer=None, **changes):
 def test_any_text_is_shown_as_it_is():
     text = "a </script><b>&amp; `x`\n\tü€😀 \x00end"
     ids = torch.tensor([byte_tokenizer()(text)["input_ids"]])
-    html = render_page("# T\n\n<i>not markup</i>", {}, _map(ids), score_name="cosine", heat_map_file="heat_map.json")
+    html = render_page("# T\n\n<i>not markup</i>\n\n## Token heat map\n\nhere", {}, _map(ids), score_name="cosine")
     page = _Page(html)
     assert page.open == []
     shown = text[0] + "".join(token["text"] for token in page.tokens)
@@ -167,11 +174,21 @@ def test_a_run_without_a_heat_map_has_a_report(run, capsys):
     ("spoil", "said"),
     [
         (lambda run: shutil.rmtree(run), "no such folder"),
-        (lambda run: (run / "results.json").unlink(), "the run is not finished"),
-        (lambda run: (run / "config.json").unlink(), "it is not the folder of a run"),
-        (lambda run: (run / "results.json").write_text("{"), "cannot be read"),
-        (lambda run: (run / "results.json").write_text("{}"), "it has no base, tokens"),
+        (lambda run: (run / "results.json").unlink(), "was interrupted: no results yet"),
+        (lambda run: (run / "config.json").unlink(), "is not the folder of a run: it has no config.json"),
+        (lambda run: (run / "results.json").write_text("{"), "is damaged: "),
+        (lambda run: (run / "results.json").write_text("{}"), "is damaged: has no base"),
         (lambda run: (run / "heat_map.json").write_text('{"format": 7}'), "has format 7; this version reads 1"),
+        (lambda run: (run / "heat_map.json").write_text('{"format": 1, "blocks": 3}'), "has no thresholds"),
+        (lambda run: (run / "samples.json").write_text('{"format": 1}'), "is damaged: has no samples"),
+        (
+            lambda run: (run / "samples.json").write_text('{"format": 1, "samples": [{}]}'),
+            "is damaged: no report can be made (KeyError",
+        ),
+        (lambda run: (run / "samples.json").write_text("{}"), "has format None; this version reads 1"),
+        (lambda run: (run / "config.json").write_text("[]"), "is damaged: holds list, not an object"),
+        (lambda run: (run / "config.json").write_text("{}"), "its config.json is not that of a run"),
+        (lambda run: (run / "config.json").write_text('{"model_type": "cascade"}'), "holds a saved model"),
     ],
 )
 def test_a_mistake_is_one_line_and_costs_nothing(run, capsys, spoil, said):
@@ -180,6 +197,155 @@ def test_a_mistake_is_one_line_and_costs_nothing(run, capsys, spoil, said):
     code, _, err = _main(capsys, run)
     assert (code, said in err, len(err.strip().splitlines())) == (2, True, 1)
     assert not run.exists() or (run / "report.html").read_bytes() == before
+
+
+# --- what is shown, and where --------------------------------------------------------------------------------------
+
+
+def _headings(markdown):
+    return re.findall(r"^## (.*)$", markdown, re.MULTILINE)
+
+
+def test_what_came_of_the_run_is_first_and_what_it_was_made_with_last(run):
+    assert make_samples(run, "cpu")
+    report.write_report(run)
+    markdown, html = (run / "report.md").read_text(), (run / "report.html").read_text()
+    assert _headings(markdown) == [
+        "Sample text", "Token heat map", "What to try next", "Base model", "Stage 1", "Stage 2", "Analysis",
+        "Settings", "Machine and versions",
+    ]  # fmt: skip
+    assert markdown.index("all-token perplexity") < markdown.index("## Sample text")
+    places = [re.search(f"<h2[^>]*>{title}</h2>", html).start() for title in _headings(markdown)]
+    assert places == sorted(places)
+    assert html.index('<section id="heat-map"') < places[2]
+    folded = re.findall(r"<details>\s*<summary><h2>(.*?)</h2></summary>(.*?)</details>", html, re.DOTALL)
+    assert [title for title, _ in folded] == ["Settings", "Machine and versions"]
+    assert "<td>hard_ratio</td>" in folded[0][1]
+
+
+@pytest.mark.parametrize("kind", ["warm", "seed", "look"])
+def test_samples_are_what_base_and_cascade_say(tiny_runs, tmp_path, kind):
+    run = shutil.copytree(tiny_runs[kind], tmp_path / "run")
+    before = (run / "results.json").read_bytes()
+    assert make_samples(run, "cpu")
+    assert (run / "results.json").read_bytes() == before
+    written = (run / "samples.json").read_bytes()
+    assert not make_samples(run, "cpu")  # once is enough
+    samples = json.loads(written)["samples"]
+    assert len(samples) == 3
+    content = json.loads((run / "heat_map.json").read_text())
+    assert [sample["prompt"] for sample in samples] == sample_prompts(content)
+    assert "".join(content["blocks"][0]["texts"]).startswith(samples[0]["prompt"])
+    model = CascadeForCausalLM.from_pretrained(run)
+    tokenizer = AutoTokenizer.from_pretrained(model.base_folder)
+    for sample in samples:
+        ids = tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
+        mask, settings = torch.ones_like(ids), {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+        for name, of in (("base", model.base), ("cascade", model)):
+            new = of.generate(ids, attention_mask=mask, **settings)[0, ids.shape[1] :]
+            assert sample[name] == tokenizer.decode(new, skip_special_tokens=True)
+    report.write_report(run)
+    markdown = (run / "report.md").read_text()
+    assert (
+        len(re.findall(r"^\| prompt \|.*\n\| --- \| --- \|\n\| base \|.*\n\| cascade \|", markdown, re.MULTILINE)) == 3
+    )
+
+
+def test_a_run_with_nothing_to_sample_has_no_samples(run):
+    results = read_json(run / "results.json")
+    for changed in (
+        {**results, "final": {**results["final"], "stages_kept": 0}},
+        {**results, "settings": {**results["settings"], "criterion": "random"}},
+    ):
+        write_json(run / "results.json", changed)
+        assert not make_samples(run, "cpu")
+    assert not (run / "samples.json").exists()
+
+
+def test_sample_text_is_shown_and_not_obeyed(run):
+    text = "a | b\n<script>alert(1)</script> `x` [y](z) *e* \x1b[31m \u202e \\|"
+    sample = {"prompt": text, "base": text, "cascade": text}
+    (run / "samples.json").write_text(json.dumps({"format": 1, "new_tokens": 40, "samples": [sample]}))
+    report.write_report(run)
+    page = _Page((run / "report.html").read_text())
+    assert page.open == []
+    shown = "a | b ↵ <script>alert(1)</script> `x` [y](z) *e* \\x1b[31m \\u202e \\|"
+    assert page.text.count(shown) == 3
+    assert not re.search("[\x1b\u202e]", (run / "report.md").read_text())
+
+
+def _stage(number, epochs, **changes):
+    epoch = {"train_loss": 1.0, "val_loss": 1.0}
+    epochs = [{**epoch, "epoch": n + 1} for n in range(epochs)]
+    stage = {"stage": number, "threshold": 0.1, "all_token_val_ppl": 7.0, "accepted": True, "epochs": epochs}
+    return {**stage, "stopped": "all epochs done", **changes}
+
+
+@pytest.mark.parametrize(
+    ("stages", "plots"),
+    [
+        ([], []),
+        ([_stage(1, 2)], []),
+        ([_stage(1, 2), _stage(2, 2)], ["perplexity.png"]),
+        ([_stage(1, 2), _stage(2, 2, all_token_val_ppl=None)], []),
+        ([_stage(1, 3)], ["loss.png"]),
+        ([_stage(n, 1) for n in (1, 2, 3)], ["threshold.png", "perplexity.png"]),
+    ],
+)
+def test_a_plot_has_more_to_show_than_two_points(tmp_path, stages, plots):
+    results = {"base": {"val_ppl": 8.0}, "stages": stages}
+    assert write_plots(tmp_path, results, score_name="cosine") == plots
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(plots)
+
+
+def _results(stages, kept, **settings):
+    default = {"lr": 6e-4, "hard_ratio": 0.6, "train_blocks": 320, "epochs": 2, "stage_kind": "append"}
+    settings = {**default, "exit_threshold": "trained", **settings}
+    return {"settings": settings, "stages": stages, "final": {"stages_kept": kept}, "base": {"layers": 30}}
+
+
+def _falling(*val_losses):
+    return {"epochs": [{"train_loss": 1.0, "val_loss": loss} for loss in val_losses]}
+
+
+def test_advice_is_of_flags_that_exist():
+    from cascade_fast.train import build_parser
+
+    rejected = _stage(1, 1, accepted=False)
+    (sentence,) = report.advice(_results([rejected], 0))
+    for flag in ("--lr 0.0002", "--hard-ratio 0.9", "--train-blocks 1280", "--preset second-look"):
+        assert flag in sentence
+    (sentence,) = report.advice(_results([rejected], 0, hard_ratio=0.95, stage_kind="second-look"))
+    assert "hard ratio" not in sentence
+    assert "second-look" not in sentence
+    overfitted = report.advice(_results([{**_stage(1, 0), **_falling(1.0, 2.0)}], 1))
+    assert "Stage 1 overfits" in overfitted[0]
+    still_falling = report.advice(_results([{**_stage(1, 0), **_falling(2.0, 1.0)}], 1))
+    assert "--epochs 4" in still_falling[0]
+    assert "--exit-threshold validation" in report.advice(_results([_stage(1, 1)], 1, stage_kind="second-look"))[0]
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    for said in (sentence, *overfitted, *still_falling):
+        assert set(re.findall(r"--[a-z-]+", said)) <= known
+
+
+def test_a_run_under_way_is_named_as_that(run, capsys):
+    (run / "results.json").unlink()
+    config = read_json(run / "config.json")
+    del config["model_type"]  # a run has it once it is finished
+    write_json(run / "config.json", config)
+    with filelock.FileLock(run / "run.lock"):
+        code, _, err = _main(capsys, run)
+    assert (code, err) == (2, f"error: RUN: '{run}'; is still training: no results yet\n")
+    code, _, err = _main(capsys, run)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert f"was interrupted: no results yet. The command that began it goes on with --out {run} --resume auto" in err
+    for path in run.iterdir():
+        if path.is_file() and path.name != "run.lock":
+            path.unlink()
+    shutil.rmtree(run / "stages")
+    assert "was interrupted" in _main(capsys, run)[2]  # killed before it had written anything
+    (run / "run.lock").unlink()
+    assert "is not the folder of a run" in _main(capsys, run)[2]
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------
@@ -224,9 +390,13 @@ def test_a_browser_shows_the_numbers_and_the_tokens(opened, run):
         assert f"{value:.4f}" in text
     assert opened.locator(".t").count() == sum(len(block["exits"]) for block in content["blocks"])
     images = opened.evaluate("[...document.images].map(image => image.naturalWidth)")
-    assert len(images) == 3
+    assert len(images) == 1
     assert min(images) > 100
     assert opened.evaluate("document.documentElement.scrollWidth") <= 390  # a phone need not scroll sideways
+    setting = opened.get_by_text("hard_ratio", exact=True)
+    assert setting.is_hidden()
+    opened.get_by_text("Settings", exact=True).click()
+    assert setting.is_visible()
 
 
 def test_pointing_at_a_token_shows_its_card(opened, run):
