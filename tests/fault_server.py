@@ -2,10 +2,12 @@
 
 Reads a request a line, JSON: ``argv`` (the command's name and its arguments), ``folder`` (file operations below it are
 counted), ``die_at`` (the process kills itself before its n-th file operation, from 1; null: never), ``die_when`` (a
-pattern: it kills itself before the first operation at which such a file is in the folder). Answers with a line:
+pattern: it kills itself before the first operation at which such a file is in the folder), ``fill_at`` (before its n-th
+file operation it fills the disk with a file ``ballast`` in the folder). Answers with a line:
 ``code`` (negative: the signal), ``out``, ``err``, ``operations`` (how many there were).
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -13,6 +15,7 @@ import mmap
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -41,7 +44,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         counter[:] = bytes(8)
-        files = [Path(request["folder"]) / name for name in (".stdout", ".stderr")]
+        files = [Path(tempfile.gettempdir()) / f"{os.getpid()}.{name}" for name in ("out", "err")]
         child = os.fork()
         if child == 0:
             _child(commands[request["argv"][0]].main, request, files, counter)
@@ -55,6 +58,14 @@ def main() -> None:
         for file in files:
             file.unlink()
         print(json.dumps(answer), flush=True)
+
+
+def _fill_disk(path: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+    for size in (2**20, 2**12, 1):
+        with contextlib.suppress(OSError):
+            while True:
+                os.write(descriptor, bytes(size))
 
 
 def _child(command, request, files, counter) -> None:
@@ -75,6 +86,8 @@ def _child(command, request, files, counter) -> None:
         if done == die_at or (die_when and any(Path(folder).glob(die_when))):
             os.kill(os.getpid(), signal.SIGKILL)
         counter[:] = done.to_bytes(8, "little")
+        if done == request["fill_at"]:
+            _fill_disk(os.path.join(folder, "ballast"))
 
     sys.addaudithook(hook)
     code = 1

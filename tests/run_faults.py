@@ -34,9 +34,17 @@ class FaultServer:
         self.process.stdin.close()
         self.process.wait(timeout=60)
 
-    def run(self, folder: Path, *argv: str, die_at: int | None = None, die_when: str | None = None) -> dict:
+    def run(
+        self,
+        folder: Path,
+        *argv: str,
+        die_at: int | None = None,
+        die_when: str | None = None,
+        fill_at: int | None = None,
+    ) -> dict:
         command = [str(part) for part in argv]
-        request = {"argv": command, "folder": str(folder), "die_at": die_at, "die_when": die_when}
+        faults = {"die_at": die_at, "die_when": die_when, "fill_at": fill_at}
+        request = {"argv": command, "folder": str(folder), **faults}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
