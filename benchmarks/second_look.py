@@ -37,11 +37,15 @@ def random_store(folder: Path, config: RunConfig, dtype: torch.dtype) -> HiddenS
     n, generator = BLOCKS * config.seq_len, torch.Generator().manual_seed(0)
     store_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     store = HiddenStore.create(folder, n, 576, store_dtype, with_loss=False, meta={}, kv_shape=shape.kv_shape)
-    store["hidden"][:] = torch.randn(n, 576, generator=generator)
-    store["kv"][:] = torch.randn(n, *shape.kv_shape, generator=generator)
-    store["label"][:] = torch.randint(0, 49_152, (n,), generator=generator)
-    store["sequence"][:] = torch.arange(BLOCKS).repeat_interleave(config.seq_len)
-    store["position"][:] = torch.arange(config.seq_len).repeat(BLOCKS)
+    store.append(
+        {
+            "hidden": torch.randn(n, 576, generator=generator),
+            "kv": torch.randn(n, *shape.kv_shape, generator=generator),
+            "label": torch.randint(0, 49_152, (n,), generator=generator),
+            "sequence": torch.arange(BLOCKS).repeat_interleave(config.seq_len),
+            "position": torch.arange(config.seq_len).repeat(BLOCKS),
+        }
+    )
     return store.finish()
 
 

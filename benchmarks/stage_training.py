@@ -75,7 +75,9 @@ def baseline_process(link: Connection) -> None:
     config = base_config()
     stage = naive_stage(config, LAYERS)
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    base = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+    ).eval()
     hidden_ND, label_N = torch.randn(TOKENS, 576), torch.randint(0, 49_152, (TOKENS,))
     ids_BT = torch.randint(0, 49_152, (BLOCKS, SEQ_LEN))
     while (task := link.recv()) != "stop":
@@ -100,8 +102,8 @@ def baseline_process(link: Connection) -> None:
 def random_store(folder: Path, dtype: torch.dtype) -> HiddenStore:
     store = HiddenStore.create(folder, TOKENS, 576, dtype, with_loss=True, meta={"reads": "residual"})
     generator = torch.Generator().manual_seed(0)
-    store["hidden"][:] = torch.randn(TOKENS, 576, generator=generator)
-    store["label"][:] = torch.randint(0, 49_152, (TOKENS,), generator=generator)
+    hidden = torch.randn(TOKENS, 576, generator=generator)
+    store.append({"hidden": hidden, "label": torch.randint(0, 49_152, (TOKENS,), generator=generator)})
     return store.finish()
 
 
@@ -159,15 +161,17 @@ def bare_products(tokens: int, dtype: torch.dtype) -> tuple[Callable[[], None], 
 
 def our_base_pass(folder: Path, dtype: torch.dtype, criterion: str) -> Callable[[], None]:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(base_config(), dtype=dtype, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_config(
+        base_config(), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+    ).eval()
     ids_BT = torch.randint(0, 49_152, (BLOCKS, SEQ_LEN + 1), dtype=torch.int32)
     store_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     tokens, meta = BLOCKS * SEQ_LEN, {"reads": "residual"}
-    store = HiddenStore.create(folder, tokens, 576, store_dtype, with_loss=criterion == "entropy", meta=meta)
 
     def run() -> None:
+        store = HiddenStore.create(folder, tokens, 576, store_dtype, with_loss=criterion == "entropy", meta=meta)
         with ours_pass.Progress("base pass", tokens) as progress:
-            ours_pass._fill(model, ids_BT, store, 0, criterion, progress)
+            ours_pass._fill(model, ids_BT, store, criterion, progress)
 
     return run
 

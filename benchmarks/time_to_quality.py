@@ -38,7 +38,7 @@ AT_ONCE = 16  # blocks of the naive base pass
 
 def naive_base_pass(path: str, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``(hidden_ND, label_N, score_N)`` the plain way: float32, every hidden state, all logits."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, dtype=torch.float32).eval()
     hidden, scores = [], []
     with torch.inference_mode():
         for ids in ids_BT.split(AT_ONCE):
@@ -55,7 +55,7 @@ def naive_to_best(link: Connection, path: str, blocks: dict[str, Tensor], ratio:
     data = {split: naive_base_pass(path, ids) for split, ids in blocks.items()}
     hard = {s: torch.nonzero(score <= torch.quantile(score, ratio)).flatten() for s, (_, _, score) in data.items()}
     pass_seconds = time.perf_counter() - start
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, dtype=torch.float32)
     model, generator = naive_stage(base.config, LAYERS, seed=42), torch.Generator().manual_seed(42)
     del base
     hidden_ND, label_N, _ = data["train"]

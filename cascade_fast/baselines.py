@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_fast.config import ConfigError, RunConfig, make_config
+from cascade_fast.input_checks import read_settings_file
 from cascade_fast.train import build_parser, exit_code, quiet_libraries
 
 DESCRIPTION = (
@@ -28,10 +29,11 @@ METHODS = {
     "full": "the full fine-tune of the base",
     "seed": "one stage of the preset seed",
 }
+DEFAULT_EPOCHS = (1, 2)
 # What the seed recipe takes from the flags: text, base and machine; the recipe is its own.
 SHARED = (
     "seed", "max_minutes", "checkpoint_minutes", "cache_dir", "base", "device", "dataset", "text_columns",
-    "text_template", "seq_len", "train_blocks", "val_blocks", "test_blocks", "layers_per_stage",
+    "text_template", "shuffle", "seq_len", "train_blocks", "val_blocks", "test_blocks", "layers_per_stage",
 )  # fmt: skip
 
 
@@ -50,7 +52,12 @@ def baselines_parser() -> argparse.ArgumentParser:
     group.add_argument("--only", nargs="+", metavar="METHOD", help=f"train these methods alone ({known})")
     group.add_argument("--skip", nargs="+", metavar="METHOD", default=[], help="leave these methods out")
     group.add_argument(
-        "--epochs-list", nargs="+", type=int, metavar="N", default=[1, 2], help="epochs, a training for each"
+        "--epochs-list",
+        nargs="+",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="numbers of epochs, a training for each (default: 1 2); --epochs N is a list of one",
     )
     group.add_argument("--seed-epochs", type=int, metavar="N", default=1, help="epochs of the seed recipe: it is slow")
     group.add_argument("--full-lr", type=float, metavar="X", default=2.5e-4, help="learning rate of the full fine-tune")
@@ -70,6 +77,21 @@ def choose_methods(only: Sequence[str] | None, skip: Sequence[str]) -> list[str]
     if not chosen:
         raise ConfigError("only, skip: no method is left to train")
     return chosen
+
+
+def choose_epochs(given: dict[str, Any], config_file: str | None, config: RunConfig) -> Sequence[int]:
+    """The numbers of epochs to train for: ``epochs_list`` of the flags ``given``, or ``epochs`` of flags or file alone.
+
+    Raises:
+        ConfigError: the flags have both.
+    """
+    epochs_list = given.get("epochs_list")
+    if epochs_list is not None and "epochs" in given:
+        raise ConfigError(f"epochs, epochs_list: {config.epochs} and {epochs_list}; give one of them")
+    if epochs_list is not None:
+        return epochs_list
+    in_file = config_file is not None and "epochs" in read_settings_file(Path(config_file))
+    return [config.epochs] if "epochs" in given or in_file else DEFAULT_EPOCHS
 
 
 def plan_trainings(
@@ -93,7 +115,7 @@ def plan_trainings(
     if config.criterion == "random" and "random" in methods:
         raise ConfigError("criterion: 'random'; the method random is the same: leave one out (--skip random)")
     identity: dict[str, Any] = {"init": "identity", "head": "shared", "num_stages": 1, "hard_ratio": 1.0}
-    shared = {name: getattr(config, name) for name in SHARED}
+    shared = {name: value for name, value in config.to_dict().items() if name in SHARED}
     seed = make_config({**shared, "preset": "seed", "num_stages": 1})
     changed: dict[str, Callable[[], RunConfig]] = {
         "cascade": lambda: config,
@@ -170,16 +192,16 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes as those of the trainer."""
     given = vars(baselines_parser().parse_args(argv))
     debug, config_file = given.pop("debug", False), given.pop("config", None)
-    own = ("only", "skip", "epochs_list", "seed_epochs", "full_lr", "second_look_lr")
+    own = ("only", "skip", "seed_epochs", "full_lr", "second_look_lr")
     options = {name: given.pop(name) for name in own}
 
     def work() -> None:
-        for name, instead in (("epochs", "--epochs-list"), ("resume", "nothing: finished runs are kept")):
-            if name in given:
-                raise ConfigError(f"{name}: {given[name]}; here give {instead}")
+        if "resume" in given:
+            raise ConfigError(f"resume: {given['resume']}; leave it out: a comparison always goes on where it was")
         methods = choose_methods(options.pop("only"), options.pop("skip"))
-        config = make_config(given, config_file)
-        trainings = plan_trainings(config, methods, options.pop("epochs_list"), **options)
+        config = make_config({n: value for n, value in given.items() if n != "epochs_list"}, config_file)
+        epochs_list = choose_epochs(given, config_file, config)
+        trainings = plan_trainings(config, methods, epochs_list, **options)
         quiet_libraries()
         run_baselines(Path(str(config.out)), trainings)
 

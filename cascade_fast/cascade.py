@@ -26,6 +26,7 @@ from cascade_fast.exits import (
     evaluate_exits,
     handed_on_dtype,
 )
+from cascade_fast.files import DamagedFile
 from cascade_fast.hardware import (
     choose_device,
     choose_dtype,
@@ -38,8 +39,9 @@ from cascade_fast.hidden_store import HiddenStore, StoreError
 from cascade_fast.ledger import compute_ledger, matmul_rate, stage_work
 from cascade_fast.messages import say_base_pass, say_stage, say_start, say_summary
 from cascade_fast.metrics import MetricsLog, Progress, format_count, peak_rss_bytes, say
-from cascade_fast.roofline import free_disk_bytes, plan_for_run, this_machine, with_kv
+from cascade_fast.roofline import plan_for_run
 from cascade_fast.run_folder import RunFolder
+from cascade_fast.run_plan import settle_kv
 from cascade_fast.second_look import SecondLookConfig, SecondLookStage
 from cascade_fast.selection import check_finite, select_below, select_hardest
 from cascade_fast.stage import Stage, StageConfig
@@ -143,25 +145,23 @@ class CascadeRun:
         perplexity: float,
     ) -> dict[str, Any]:
         """Trains stage ``number``, keeps it if it is worth it, and leaves its record; or finds all that done."""
-        stage = self._new_stage(number)
-        done = self.folder.stage_record(number)
+        done = self._done(number)
         if done is not None:
-            self.records.append(done)
-            if done["accepted"]:
-                self.stages.append(
-                    ExitStage.load(
-                        self.folder.stage(number), stage.config, done["exit_threshold"], self.base_pass.head_VD
-                    )
-                )
-                self.stages[-1].stage.to(self.device)
             return done
+        stage = self._new_stage(number)
         n, total = len(hard), len(hard.store)
         say(
             f"stage {number}/{self.config.num_stages}: threshold {threshold:.4f}, "
             f"training hard tokens {n:,} / {total:,} ({n / total:.1%}), validation hard tokens {len(hard_val):,}, "
             f"added parameters {format_count(stage.parameter_count())}"
         )
-        training = self._train_stage(stage, number, hard, hard_val)
+        try:
+            training = self._train_stage(stage, number, hard, hard_val)
+        except DamagedFile as error:  # the best weights so far, damaged while training went on
+            say(f"stage {number}: {error}; trained anew")
+            self.folder.forget_stages(number, with_training=True)
+            stage = self._new_stage(number)
+            training = self._train_stage(stage, number, hard, hard_val)
         entry, evaluation = ExitStage(stage.eval(), threshold), None
         if training.best_epoch:
             entry, evaluation = self._choose_exit(entry, score_N)
@@ -196,6 +196,28 @@ class CascadeRun:
             self.folder.drop_hidden(number - 2)
         say_stage(record)
         return record
+
+    def _done(self, number: int) -> dict[str, Any] | None:
+        """The record of stage ``number`` where its training is over and what it left is whole; its weights are loaded.
+
+        Where something is damaged the stage is trained anew, to the same bits.
+        """
+        try:
+            done = self.folder.stage_record(number)
+            if done is not None and done["accepted"]:
+                folder, shape = self.folder.stage(number), self._new_stage(number).config
+                entry = ExitStage.load(folder, shape, done["exit_threshold"], self.base_pass.head_VD)
+                entry.stage.to(self.device)
+                self.stages.append(entry)
+        except DamagedFile as error:
+            say(f"stage {number}: {error}; trained anew")
+            done = None
+            self.folder.forget_stages(number, with_training=True)
+        if done is None:
+            self.folder.forget_stages(number, with_training=False)
+        else:
+            self.records.append(done)
+        return done
 
     def _train_stage(
         self, stage: Stage | SecondLookStage, number: int, hard: StageTokens, hard_val: StageTokens
@@ -268,7 +290,7 @@ class CascadeRun:
         try:
             return HiddenStore.open(folder)
         except StoreError:
-            pass  # not there yet, or half-written by a run that was killed: made anew, the same bits
+            pass  # not there yet, half-written by a run that was killed, or damaged: made anew, the same bits
         meta = {**source.meta, "stage": number, "split": split}
         store = HiddenStore.create(
             folder,
@@ -279,14 +301,10 @@ class CascadeRun:
             meta=meta,
             kv_shape=self.stages[-1].stage.config.kv_shape,
         )
-        first = 0
         with Progress(f"{split} tokens through stage {number}", len(hard)) as progress:
             for picked in torch.arange(hard.units).split(hard.units_of(TOKENS_AT_ONCE)):
-                last = first + hard.count(picked)
-                for name, array in advance(self.stages[-1].stage, hard, picked, **self._how).items():
-                    store[name][first:last] = array
-                progress.advance(last - first)
-                first = last
+                store.append(advance(self.stages[-1].stage, hard, picked, **self._how))
+                progress.advance(hard.count(picked))
         return store.finish()
 
     # --- results -----------------------------------------------------------------------------------------------------
@@ -369,14 +387,19 @@ def run_cascade(config: RunConfig) -> RunFolder:
         keep_freed_memory()
     base = find_base(config)
     blocks = load_blocks(config, base.tokenizer())
+    config = blocks.settle(config)
     release_memory()  # of tokenization
-    with RunFolder.open(config, base.fingerprint, blocks.fingerprint(), device=device, dtype=dtype) as folder:
+    why: list[str] = []
+    settle = functools.partial(settle_kv, config, base, blocks, device, dtype, why)
+    fingerprints = base.fingerprint, blocks.fingerprint()
+    with RunFolder.open(config, *fingerprints, device=device, dtype=dtype, settle=settle) as folder:
         if folder.finished:
+            folder.check()
             folder.clean()
             say(f"finished already: {folder.report}")
             return folder
+        config = dataclasses.replace(config, kv=folder.record["kv"])
         say_start(config, folder, base, blocks, device, dtype, reason)
-        config, why = _with_kv(config, folder, base, device, dtype)
         plan, lines = plan_for_run(config, base.config, device, dtype)
         for line in [*lines, *why]:
             say(line)
@@ -398,19 +421,3 @@ def run_cascade(config: RunConfig) -> RunFolder:
                 f"kept in {folder.path}. Try a lower --lr, --warmup-steps 100, --grad-clip 1, or --dtype float32"
             )
         return folder
-
-
-def _with_kv(
-    config: RunConfig, folder: RunFolder, base: BaseModel, device: torch.device, dtype: torch.dtype
-) -> tuple[RunConfig, list[str]]:
-    """``config`` with ``kv: auto`` settled, once for the run: resumed on a fuller disk it goes on as it began."""
-    if config.kv != "auto" or config.stage_kind != "second-look":
-        return config, []
-    settled = folder.kv
-    if settled is not None:
-        return dataclasses.replace(config, kv=settled), []
-    chosen, why = with_kv(
-        config, base.config, this_machine(device, dtype), dtype, free_disk_bytes(cache_folder(config))
-    )
-    folder.kv = chosen.kv
-    return chosen, [f"plan: {line}" for line in why]

@@ -37,10 +37,10 @@ def open_cache(
     if cache is None:
         cache = DynamicCache()  # without a configuration: no layer forgets what has left a sliding window
     if not isinstance(cache, DynamicCache) or cache.offloading:
-        raise ValueError(f"past_key_values: {type(cache).__name__}; a second look needs a DynamicCache, not offloaded")
+        raise ValueError(f"cache: {type(cache).__name__}; a second look needs a DynamicCache, not offloaded")
     if any(cache.is_sliding):
         if cache.get_seq_length() > 0:
-            raise ValueError("past_key_values: forgets what has left the sliding window; pass DynamicCache()")
+            raise ValueError("cache: forgets what has left the sliding window; pass DynamicCache()")
         cache.layers = [DynamicLayer() for _ in cache.layers]
     tokens, window = cache.get_seq_length() + new, getattr(base_config, "sliding_window", None)
     if window is not None and tokens > window:
@@ -104,7 +104,7 @@ class SecondLookContext:
         self.cache, self.base_layers, self.depth = cache, base_layers, depth
         (self.batch, self.new), self.total = shape, cache.get_seq_length()
         if self.total < self.new:
-            raise ValueError("past_key_values: the base kept none (gradient checkpointing?); a second look reads them")
+            raise ValueError("cache: the base kept none (gradient checkpointing?); a second look reads them")
         self.position_ids = None if position_ids is None else position_ids.expand(shape).flatten()
         self.attended_BT = None if attention_mask is None else attention_mask.bool()
         while len(cache.layers) < base_layers + stages * depth:

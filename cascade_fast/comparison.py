@@ -11,13 +11,12 @@ Everything is read from the runs' ``results.json``. What a run has cost to train
 
 import csv
 import io
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.checkpoint import atomic_write, atomic_write_text, write_json
 from cascade_fast.config import ConfigError, RunConfig
+from cascade_fast.files import atomic_write, atomic_write_text, read_json, write_json
 from cascade_fast.metrics import markdown_table, say
 
 RECORD = "comparison.json"
@@ -46,10 +45,8 @@ def open_folder(folder: Path, command: str) -> None:
         ConfigError: it holds something else; nothing in it has been touched then.
     """
     if folder.exists():
-        try:
-            found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = {}
+        record = folder / RECORD
+        found = read_json(record) if record.exists() else {}
         if found.get("command") != command and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"out: {str(folder)!r}; exists and is not the folder of a {command} comparison")
         if found.get("command") == command:
@@ -86,7 +83,7 @@ def train_all(
 
 def read_run(folder: Path, name: str) -> Row:
     """The row of a finished run, a cascade or a full fine-tune; numbers as ``results.json`` has them."""
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = read_json(folder / "results.json", needs=("base", "final", "settings"))
     base, final, settings = results["base"], results["final"], results["settings"]
     if "stages" in results:
         layers = settings["layers_per_stage"]

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message names the setting, its value and what is allowed."""
+from cascade_fast.input_checks import ConfigError, check_type, read_settings_file, shown, suggest, template_parts
 
 
 def _setting(default: Any, group: str, help: str, **extra: Any) -> Any:
@@ -26,6 +24,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_QUANTIZATIONS = ("none", "nf4")
 EXIT_THRESHOLDS = ("trained", "validation")
 LR_SCHEDULES = ("constant", "linear", "cosine")
+ALL = -1  # ``all`` as a number of blocks; once the text is read its real number takes its place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +82,26 @@ class RunConfig:
     text_columns: tuple[str, ...] = _setting(
         (), "data", "columns joined by newlines to make a text (default: text, or instruction input output)", nargs="+"
     )
-    text_template: str | None = _setting(None, "data", "format string over the columns, instead of --text-columns")
+    text_template: str | None = _setting(
+        None, "data", "text with columns' names in braces, as 'Q: {question}', instead of --text-columns"
+    )
+    shuffle: str = _setting(
+        "on",
+        "data",
+        "on: texts are shuffled before the splits are cut, the same way for every --seed; off: the data's own order",
+        choices=("on", "off"),
+    )
     seq_len: int = _setting(128, "data", "tokens in a block")
-    train_blocks: int = _setting(320, "data", "blocks to train on")
+    train_blocks: int = _setting(
+        320, "data", "blocks to train on; all: what validation and test blocks leave", all=True
+    )
     val_blocks: int = _setting(64, "data", "blocks for early stopping and acceptance")
     test_blocks: int | None = _setting(
         None,
         "data",
-        "blocks looked at once, at the end (default: as many as validation if the data has them, else what is left)",
+        "blocks looked at once, at the end (default: as many as validation if the data has them, else what is left); "
+        "all: what training and validation leave",
+        all=True,
     )
 
     hard_ratio: float = _setting(0.6, "selection", "share of the tokens that is hard, in (0, 1]")
@@ -175,8 +186,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
+            check_type(f.name, value, f.type)
             if choices is not None and value not in choices:
-                raise ConfigError(f"{f.name}: {value!r}; must be one of {', '.join(choices)}")
+                raise ConfigError(f"{f.name}: {shown(value)}; must be one of {', '.join(choices)}")
         for name in (
             "hard_ratio",
             "lr",
@@ -191,7 +203,6 @@ class RunConfig:
                 raise ConfigError(f"{name}: {value}; must be a finite number")
         self._require("hard_ratio", 0 < self.hard_ratio <= 1, "must be in (0, 1]")
         for name in (
-            "train_blocks",
             "val_blocks",
             "num_stages",
             "layers_per_stage",
@@ -201,7 +212,12 @@ class RunConfig:
         ):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         self._require("seq_len", self.seq_len >= 2, "must be at least 2")
-        self._require("test_blocks", self.test_blocks is None or self.test_blocks >= 0, "must be at least 0")
+        self._require("train_blocks", self.train_blocks == ALL or self.train_blocks >= 1, "must be at least 1, or all")
+        self._require(
+            "test_blocks", self.test_blocks in (None, ALL) or self.test_blocks >= 0, "must be at least 0, or all"
+        )
+        if self.train_blocks == self.test_blocks == ALL:
+            raise ConfigError("train_blocks, test_blocks: all; only one of them can have what the others leave")
         self._require("lr", self.lr > 0, "must be above 0")
         for name in ("weight_decay", "grad_clip", "min_improvement", "warmup_steps"):
             self._require(name, getattr(self, name) >= 0, "must be at least 0")
@@ -213,6 +229,8 @@ class RunConfig:
         self._require("seed", 0 <= self.seed < 2**63, "must be in [0, 2^63)")
         if self.text_columns and self.text_template is not None:
             raise ConfigError("text_columns and text_template are both given; give one")
+        if self.text_template is not None:
+            template_parts(self.text_template)
         if self.kv == "recompute" and self.stage_kind != "second-look":
             raise ConfigError(f"kv: {self.kv!r}; stages of kind {self.stage_kind} use none: must be auto or store")
         if self.stage_kind == "second-look" and self.init != "identity":
@@ -237,10 +255,12 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting as plain JSON values."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {f.name: _plain(f, getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
-def _plain(value: Any) -> Any:
+def _plain(f: "dataclasses.Field[Any]", value: Any) -> Any:
+    if f.metadata.get("all") and value == ALL:
+        return "all"
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -250,6 +270,7 @@ SEED_PRESET: dict[str, Any] = {
     "train_blocks": 1000,
     "val_blocks": 100,
     "test_blocks": 0,
+    "shuffle": "off",
     "dtype": "float32",
     "store_dtype": "float32",
     "hard_ratio": 0.9,
@@ -289,52 +310,76 @@ def make_config(overrides: dict[str, Any], config_file: str | None = None) -> Ru
     Raises:
         ConfigError: an unknown name, a value of the wrong type or out of range, or a file that cannot be read.
     """
-    from_file = _read_yaml(Path(config_file)) if config_file is not None else {}
+    from_file = read_settings_file(Path(config_file)) if config_file is not None else {}
     given = {**from_file, **overrides}
     preset = given.get("preset", "warm")
-    if preset not in PRESETS:
-        raise ConfigError(f"preset: {preset!r}; must be one of {', '.join(PRESETS)}")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ConfigError(f"preset: {shown(preset)}; must be one of {', '.join(PRESETS)}")
     merged = {**PRESETS[preset], **given}
     return RunConfig(**{name: _coerce(name, value) for name, value in merged.items()})
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config: {str(path)!r} cannot be read: {error}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"config: {str(path)!r}; must hold 'name: value' lines")
-    return {str(name).replace("-", "_"): value for name, value in content.items()}
+def saved_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run has saved, for :func:`make_config`. A run from before there was ``shuffle`` took its
+    texts in the data's own order."""
+    check_type("settings", settings, dict)
+    return {"shuffle": "off", **settings}
 
 
 def _coerce(name: str, value: Any) -> Any:
-    """``value`` as the type of setting ``name``: YAML reads 1e-4 as text and a lone column as no list."""
+    """``value`` as the type of setting ``name``: YAML reads 1e-4 as text, ``on`` as true and one column as no list."""
     if name not in _FIELDS:
-        import difflib
-
-        near = difflib.get_close_matches(name, _FIELDS, n=1)
-        raise ConfigError(f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
-    kinds = typing.get_args(_FIELDS[name].type) or (_FIELDS[name].type,)  # `int | None` -> (int, NoneType)
+        near = suggest(name, _FIELDS)
+        hint = f"; did you mean {near} ({explain(near)})?" if near else ""
+        raise ConfigError(f"{shown(name)[1:-1]}: no such setting{hint}")
+    f = _FIELDS[name]
+    kinds = typing.get_args(f.type) or (f.type,)  # `int | None` -> (int, NoneType)
     if value is None:
-        if type(None) in kinds or _FIELDS[name].default == ():
-            return _FIELDS[name].default if _FIELDS[name].default == () else None
+        if type(None) in kinds or f.default == ():
+            return f.default if f.default == () else None
         raise ConfigError(f"{name}: empty; must be given a value")
-    if _FIELDS[name].default == ():
-        return (value,) if isinstance(value, str) else tuple(str(v) for v in value)
+    if f.default == ():
+        return _texts(name, value)
+    if f.metadata.get("choices") == ("on", "off") and isinstance(value, bool):
+        return "on" if value else "off"
     if int in kinds or float in kinds:
-        kind = int if int in kinds else float
-        try:
-            number = kind(value)
-            if isinstance(value, bool) or (kind is int and number != float(value)):
-                raise ValueError
-        except (TypeError, ValueError):
-            raise ConfigError(f"{name}: {value!r}; must be a{'n integer' if kind is int else ' number'}") from None
-        return number
+        return _number(name, value, int if int in kinds else float)
     if not isinstance(value, str):
-        raise ConfigError(f"{name}: {value!r}; must be text")
+        raise ConfigError(f"{name}: {shown(value)}; must be text{_quotes(value)}")
+    if "\0" in value:
+        raise ConfigError(f"{name}: {shown(value)}; must not hold the character zero")
     return value
+
+
+def _number(name: str, value: Any, kind: type[int] | type[float]) -> int | float:
+    may_be_all = _FIELDS[name].metadata.get("all")
+    if may_be_all and value == "all":
+        return ALL
+    allowed = ("an integer" if kind is int else "a number") + (", or all" if may_be_all else "")
+    try:
+        number = kind(value)
+        if isinstance(value, bool) or (kind is int and number != float(value)):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{name}: {shown(value)}; must be {allowed}") from None
+    if may_be_all and number == ALL:  # only the word means that
+        raise ConfigError(f"{name}: {number}; must be at least {1 if name == 'train_blocks' else 0}, or all")
+    return number
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ConfigError(f"{name}: {shown(text)}; must be text{_quotes(text)}, or a list of texts")
+    return texts
+
+
+def _quotes(value: Any) -> str:
+    """YAML reads yes, 2024-01-01 and 007 as something else than text."""
+    return "" if isinstance(value, (list, tuple, dict)) else " (in quotes, if it is meant so)"
+
+
+def explain(name: str) -> str:
+    """The beginning of a setting's help."""
+    return str(_FIELDS[name].metadata["help"]).split(";")[0]

@@ -1,15 +1,22 @@
 """``CascadeConfig``: what a cascade is made of, in Hugging Face's ``config.json``. A finished run writes it too."""
 
+import dataclasses
 import math
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from cascade_fast.base_model import FAMILY, check_model
 from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError
+from cascade_fast.files import check_json
+from cascade_fast.input_checks import check_fields, check_type, one_line, shown
 from cascade_fast.second_look import SecondLookConfig
 from cascade_fast.stage import StageConfig
 
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {"append": StageConfig, "second-look": SecondLookConfig}
+REFERENCE_FIELDS = ("name", "source", "revision", "fingerprint", "quantization")
+MEASURED_FIELDS = {"tokens": int, "base_ppl": float, "cascade_ppl": float}
+ATTENTION_FIELDS = ("attn_implementation", "_attn_implementation")
 MODEL_CRITERIA = ("cosine", "entropy")  # a random score is a baseline of training, nothing to run a model by
 
 
@@ -28,7 +35,8 @@ class CascadeConfig(PreTrainedConfig):
         settings, measured: how the stages were trained and what came of it; for the model card.
 
     Raises:
-        ConfigError: an unknown criterion or kind of stage, stages that do not go together, or a threshold that is NaN.
+        ConfigError: a value of the wrong type or out of range, a base that is none of the Llama family, or stages that
+            do not fit it or one another.
     """
 
     model_type = "cascade"
@@ -45,44 +53,68 @@ class CascadeConfig(PreTrainedConfig):
         measured: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(base_config, PreTrainedConfig):
-            fields = dict(base_config or {})
-            base_config = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
-        self.base_config = base_config
-        self.base = base or {}
+        self.base_config = _base_config({} if base_config is None else base_config)
+        self.base = {} if base is None else base
         self.criterion = criterion
-        self.stages = stages or []
+        self.stages = [] if stages is None else stages
         self.self_contained = self_contained
-        self.settings = settings or {}
-        self.measured = measured or {}
-        self._check()
+        self.settings = {} if settings is None else settings
+        self.measured = {} if measured is None else measured
+        self.check()
         super().__init__(**kwargs)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises ConfigError as the class does; called when made, and again where another base takes its place."""
         if self.criterion not in MODEL_CRITERIA:
-            raise ConfigError(f"criterion: {self.criterion!r}; must be one of {', '.join(MODEL_CRITERIA)}")
+            raise ConfigError(f"criterion: {shown(self.criterion)}; must be one of {', '.join(MODEL_CRITERIA)}")
+        for name, kind in (("self_contained", bool), ("base", dict), ("settings", dict), ("measured", dict)):
+            check_type(name, getattr(self, name), kind)
+        check_type("stages", self.stages, list)
+        for name in REFERENCE_FIELDS:
+            check_type(f"base: {name}", self.base.get(name), str | None)
+        for split, numbers in self.measured.items():
+            check_fields(f"measured: {split}", numbers, MEASURED_FIELDS)
         for number, stage in enumerate(self.stages, 1):
-            kind = stage.get("kind", "append")
-            if kind not in STAGE_CONFIGS:
-                raise ConfigError(
-                    f"stages: stage {number} is of kind {kind!r}; must be one of {', '.join(STAGE_CONFIGS)}"
-                )
-            if not isinstance(stage.get("threshold"), (int, float)) or math.isnan(stage["threshold"]):
-                raise ConfigError(f"stages: stage {number} has threshold {stage.get('threshold')}; must be a number")
+            _check_stage(number, stage, self.base_config)
         for name in ("kind", "reads", "entry_layer"):
             found = {stage.get(name) for stage in self.stages}
             if len(found) > 1:
                 raise ConfigError(f"stages: {name} is {' and '.join(map(repr, found))}; must be the same for all")
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As everywhere in transformers; raises ConfigError as :meth:`from_dict`, OSError where nothing is found."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (ConfigError, OSError):
+            raise
+        except Exception as error:  # a file that holds no map
+            raise ConfigError(f"config.json: cannot be read: {one_line(error)}") from error
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As everywhere in transformers; raises ConfigError where the folder holds no finished cascade."""
+        """As everywhere in transformers.
+
+        Raises:
+            ConfigError: the folder holds no finished cascade, or its configuration is damaged.
+        """
+        check_type("config.json", config_dict, dict)
         if config_dict.get("model_type") != cls.model_type:
             raise ConfigError(
-                f"config.json: model_type {config_dict.get('model_type')!r}; must be {cls.model_type!r} "
+                f"config.json: model_type {shown(config_dict.get('model_type'))}; must be {cls.model_type!r} "
                 "(a training run has it once it is finished)"
             )
-        return super().from_dict(config_dict, **kwargs)
+        fields = dict(config_dict)
+        commit = fields.pop("_commit_hash", None)  # which transformers adds
+        check_json("config.json", fields)
+        # A file may name another attention, which may be a repository of kernels: that is the caller's to say.
+        fields = {name: value for name, value in fields.items() if name not in ATTENTION_FIELDS}
+        try:
+            return super().from_dict({**fields, "_commit_hash": commit} if commit else fields, **kwargs)
+        except ConfigError as error:
+            raise ConfigError(f"config.json: {error}") from error
+        except Exception as error:  # transformers checks its own fields, and raises many kinds
+            raise ConfigError(f"config.json: cannot be read: {one_line(error)}") from error
 
     @property
     def thresholds(self) -> list[float]:
@@ -137,6 +169,59 @@ class CascadeConfig(PreTrainedConfig):
     @property
     def max_position_embeddings(self) -> int:
         return self.base_config.max_position_embeddings
+
+
+def _base_config(given: Any) -> PreTrainedConfig:
+    """transformers' configuration of the base, made of its fields if it is none yet."""
+    if isinstance(given, PreTrainedConfig):
+        return given
+    check_type("base_config", given, dict)
+    fields = {name: value for name, value in given.items() if name not in ATTENTION_FIELDS}
+    kind = fields.pop("model_type", "llama")
+    if kind not in FAMILY:
+        raise ConfigError(f"base_config: model_type {shown(kind)}; must be one of {', '.join(FAMILY)}")
+    check_model("base_config", fields)
+    try:
+        return AutoConfig.for_model(kind, **fields)
+    except Exception as error:  # transformers' checks raise many kinds
+        raise ConfigError(f"base_config: {one_line(error)}") from error
+
+
+def _check_stage(number: int, stage: Any, base_config: Any) -> None:
+    """Raises ConfigError unless ``stage`` has the fields of its kind, and the sizes of the base."""
+    where = f"stages: stage {number}"
+    check_type(where, stage, dict)
+    kind = stage.get("kind", "append")
+    if not isinstance(kind, str) or kind not in STAGE_CONFIGS:
+        raise ConfigError(f"{where} is of kind {shown(kind)}; must be one of {', '.join(STAGE_CONFIGS)}")
+    kinds = {field.name: field.type for field in dataclasses.fields(STAGE_CONFIGS[kind])}
+    check_fields(where, stage, {**kinds, "threshold": float}, optional=("kind",))
+    if math.isnan(stage["threshold"]):
+        raise ConfigError(f"{where}: threshold {stage['threshold']}; must not be NaN")
+    for name, allowed in (("init", ("identity", "random")), ("head", ("shared", "own"))):
+        if stage[name] not in allowed:
+            raise ConfigError(f"{where}: {name} {shown(stage[name])}; must be one of {', '.join(allowed)}")
+    if stage["reads"] not in ("residual", "last_hidden"):
+        raise ConfigError(f"{where}: reads {shown(stage['reads'])}; must be residual or last_hidden")
+    check_model(where, stage, layers="layers")
+    try:
+        expected = _stage_of_base(kind, stage, base_config).to_dict()
+    except Exception as error:  # a base whose sizes do not go together
+        raise ConfigError(f"base_config: {one_line(error)}") from error
+    for name, value in expected.items():
+        if name == "rope":  # other releases of transformers have other entries
+            same = all(value[entry] == stage["rope"][entry] for entry in value.keys() & stage["rope"].keys())
+        else:
+            same = stage.get(name, kind) == value
+        if not same:
+            raise ConfigError(f"{where}: {name} {shown(stage[name])}; must be {shown(value)}, as the base has it")
+
+
+def _stage_of_base(kind: str, stage: dict[str, Any], base_config: Any) -> StageConfig:
+    if kind == "second-look":
+        return SecondLookConfig.of_base(base_config, layers=stage["layers"])
+    same = {name: stage[name] for name in ("layers", "init", "head", "reads")}
+    return StageConfig.from_base(base_config, **same)
 
 
 AutoConfig.register(CascadeConfig.model_type, CascadeConfig, exist_ok=True)

@@ -4,23 +4,38 @@ Training, validation and test blocks never come from the same text: where a spli
 the rest of that text is left out, so that validation does not continue what training has read.
 """
 
+import dataclasses
+import glob
 import hashlib
-import string
+import logging
+import os
+import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cascade_fast.config import ConfigError, RunConfig
+from cascade_fast.config import ALL, ConfigError, RunConfig
+from cascade_fast.input_checks import one_line, shown, template_parts
 
 SPLITS = ("train", "val", "test")
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_JSON_START = re.compile(rb"[\s\xef\xbb\xbf]*(\{|\[\s*[\]{]|$)")  # an object, or a list of them
+_IN_WORDS = {  # what datasets says of files that cannot be read
+    "StopIteration": "it holds no rows",
+    "Couldn't cast": "the files, or parts of one, differ in their columns or their types",
+    "No columns to parse": "it has no header line",
+}
 _DEFAULT_COLUMNS = (("text",), ("instruction", "input", "output"))
 _TEXTS_AT_ONCE = 64
+_IDS = torch.int32
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,12 @@ class TokenBlocks:
 
     ids: dict[str, Tensor]
     source: str
+
+    def settle(self, config: RunConfig) -> RunConfig:
+        """``config`` with the number of blocks that ``all`` has come to."""
+        counts = {"train_blocks": len(self.ids["train"]), "test_blocks": len(self.ids["test"])}
+        settled: dict[str, Any] = {name: count for name, count in counts.items() if getattr(config, name) == ALL}
+        return dataclasses.replace(config, **settled)
 
     def fingerprint(self) -> str:
         """SHA-256 of every split's tokens."""
@@ -49,59 +70,102 @@ def load_blocks(config: RunConfig, tokenizer: Any) -> TokenBlocks:
 
 
 def cut_blocks(texts: Iterable[str], tokenizer: Any, config: RunConfig) -> TokenBlocks:
-    """The blocks of each split, in the order of ``texts``; reads no further than it needs to."""
+    """The blocks of each split, in the order of ``texts``; reads no further than it needs to. A split that is to have
+    ``all`` gets what the others leave: the splits are those of a run that asked for that number."""
     want_test = config.val_blocks if config.test_blocks is None else config.test_blocks
     wanted = {"train": config.train_blocks, "val": config.val_blocks, "test": want_test}
-    blocks: dict[str, list[list[int]]] = {split: [] for split in SPLITS}
+    longest = 0
+
+    def read() -> Iterator[Tensor]:
+        nonlocal longest
+        for ids in _tokenised(texts, tokenizer):
+            longest = max(longest, len(ids))
+            yield _cut(ids, config.seq_len)
+
+    pieces: Iterable[Tensor] = read()
+    if wanted["train"] == ALL:
+        pieces = list(pieces)
+        wanted["train"] = _left([len(piece) for piece in pieces], wanted["val"], wanted["test"], config)
+    if wanted["test"] == ALL:
+        wanted["test"] = sys.maxsize
+    blocks: dict[str, list[Tensor]] = {split: [torch.empty((0, config.seq_len + 1), dtype=_IDS)] for split in SPLITS}
+    counts = dict.fromkeys(SPLITS, 0)
     splits = iter(SPLITS)
-    split, found, longest = next(splits), 0, 0
-    for ids in _tokenised(texts, tokenizer):
-        while len(blocks[split]) >= wanted[split] and split != "test":
+    split, found = next(splits), 0
+    for piece in pieces:
+        while counts[split] >= wanted[split] and split != "test":
             split = next(splits)
-        if all(len(blocks[name]) >= wanted[name] for name in SPLITS):
+        if all(counts[name] >= wanted[name] for name in SPLITS):
             break
-        longest = max(longest, len(ids))
-        cut = _cut(ids, config.seq_len)
-        found += len(cut)
-        blocks[split] += cut[: wanted[split] - len(blocks[split])]
+        found += len(piece)
+        taken = piece[: wanted[split] - counts[split]]
+        blocks[split].append(taken)
+        counts[split] += len(taken)
     if found == 0:
-        raise ConfigError(
-            f"dataset: {config.dataset!r}: every text is shorter than one block of seq_len + 1 = {config.seq_len + 1} "
-            f"tokens (the longest has {longest}); lower seq_len"
-        )
-    required = ("train", "val") if config.test_blocks is None else SPLITS
-    if any(len(blocks[name]) < wanted[name] for name in required):
+        raise _too_short(config, longest)
+    required = ("train", "val") if config.test_blocks in (None, ALL) else SPLITS
+    if any(counts[name] < wanted[name] for name in required):
         asked = " + ".join(f"{wanted[name]} {name}" for name in required)
         raise ConfigError(
-            f"train_blocks, val_blocks, test_blocks: {asked} blocks asked, but {config.dataset!r} has {found} of "
+            f"train_blocks, val_blocks, test_blocks: {asked} blocks asked, but {shown(config.dataset)} has {found} of "
             f"{config.seq_len} tokens (a text is never shared between splits)"
         )
-    shape = (-1, config.seq_len + 1)
-    ids_by_split = {name: torch.tensor(rows, dtype=torch.int32).reshape(shape) for name, rows in blocks.items()}
-    return TokenBlocks(ids_by_split, config.dataset)
+    if config.test_blocks == ALL and counts["test"] == 0:
+        raise ConfigError(f"test_blocks: all; {shown(config.dataset)} has {found} blocks, train and val leave none")
+    return TokenBlocks({name: torch.cat(parts) for name, parts in blocks.items()}, config.dataset)
+
+
+def _left(lengths: list[int], val: int, test: int, config: RunConfig) -> int:
+    """How many blocks are left to train on once the last texts have given ``test`` and ``val`` blocks.
+
+    ``lengths``: blocks of each text.
+    """
+    first = len(lengths)
+    for wanted in (test, val):
+        found = 0
+        while found < wanted and first > 0:
+            first -= 1
+            found += lengths[first]
+    left = sum(lengths[:first])
+    if left == 0 and sum(lengths) > 0:
+        raise ConfigError(
+            f"train_blocks: all; {shown(config.dataset)} has {sum(lengths)} blocks of {config.seq_len} tokens: {val} "
+            f"val + {test} test leave none (a text is never shared between splits)"
+        )
+    return left
+
+
+def _too_short(config: RunConfig, longest: int) -> ConfigError:
+    return ConfigError(
+        f"dataset: {shown(config.dataset)}: every text is shorter than one block of seq_len + 1 = {config.seq_len + 1} "
+        f"tokens (the longest has {longest}); lower seq_len"
+    )
 
 
 def text_blocks(config: RunConfig, tokenizer: Any, limit: int | None = None) -> Tensor:
-    """All blocks of ``config.dataset``, or the first ``limit``: ``(blocks, seq_len + 1)`` int32. No splits.
+    """All blocks of ``config.dataset``, or the first ``limit``, in the data's own order: ``(blocks, seq_len + 1)``
+    int32. No splits.
 
     Raises:
         ConfigError: as :func:`load_blocks`.
     """
-    blocks: list[list[int]] = []
-    for ids in _tokenised(load_texts(config), tokenizer):
-        blocks += _cut(ids, config.seq_len)
-        if limit is not None and len(blocks) >= limit:
+    pieces, found, longest = [], 0, 0
+    for ids in _tokenised(load_texts(dataclasses.replace(config, shuffle="off")), tokenizer):
+        longest = max(longest, len(ids))
+        pieces.append(_cut(ids, config.seq_len))
+        found += len(pieces[-1])
+        if limit is not None and found >= limit:
             break
-    if not blocks:
-        raise ConfigError(
-            f"dataset: {config.dataset!r}: every text is shorter than one block of seq_len + 1 = {config.seq_len + 1} "
-            f"tokens; lower seq_len"
-        )
-    return torch.tensor(blocks[:limit], dtype=torch.int32)
+    if found == 0:
+        raise _too_short(config, longest)
+    return torch.cat(pieces)[:limit]
 
 
-def _cut(ids: list[int], seq_len: int) -> list[list[int]]:
-    return [ids[i : i + seq_len + 1] for i in range(0, len(ids) - seq_len, seq_len)]
+def _cut(ids: list[int], seq_len: int) -> Tensor:
+    """(blocks, seq_len + 1); what is left at the end of the text is dropped."""
+    if len(ids) <= seq_len:
+        return torch.empty((0, seq_len + 1), dtype=_IDS)
+    return torch.tensor(ids, dtype=_IDS).unfold(0, seq_len + 1, seq_len)
 
 
 def _tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
@@ -114,13 +178,23 @@ def _tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
 
 
 def load_texts(config: RunConfig) -> Iterable[str]:
-    """The texts of ``config.dataset``, in order. Raises ConfigError when there is no such dataset or column."""
+    """The texts of ``config.dataset``, shuffled if ``config.shuffle`` says so.
+
+    Raises:
+        ConfigError: no such dataset or column, or a file that cannot be read.
+    """
     if config.dataset == "pydoc":
         if config.text_columns or config.text_template is not None:
             raise ConfigError("text_columns, text_template: pydoc has no columns; leave them out")
-        return pydoc_texts()
-    rows = _load_rows(config.dataset)
-    return _render(rows, config)
+        texts = pydoc_texts()
+        return [texts[i] for i in _order(len(texts))] if config.shuffle == "on" else texts
+    return _render(_load_rows(config.dataset), config)
+
+
+def _order(count: int) -> Any:
+    """The shuffled order of ``count`` texts: always the same, so that runs of any seed have the same splits and share
+    their base pass. NumPy's RandomState is frozen: other versions give the same numbers (NEP 19)."""
+    return np.random.RandomState(0).permutation(count)
 
 
 def pydoc_texts() -> list[str]:
@@ -147,19 +221,17 @@ def pydoc_texts() -> list[str]:
 def _load_rows(dataset: str) -> Any:
     import datasets
 
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said in one line of ours
     datasets.disable_progress_bars()
     path = Path(dataset)
-    if path.exists():
-        builder, files = _local_files(path)
-        options = {"sample_by": "document"} if builder == "text" else {}
-        try:
-            return datasets.load_dataset(builder, data_files=files, split="train", **options)
-        except Exception as error:  # whatever the parser of the user's file raises
-            cause = error.__cause__ or error
-            raise ConfigError(f"dataset: {dataset!r} cannot be read as {builder}: {_first_line(cause)}") from error
+    if dataset and os.path.exists(dataset):
+        return _read_files(dataset, *_local_files(path))
     if path.suffix in _SUFFIXES or path.is_absolute():
-        raise ConfigError(f"dataset: {dataset!r}; no such file or folder")
+        raise ConfigError(f"dataset: {shown(dataset)}; no such file or folder")
+    # A builder's name alone would read whatever lies in the current folder.
+    builders = getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", ())
+    if not _HUB_ID.fullmatch(dataset) or dataset in builders:
+        raise ConfigError(f"dataset: {shown(dataset)}; no such file or folder, and no name of a dataset on the hub")
     from cascade_fast.base_model import hub_reachable
 
     if not hub_reachable():
@@ -168,14 +240,70 @@ def _load_rows(dataset: str) -> Any:
         return datasets.load_dataset(dataset, split="train")
     except Exception as error:
         raise ConfigError(
-            f"dataset: {dataset!r}; not a local path, not 'pydoc', and not to be had from the Hugging Face Hub: "
-            f"{_first_line(error)}"
+            f"dataset: {shown(dataset)}; not a local path, not 'pydoc', and not to be had from the Hugging Face Hub: "
+            f"{one_line(error)}"
         ) from error
 
 
-def _local_files(path: Path) -> tuple[str, list[str]]:
+def _read_files(dataset: str, builder: str, files: list[Path]) -> Any:
+    """The rows of local files. ``datasets`` takes a path for a pattern: it gets each escaped."""
+    import datasets
+
+    try:
+        files = [file for file in files if file.stat().st_size > 0]
+        for file in files:
+            _check_file(file, builder)
+    except OSError as error:
+        raise ConfigError(f"dataset: {shown(dataset)} cannot be read: {error.strerror}") from error
+    options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
+    empty = ConfigError(f"dataset: {shown(dataset)} is empty: it holds no text")
+    if not files:
+        raise empty
+    paths = [glob.escape(str(file)) for file in files]
+    try:
+        rows = datasets.load_dataset(builder, data_files=paths, split="train", **options)
+    except Exception as error:  # whatever the parser of the user's file raises
+        reason = one_line(error.__cause__ or error)
+        if "corresponds to no data" in reason:
+            raise empty from error
+        for said, words in _IN_WORDS.items():
+            reason = words if reason.startswith(said) else reason
+        raise ConfigError(f"dataset: {shown(dataset)} cannot be read as {builder}: {reason}") from error
+    if len(rows) == 0:
+        raise empty
+    return rows
+
+
+def _check_file(file: Path, builder: str) -> None:
+    """Raises ConfigError for what ``datasets`` would read as something else, or die of (JSON that begins with null)."""
+    where = f"dataset: {str(file)!r}"
+    # To datasets :: is a file within an archive and $HOME a variable's value, which nothing escapes.
+    if "::" in str(file) or os.path.expandvars(file) != str(file):
+        raise ConfigError(f"{where}; a path with '::' or a variable in it cannot be read: rename it")
+    if builder == "parquet":
+        return
+    objects = "must hold JSON objects, one a line or a list of them"
+    with file.open("rb") as lines:
+        if builder == "json" and not _JSON_START.match(lines.read(2**20)):
+            raise ConfigError(f"{where}; {objects}")
+        lines.seek(0)
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ConfigError(
+                    f"{where}, line {number}: byte {line[error.start]:#04x} is not UTF-8; save the file as UTF-8"
+                ) from None
+            if builder == "json" and line.rstrip() == b"null":
+                raise ConfigError(f"{where}, line {number}: null; {objects}")
+
+
+def _local_files(path: Path) -> tuple[str, list[Path]]:
     """The ``datasets`` builder for ``path`` and the files it reads, sorted."""
-    files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES) if path.is_dir() else [path]
+    try:
+        files = sorted(p for p in path.rglob("*") if _is_data(p.relative_to(path))) if path.is_dir() else [path]
+    except OSError as error:
+        raise ConfigError(f"dataset: {str(path)!r}; the folder cannot be read: {error.strerror}") from error
     kinds = {_SUFFIXES.get(p.suffix) for p in files}
     allowed = ", ".join(_SUFFIXES)
     if not files:
@@ -187,34 +315,44 @@ def _local_files(path: Path) -> tuple[str, list[str]]:
     (kind,) = kinds
     if kind is None:
         raise ConfigError(f"dataset: {str(path)!r}; must be a file of {allowed}, or a folder of them")
-    return kind, [str(p) for p in files]
+    return kind, [p.absolute() for p in files]
+
+
+def _is_data(path: Path) -> bool:
+    """Of a folder's files; hidden ones are copies that tools keep, as in ``.ipynb_checkpoints``."""
+    return path.suffix in _SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
 def _render(rows: Any, config: RunConfig) -> Iterator[str]:
     """One text a row: the template filled in, or the columns joined by newlines."""
     columns = list(rows.column_names)
-    template = config.text_template
-    if template is None:
-        wanted = config.text_columns or next((c for c in _DEFAULT_COLUMNS if set(c) <= set(columns)), ())
+    if config.text_template is not None:
+        parts = template_parts(config.text_template)
+        wanted = [name for _, name in parts if name is not None]
         if not wanted:
-            raise ConfigError(f"text_columns: not given, and {config.dataset!r} has columns {', '.join(columns)}")
+            raise ConfigError(
+                f"text_template: {config.text_template!r}; names no column in braces; has {', '.join(columns)}"
+            )
+        _check_columns("text_template", wanted, columns)
+    else:
+        parts = []
+        wanted = list(config.text_columns or next((c for c in _DEFAULT_COLUMNS if set(c) <= set(columns)), ()))
+        if not wanted:
+            raise ConfigError(f"text_columns: not given, and {shown(config.dataset)} has columns {', '.join(columns)}")
         _check_columns("text_columns", wanted, columns)
-        return ("\n".join("" if row[c] is None else str(row[c]) for c in wanted) for row in rows)
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise ConfigError(f"text_template: {template!r}; {error}") from None
-    if not names:
-        raise ConfigError(f"text_template: {template!r}; names no column in braces; has {', '.join(columns)}")
-    _check_columns("text_template", names, columns)
-    return (template.format_map({c: "" if row[c] is None else row[c] for c in names}) for row in rows)
+    rows = rows.select_columns(list(dict.fromkeys(wanted)))
+    if config.shuffle == "on":
+        rows = rows.select(_order(len(rows)))
+    if parts:
+        return ("".join(text + ("" if name is None else _text(row[name])) for text, name in parts) for row in rows)
+    return ("\n".join(_text(row[name]) for name in wanted) for row in rows)
+
+
+def _text(cell: Any) -> str:
+    return "" if cell is None else str(cell)
 
 
 def _check_columns(setting: str, wanted: Iterable[str], columns: list[str]) -> None:
     for name in wanted:
         if name not in columns:
-            raise ConfigError(f"{setting}: {name!r}; the dataset's columns are {', '.join(columns)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"{setting}: {shown(name)}; the dataset's columns are {', '.join(columns)}")

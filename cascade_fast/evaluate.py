@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, make_config
+from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, make_config, saved_settings
 from cascade_fast.model_cli import add_model_arguments, add_run_argument, answer, load_model
 
 SPLITS = ("train", "val", "test")
@@ -97,21 +97,20 @@ def _blocks(asked: argparse.Namespace, config: Any, tokenizer: Any) -> tuple[Any
     """The token blocks (B, S + 1) asked for, and what they are."""
     from cascade_fast.data import load_blocks, text_blocks
 
-    settings = {name: value for name, value in config.settings.items() if name not in RESUME_MAY_CHANGE}
-    if asked.dataset is None and not settings:
+    settings = {n: value for n, value in saved_settings(config.settings).items() if n not in RESUME_MAY_CHANGE}
+    if asked.dataset is None and not config.settings:
         raise ConfigError("dataset: not given, and this cascade does not know what it was trained on")
     if asked.seq_len is not None:
         settings["seq_len"] = asked.seq_len
-    longest = config.max_position_embeddings
-    if settings.get("seq_len", 0) > longest:
-        raise ConfigError(f"seq_len: {settings['seq_len']}; the base has {longest} positions")
+    if asked.dataset is not None:
+        settings |= {n: getattr(asked, n) for n in ("dataset", "text_columns", "text_template")}
+    text, longest = make_config(settings), config.max_position_embeddings
+    if text.seq_len > longest:
+        raise ConfigError(f"seq_len: {text.seq_len}; the base has {longest} positions")
     if asked.dataset is None:
-        blocks = load_blocks(make_config(settings), tokenizer).ids[asked.split]
-        source = f"{settings['dataset']}, {asked.split}"
+        blocks, source = load_blocks(text, tokenizer).ids[asked.split], f"{text.dataset}, {asked.split}"
     else:
-        text = {"dataset": asked.dataset, "text_columns": asked.text_columns, "text_template": asked.text_template}
-        blocks = text_blocks(make_config({**settings, **text}), tokenizer, asked.blocks)
-        source = asked.dataset
+        blocks, source = text_blocks(text, tokenizer, asked.blocks), text.dataset
     if len(blocks) == 0:
         raise ConfigError(f"split: {asked.split!r}; the run has no such blocks")
     return blocks[: asked.blocks], source
@@ -164,7 +163,7 @@ def _show(value: Any) -> str:
 
 
 def _write(asked: argparse.Namespace, results: dict[str, Any]) -> None:
-    from cascade_fast.checkpoint import atomic_write_text
+    from cascade_fast.files import atomic_write_text
     from cascade_fast.metrics import say
 
     if asked.csv is not None:
@@ -194,7 +193,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 def _write_sweep(path: Path, results: dict[str, Any]) -> None:
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    from cascade_fast.checkpoint import atomic_write, atomic_write_text
+    from cascade_fast.files import atomic_write, atomic_write_text
     from cascade_fast.metrics import say
 
     atomic_write_text(path, _csv(results["sweep"]))

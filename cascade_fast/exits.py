@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cascade_fast import ops
-from cascade_fast.checkpoint import save_tensors, write_json
 from cascade_fast.criteria import random_scores
+from cascade_fast.files import DamagedFile, load_tensors, save_tensors, write_json
 from cascade_fast.hidden_store import HiddenStore
+from cascade_fast.input_checks import one_line
 from cascade_fast.losses import token_losses
 from cascade_fast.second_look import SecondLookConfig, SecondLookStage, SequencePack
 from cascade_fast.selection import select_below
@@ -36,12 +36,17 @@ class ExitStage:
 
     @classmethod
     def load(cls, folder: Path, config: StageConfig, threshold: float, head_VD: Tensor) -> "ExitStage":
+        """What :meth:`save` has written. Raises DamagedFile."""
         stage: Stage | SecondLookStage
         if isinstance(config, SecondLookConfig):
             stage = SecondLookStage(config, head_VD=head_VD)
         else:
             stage = Stage(config, head_VD=head_VD)
-        stage.load_state_dict(load_file(folder / "model.safetensors"))
+        path = folder / "model.safetensors"
+        try:
+            stage.load_state_dict(load_tensors(path)[0])
+        except RuntimeError as error:  # another shape or other names: one without a checksum that is another stage's
+            raise DamagedFile(f"{str(path)!r} does not fit the stage: {one_line(error)}") from error
         return cls(stage.eval(), threshold)
 
 

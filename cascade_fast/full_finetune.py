@@ -8,7 +8,6 @@ cascade keeps no stage that does not help.
 Shape legend: B blocks of a batch, S tokens of a block, N = B * S tokens, D hidden size.
 """
 
-import json
 import math
 import time
 from pathlib import Path
@@ -19,9 +18,9 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from cascade_fast.base_model import find_base
-from cascade_fast.checkpoint import atomic_write, write_json
-from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig
+from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig, saved_settings
 from cascade_fast.data import load_blocks
+from cascade_fast.files import atomic_write, clear_temporaries, is_temporary, read_json, write_json
 from cascade_fast.hardware import choose_device, choose_dtype, keep_freed_memory
 from cascade_fast.losses import linear_cross_entropy, token_losses
 from cascade_fast.metrics import Progress, epoch_line, peak_rss_bytes, say
@@ -47,6 +46,7 @@ def full_finetune(config: RunConfig) -> Path:
     dtype, _ = choose_dtype(device, config.dtype)
     base = find_base(config)
     blocks = load_blocks(config, base.tokenizer())
+    config = blocks.settle(config)
     fingerprints = {"base": base.fingerprint, "data": blocks.fingerprint()}
     if _finished(folder, config, fingerprints):
         say(f"finished already: {folder}")
@@ -196,16 +196,15 @@ class FullFinetune:
 
 def _finished(folder: Path, config: RunConfig, fingerprints: dict[str, str]) -> bool:
     """Raises ConfigError where the folder holds something else."""
-    try:
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
+    found = read_json(folder / "results.json", needs=("settings",)) if (folder / "results.json").exists() else None
     if found is None:
-        if folder.exists() and (not folder.is_dir() or any("best.safetensors" not in p.name for p in folder.iterdir())):
+        ours = folder.is_dir() and all(p.name == "best.safetensors" or is_temporary(p) for p in folder.iterdir())
+        if folder.exists() and not ours:
             raise ConfigError(f"out: {str(folder)!r}; exists and is not the folder of a full fine-tune")
+        clear_temporaries(folder)
         return False
     now = {**config.to_dict(), **fingerprints}
-    before = {**found["settings"], **found.get("fingerprints", {})}
+    before = {**saved_settings(found["settings"]), **found.get("fingerprints", {})}
     differing = [n for n, v in now.items() if n not in RESUME_MAY_CHANGE and before.get(n) != v]
     if differing:
         shown = "; ".join(f"{n} was {before.get(n)!r}, is {now[n]!r}" for n in differing)

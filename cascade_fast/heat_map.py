@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_fast.checkpoint import atomic_write_text
 from cascade_fast.config import ConfigError
 from cascade_fast.exits import ExitEvaluation
+from cascade_fast.files import atomic_write_text
 
 FILE = "heat_map.json"
 FORMAT = 1

@@ -15,11 +15,12 @@ array          shape, dtype     meaning
 ``loss``       (N,) float32     cross-entropy at the exit the token has reached (absent where nobody asks)
 =============  ===============  =======================================================================
 
-A store is *finished* once its ``index.json`` has checksums; until then it may be written and its writing resumed.
+A store is written from its first row to its last (:meth:`HiddenStore.append`) and *finished* once its ``index.json``
+has checksums. Until then ``progress.json`` tells how many rows are done, with their checksums, so that writing can go
+on after the process has died.
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,9 +29,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_fast.checkpoint import atomic_write_text, file_sha256
+from cascade_fast.config import ConfigError
+from cascade_fast.files import (
+    DamagedFile,
+    DiskFull,
+    allocate,
+    file_sha256,
+    read_json,
+    room_for,
+    tensor_bytes,
+    write_json,
+)
 
-FORMAT = 1
+FORMAT = 2
+INDEX, PROGRESS = "index.json", "progress.json"
 _TOKEN_ARRAYS = {
     "label": torch.int64,
     "sequence": torch.int32,
@@ -40,7 +52,7 @@ _TOKEN_ARRAYS = {
 }
 
 
-class StoreError(RuntimeError):
+class StoreError(ConfigError):
     """A store that is missing, unfinished or damaged."""
 
 
@@ -51,6 +63,8 @@ class HiddenStore:
         self.folder = folder
         self.arrays = arrays
         self.meta = meta
+        self.rows = 0  # written so far, of a store that is being written
+        self._digests = {name: hashlib.sha256() for name in arrays}
 
     def __len__(self) -> int:
         return self.arrays["label"].shape[0]
@@ -93,50 +107,103 @@ class HiddenStore:
         if kv_shape is not None:
             layout["kv"] = {"dtype": _name(dtype), "shape": [tokens, *kv_shape]}
         layout |= {name: {"dtype": _name(_TOKEN_ARRAYS[name]), "shape": [tokens]} for name in names}
+        try:
+            with room_for(folder, sum(_bytes(spec) for spec in layout.values())):
+                for name, spec in layout.items():
+                    allocate(folder / f"{name}.bin", _bytes(spec))
+        except DiskFull:
+            shutil.rmtree(folder)  # what could be allocated is of no use
+            raise
         arrays = {name: _map(folder / f"{name}.bin", spec, writable=True) for name, spec in layout.items()}
         store = cls(folder, arrays, dict(meta))
         store._write_index(layout, checksums=None)
         return store
 
     @classmethod
-    def open(cls, folder: Path, *, fingerprint: str | None = None, writable: bool = False) -> "HiddenStore":
-        """A finished store, read-only and checked; or, if ``writable``, one that is still being written.
+    def open(cls, folder: Path, *, fingerprint: str | None = None) -> "HiddenStore":
+        """A finished store, read-only and checked.
 
         Raises:
             StoreError: no store there, another fingerprint, unfinished, or a file that does not match its checksum.
         """
+        index, arrays = cls._open(folder, fingerprint, writable=False)
+        for name, checksum in index["checksums"].items():
+            if file_sha256(folder / f"{name}.bin") != checksum:
+                raise StoreError(f"{folder / f'{name}.bin'}: damaged (checksum differs)")
+        return cls(folder, arrays, index["meta"])
+
+    @classmethod
+    def resume(cls, folder: Path, *, fingerprint: str) -> "HiddenStore":
+        """A store that is still being written, as far as its progress was saved.
+
+        Raises:
+            StoreError: as :meth:`open`, or a finished one.
+        """
+        index, arrays = cls._open(folder, fingerprint, writable=True)
+        store = cls(folder, arrays, index["meta"])
         try:
-            index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            progress = read_json(folder / PROGRESS, needs=("rows", "checksums"))
+        except DamagedFile as error:
+            raise StoreError(str(error)) from None
+        store.rows = progress["rows"]
+        for name, array in arrays.items():
+            store._digests[name].update(tensor_bytes(array[: store.rows]))
+        if store._checksums() != progress["checksums"]:
+            raise StoreError(f"{folder}: damaged (the checksum of what was written differs)")
+        return store
+
+    @classmethod
+    def _open(
+        cls, folder: Path, fingerprint: str | None, *, writable: bool
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Index and arrays; the arrays' content is not checked yet."""
+        try:
+            index = read_json(folder / INDEX, needs=("format", "meta", "arrays", "checksums"))
+        except DamagedFile as error:
             raise StoreError(f"{folder}: no hidden store: {error}") from None
-        if index.get("format") != FORMAT:
-            raise StoreError(f"{folder}: format {index.get('format')}; this version reads {FORMAT}")
+        if index["format"] != FORMAT:
+            raise StoreError(f"{folder}: format {index['format']}; this version reads {FORMAT}")
         if fingerprint is not None and index["meta"].get("fingerprint") != fingerprint:
             raise StoreError(f"{folder}: holds the hidden states of something else")
-        checksums = index["checksums"]
-        if (checksums is None) != writable:
+        if (index["checksums"] is None) != writable:
             raise StoreError(f"{folder}: {'already finished' if writable else 'not finished'}")
-        arrays = {}
         for name, spec in index["arrays"].items():
             path = folder / f"{name}.bin"
             if not path.is_file() or path.stat().st_size != _bytes(spec):
                 raise StoreError(f"{path}: missing or of another size")
-            if checksums is not None and file_sha256(path) != checksums[name]:
-                raise StoreError(f"{path}: damaged (checksum differs)")
-            arrays[name] = _map(path, spec, writable=writable)
-        return cls(folder, arrays, index["meta"])
+        layout = index["arrays"].items()
+        return index, {name: _map(folder / f"{name}.bin", spec, writable=writable) for name, spec in layout}
+
+    def append(self, arrays: Mapping[str, Tensor]) -> None:
+        """Writes the next rows of every array, from tensors on the CPU; of one that is not given they stay zero."""
+        (count,) = {tensor.shape[0] for tensor in arrays.values()}
+        for name, array in self.arrays.items():
+            rows = array[self.rows : self.rows + count]
+            if name in arrays:
+                rows.copy_(arrays[name])
+            self._digests[name].update(tensor_bytes(rows))
+        self.rows += count
+
+    def save_progress(self) -> None:
+        """What has been written so far is not written again, should the process die."""
+        write_json(self.folder / PROGRESS, {"rows": self.rows, "checksums": self._checksums()})
 
     def finish(self) -> "HiddenStore":
         """Writes the checksums: from here on the store is complete. Returns it opened read-only."""
+        assert self.rows == len(self), f"{self.rows} of {len(self)} rows are written"
         layout = {n: {"dtype": _name(a.dtype), "shape": list(a.shape)} for n, a in self.arrays.items()}
-        self._write_index(layout, checksums={name: _tensor_sha256(a) for name, a in self.arrays.items()})
+        self._write_index(layout, self._checksums())
+        (self.folder / PROGRESS).unlink(missing_ok=True)
         return HiddenStore(
             self.folder, {n: _map(self.folder / f"{n}.bin", layout[n], writable=False) for n in layout}, self.meta
         )
 
+    def _checksums(self) -> dict[str, str]:
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+
     def _write_index(self, layout: dict[str, Any], checksums: dict[str, str] | None) -> None:
         index = {"format": FORMAT, "meta": self.meta, "arrays": layout, "checksums": checksums}
-        atomic_write_text(self.folder / "index.json", json.dumps(index, indent=1))
+        write_json(self.folder / INDEX, index)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -153,14 +220,7 @@ def _bytes(spec: dict[str, Any]) -> int:
 def _map(path: Path, spec: dict[str, Any], *, writable: bool) -> Tensor:
     dtype, size = getattr(torch, spec["dtype"]), _bytes(spec)
     if size == 0:  # an empty file cannot be mapped
-        path.touch()
         return torch.empty(spec["shape"], dtype=dtype)
     # shared=False maps copy-on-write: a stray write cannot reach the file.
     flat = torch.from_file(str(path), shared=writable, size=size // dtype.itemsize, dtype=dtype)
     return flat.view(spec["shape"])
-
-
-def _tensor_sha256(array: Tensor) -> str:
-    """Of the bytes as mapped: what a reader of the file sees, without waiting for the disk."""
-    flat = array.reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()

@@ -48,6 +48,9 @@ def resident_bytes() -> int:
 # --- phases -----------------------------------------------------------------------------------------------------------
 
 
+BASE_PASS_DISK = "base pass (hidden stores, head)"  # in the cache folder; all else on disk is the run folder's
+
+
 @dataclass
 class Phase:
     """One phase's bytes. ``lasting`` live all through it, ``passing`` come and go, ``mapped`` are pages of files."""
@@ -164,9 +167,10 @@ def memory_plan(
         loading = HOST_BYTES + max(whole, 4.0 * shape.stage_parameters())
     saved = 4.0 * shape.stage_parameters()
     disk = {
-        "base pass (hidden stores, head)": store_disk + (shape.head + shape.attends * shape.stage_parameters()) * width,
+        BASE_PASS_DISK: store_disk + (shape.head + shape.attends * shape.stage_parameters()) * width,
         "hidden stores of later stages": stores - store_disk,
-        "two checkpoints, best weights": 2 * (saved + optimizer_bytes(shape, config.optimizer)) + saved,
+        # Two of each are kept, and a third is there while it is written.
+        "checkpoints, best weights": 3 * (2 * saved + optimizer_bytes(shape, config.optimizer)),
         "stages": config.num_stages * saved,
     }
     return MemoryPlan(phases, ram, loading, 0.0 if on_cpu else stores, disk, micro)

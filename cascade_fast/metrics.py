@@ -1,7 +1,7 @@
 """What a run tells while it works: progress, lines on the console, and ``metrics.jsonl``."""
 
 import json
-import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -12,6 +12,8 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from cascade_fast.files import room_for
+
 LINE_SECONDS = 30.0  # between progress lines where there is no terminal
 
 console = Console(highlight=False, soft_wrap=True)
@@ -20,6 +22,17 @@ console = Console(highlight=False, soft_wrap=True)
 def say(text: str) -> None:
     """One line for the user."""
     console.print(text, markup=False)
+
+
+# What Markdown would take for markup; an underscore within a word is none.
+_MARKUP = re.compile(r"[\\`*<\[&~]|(?<![^\W_])_|_(?![^\W_])")
+# Characters that end a line, that a terminal or page obeys instead of showing them, or that no encoding can hold.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def literal(text: str) -> str:
+    """Text of the user's, on one line, that Markdown shows as it is; control characters as Python writes them."""
+    return _MARKUP.sub(r"\\\g<0>", _CONTROL.sub(lambda found: repr(found[0])[1:-1], text))
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -101,16 +114,28 @@ class MetricsLog:
 
     def write(self, event: str, **fields: Any) -> None:
         line = json.dumps({"event": event, "time": time.time(), **fields}, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
+        with room_for(self.path, len(line)), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
 
     def size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
 
+    def first_line_size(self) -> int:
+        """Bytes of the first line; 0 if there is none that is whole."""
+        if not self.path.exists():
+            return 0
+        with self.path.open("rb") as file:
+            line = file.readline()
+        return len(line) if line.endswith(b"\n") else 0
+
     def truncate(self, size: int) -> None:
-        if self.path.exists():
-            os.truncate(self.path, min(size, self.size()))
+        """Keeps the whole lines among the first ``size`` bytes: a process may have died within the one after them."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb+") as file:
+            kept = file.read(size)
+            file.truncate(kept.rfind(b"\n") + 1)
 
 
 def peak_rss_bytes() -> int:

@@ -1,32 +1,62 @@
-"""The model card (``README.md``) of a cascade, made from its configuration alone."""
+"""The model card (``README.md``) of a cascade, made from its configuration and the license that its base states."""
 
+import re
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from cascade_fast.base_model import SMOLLM2, SMOLLM2_HUB_ID
 from cascade_fast.configuration import CascadeConfig
-from cascade_fast.metrics import format_count, markdown_table
+from cascade_fast.metrics import format_count, literal, markdown_table
 
 _RECIPE = (
-    "preset", "dataset", "seq_len", "train_blocks", "val_blocks", "hard_ratio", "criterion", "stage_kind",
+    "preset", "dataset", "seq_len", "train_blocks", "val_blocks", "shuffle", "hard_ratio", "criterion", "stage_kind",
     "layers_per_stage", "init", "head", "epochs", "batch_tokens", "lr", "lr_schedule", "weight_decay", "optimizer",
     "seed",
 )  # fmt: skip
 _CRITERIA = {"entropy": "minus the entropy of the logits, in nats", "cosine": "cosine between what goes in and out"}
 
 
-def render_card(config: CascadeConfig, *, parameters: int) -> str:
-    """The card as Markdown, with the metadata that the hub reads."""
-    return "\n\n".join(part for part in (_metadata(config), *_body(config, parameters)) if part) + "\n"
+def render_card(config: CascadeConfig, *, parameters: int, license: dict[str, str] | None = None) -> str:
+    """The card as Markdown, with the metadata that the hub reads. ``license``: see :func:`base_license`."""
+    license = license or {}
+    parts = [_metadata(config, license), *_body(config, parameters, license)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _metadata(config: CascadeConfig) -> str:
-    lines = ["library_name: cascade_fast", "pipeline_tag: text-generation", "tags: [cascade, early-exit]"]
-    source = config.base.get("source") or ""
-    if source.count("/") == 1 and " " not in source and not source.startswith((".", "/", "~")):
-        lines.append(f"base_model: {source}")
-    return "\n".join(["---", *lines, "---"])
+def base_license(config: CascadeConfig, base_folder: str | None) -> dict[str, str]:
+    """``license``, ``license_name`` and ``license_link`` of the base as its own model card has them; nothing where it
+    does not say, as no license is invented."""
+    if config.base.get("name") == SMOLLM2 or config.base.get("source") == SMOLLM2_HUB_ID:
+        return {"license": "apache-2.0"}  # both on the hub and in the package
+    from huggingface_hub import metadata_load
+
+    try:
+        found = metadata_load(Path(base_folder or "") / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):  # no card, or one that cannot be read
+        return {}
+    fields = {name: found.get(name) for name in ("license", "license_name", "license_link")}
+    return {name: value for name, value in fields.items() if isinstance(value, str)} if "license" in found else {}
 
 
-def _body(config: CascadeConfig, parameters: int) -> list[str]:
+def _metadata(config: CascadeConfig, license: dict[str, str]) -> str:
+    fields: dict[str, Any] = {"library_name": "cascade_fast", "pipeline_tag": "text-generation"}
+    fields |= {"tags": ["cascade", "early-exit"], **license}
+    hub_id = _hub_id(config)
+    if hub_id is not None:
+        fields["base_model"] = hub_id
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+
+
+def _hub_id(config: CascadeConfig) -> str | None:
+    """Of the base, if it is on the hub: what came from there has a revision."""
+    if config.base.get("name") == SMOLLM2:
+        return SMOLLM2_HUB_ID
+    return config.base.get("source") if config.base.get("revision") else None
+
+
+def _body(config: CascadeConfig, parameters: int, license: dict[str, str]) -> list[str]:
     name = _public(config.base.get("name") or config.base_config.model_type)
     source = _public(config.base.get("source") or "source unknown")
     held = "base and stages" if config.self_contained else "the stages; the base is fetched by name and checked"
@@ -39,7 +69,8 @@ def _body(config: CascadeConfig, parameters: int) -> list[str]:
             ["", ""],
             [
                 ["base", f"{name} ({source}), {config.num_hidden_layers} layers{_bits(config)}"],
-                ["base fingerprint", f"`{config.base.get('fingerprint', 'unknown')}`"],
+                ["base fingerprint", _fingerprint(config.base.get("fingerprint"))],
+                ["license of the base", literal(license.get("license", "not known here: see the base"))],
                 ["parameters", f"{parameters:,} ({format_count(parameters)})"],
                 ["this folder holds", held],
             ],
@@ -97,6 +128,12 @@ def _settings(config: CascadeConfig) -> list[str]:
     return ["## Data and settings", markdown_table(["setting", "value"], rows)] if rows else []
 
 
+def _fingerprint(value: str | None) -> str:
+    text = value or "unknown"
+    return f"`{text}`" if re.fullmatch(r"\w+", text) else literal(text)
+
+
 def _public(name: str) -> str:
-    """A folder's or file's last part: where it lay on the machine of training tells nobody anything."""
-    return Path(name).name if name.startswith(("/", ".", "~")) else name
+    """For Markdown; of a folder or file only the last part: where it lay on the machine of training tells nobody
+    anything."""
+    return literal(Path(name).name if name.startswith(("/", ".", "~")) else name)

@@ -36,9 +36,9 @@ def answer(run: Callable[[argparse.Namespace], int], asked: argparse.Namespace) 
 def load_model(run: str, *, device: str, dtype: str, base_path: str | None) -> tuple[Any, Any]:
     """Model and tokenizer, ready to run."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
+    from cascade_fast.base_model import load_tokenizer
     from cascade_fast.hardware import choose_device
     from cascade_fast.modeling import CascadeForCausalLM
 
@@ -52,7 +52,7 @@ def load_model(run: str, *, device: str, dtype: str, base_path: str | None) -> t
             raise
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise ConfigError(f"RUN: {run!r}; no such folder, and not to be had from the hub: {reason}") from error
-    tokenizer = AutoTokenizer.from_pretrained(model.base_folder)
+    tokenizer = load_tokenizer(f"RUN: {run!r}", model.base_folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"

@@ -28,13 +28,21 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from cascade_fast import ops
+from cascade_fast.cache_name import cache_of, one_cache, with_cache
 from cascade_fast.cascade_cache import SecondLookContext, open_cache
-from cascade_fast.cascade_weights import find_base_of, local_folder, thin_state, write_stages
-from cascade_fast.checkpoint import atomic_write_text
+from cascade_fast.cascade_weights import (
+    check_safetensors,
+    checked_load,
+    find_base_of,
+    local_folder,
+    thin_state,
+    write_stages,
+)
 from cascade_fast.config import ConfigError
 from cascade_fast.configuration import CascadeConfig
 from cascade_fast.exit_logits import ExitLogits
-from cascade_fast.model_card import render_card
+from cascade_fast.files import atomic_write_text
+from cascade_fast.model_card import base_license, render_card
 from cascade_fast.second_look import SecondLookConfig, SecondLookStage
 from cascade_fast.selection import select_below
 from cascade_fast.stage import Stage
@@ -66,7 +74,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: CascadeConfig) -> None:
         super().__init__(config)
-        self.base = AutoModelForCausalLM.from_config(config.base_config)
+        self.base = AutoModelForCausalLM.from_config(config.base_config, trust_remote_code=False)
         self.stages = nn.ModuleList(self._new_stage(config, n) for n in range(1, len(config.stages) + 1))
         self.base_folder: str | None = None  # where the base was found; its tokenizer is there
         self.post_init()
@@ -102,6 +110,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_exits: bool = False,
         thresholds: Sequence[float] | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CascadeOutput:
         """Every token's logits at its own exit.
@@ -110,7 +119,8 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: (B, S); or ``inputs_embeds`` (B, S, D).
             attention_mask: (B, past + S), 0 for padding, on either side. Padding enters no stage.
             labels: (B, S); the loss is transformers': shifted, -100 ignored, the mean over what is left.
-            past_key_values: a second look needs transformers' ``DynamicCache``, which is what ``generate`` makes.
+            cache, past_key_values: two names of one argument, the new and the old one of transformers. A second look
+                needs its ``DynamicCache``, which is what ``generate`` makes.
             logits_to_keep: the last so many positions (0: all), or their indices; the others get no logits and enter
                 no stage but a second look, whose keys and values later tokens attend to.
             output_exits: also return the exit of every token and its scores.
@@ -121,8 +131,8 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ConfigError: another number of thresholds than stages, or NaN among them.
-            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``; for a second look another cache, an
-                attention mask that is not 2D, or positions of several texts in one row.
+            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``; a cache under both its names; for a
+                second look another cache, an attention mask that is not 2D, or positions of several texts in one row.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of them")
@@ -131,7 +141,8 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         batch, new = inputs_embeds.shape[:2]
-        cache, keeps_cache = past_key_values, self.base.config.use_cache if use_cache is None else use_cache
+        given = one_cache(cache, past_key_values)
+        cache, keeps_cache = given, self.base.config.use_cache if use_cache is None else use_cache
         if looks and (doors or keeps_cache or cache is not None):  # it reads the base's keys and values in any case
             cache = open_cache(cache, self.config.base_config, new, position_ids, attention_mask)
         with self._stages_input() as entered:
@@ -139,8 +150,8 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
                 use_cache=use_cache,
+                **with_cache(cache),
                 **kwargs,
             )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -181,13 +192,13 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        left = read.past_key_values
+        left = cache_of(read)
         if context is not None:
-            left = context.close() if keeps_cache or past_key_values is not None else None
+            left = context.close() if keeps_cache or given is not None else None
         return CascadeOutput(
             loss=loss,
             logits=logits_BTV,
-            past_key_values=left,
+            **with_cache(left),
             hidden_states=read.hidden_states,
             attentions=read.attentions,
             exits=exit_BT if output_exits else None,
@@ -288,7 +299,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: Any, *args: Any, base_path: str | None = None, **kwargs: Any
-    ) -> "CascadeForCausalLM":
+    ) -> Any:
         """Loads the folder of a finished run, or what :meth:`save_pretrained` wrote, from disk or the hub.
 
         Args:
@@ -296,9 +307,11 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
                 (hub id, folder, .gguf file). Its fingerprint is checked either way.
             kwargs: as in transformers (``dtype``, ``device_map``, ...); the default dtype is the one of training.
 
+        Weights are only ever read from safetensors or GGUF, and no code of a repository is run, whatever is asked.
+
         Raises:
-            ConfigError: no finished cascade there, a base that is not found or whose fingerprint differs, or stages
-                that do not fit it.
+            ConfigError: no finished cascade there, one that is damaged or without safetensors, a base that is not found
+                or whose fingerprint differs, or stages that do not fit it.
         """
         config = kwargs.pop("config", None)
         if pretrained_model_name_or_path is None:
@@ -306,15 +319,22 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
         if not isinstance(config, CascadeConfig):
             config = CascadeConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
+        where = f"cascade: {str(pretrained_model_name_or_path)!r}"
+        with_info = kwargs.pop("output_loading_info", False)
+        load = functools.partial(checked_load, super().from_pretrained, where)
         if config.self_contained:
-            model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+            check_safetensors(where, pretrained_model_name_or_path)
+            model, info = load(pretrained_model_name_or_path, *args, config=config, **kwargs)
             model.base_folder = str(pretrained_model_name_or_path)
-            return model
+            return (model, info) if with_info else model
         folder = local_folder(pretrained_model_name_or_path, **hub)
         base = find_base_of(config, base_path)
+        config = copy.deepcopy(config)
+        config.base_config = copy.deepcopy(base.config)  # what the fingerprint stands for, whatever the file says
+        config.check()
         plain = {name: value for name, value in kwargs.items() if name not in hub}
         dtype = plain.pop("dtype", None) or plain.pop("torch_dtype", None) or config.dtype or torch.float32
-        model = super().from_pretrained(
+        model, info = load(
             None, *args, config=config, state_dict=thin_state(folder, config, base), dtype=dtype, **plain
         )
         if base.quantization != "none":
@@ -323,7 +343,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         if (Path(base.path) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(base.path)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
-        return model
+        return (model, info) if with_info else model
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], *, self_contained: bool = True, **kwargs: Any
@@ -357,9 +377,10 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
                 self.generation_config.save_pretrained(folder)
                 write_stages(folder, self.config, self.stages)
             self._save_tokenizer(folder)
+            license = base_license(self.config, self.base_folder)
             # Not those of the whole: numel() of a 4-bit weight counts bytes, which only the base knows.
             parameters = self.base.num_parameters() + sum(p.numel() for p in self.stages.parameters())
-            atomic_write_text(folder / "README.md", render_card(self.config, parameters=parameters))
+            atomic_write_text(folder / "README.md", render_card(self.config, parameters=parameters, license=license))
         finally:
             self.config = before
 
@@ -367,7 +388,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         if self.base_folder is None:
             return
         with suppress(OSError, ValueError):  # the base has none: the model is whole without it
-            AutoTokenizer.from_pretrained(self.base_folder).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(self.base_folder, trust_remote_code=False).save_pretrained(folder)
 
     def push_to_hub(  # type: ignore[override]
         self, repo_id: str, *, self_contained: bool = True, private: bool | None = None, token: Any = None

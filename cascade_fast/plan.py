@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.config import ConfigError, RunConfig, make_config
+from cascade_fast.config import ALL, ConfigError, RunConfig, make_config
 from cascade_fast.train import build_parser
 
 _SMOLLM2 = {
@@ -66,7 +66,7 @@ def base_configuration(base: str) -> Any:
     """transformers' configuration of a built-in name, a local folder or a hub id. Raises ConfigError."""
     from transformers import AutoConfig
 
-    from cascade_fast.base_model import FAMILY, hub_reachable
+    from cascade_fast.base_model import hub_reachable, read_base_config
 
     if base in BUILT_IN:
         return AutoConfig.for_model(**BUILT_IN[base])
@@ -76,13 +76,7 @@ def base_configuration(base: str) -> Any:
             f"base: {base!r}; must be a folder with a config.json, one of {', '.join(BUILT_IN)}, or a hub id (the hub "
             "cannot be reached)"
         )
-    try:
-        found = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"base: {base!r}; its configuration cannot be read: {str(error).splitlines()[0]}") from None
-    if found.model_type not in FAMILY:
-        raise ConfigError(f"base: {base!r} is a {found.model_type} model; a cascade needs one of {', '.join(FAMILY)}")
-    return found
+    return read_base_config(base, base)
 
 
 def plan_parser() -> argparse.ArgumentParser:
@@ -90,14 +84,16 @@ def plan_parser() -> argparse.ArgumentParser:
     parser = build_parser(
         "python -m cascade_fast.plan",
         "Plan a run: memory by phase, whether it fits, the time of an epoch. Needs neither a GPU nor weights: --base "
-        f"may be a folder with a config.json, a hub id, or one of {', '.join(BUILT_IN)}. --device t4, l4 and a100 are "
-        "a table's; cpu, cuda and auto read this machine.",
+        f"may be a folder with a config.json, a hub id, or one of {', '.join(BUILT_IN)}. --device cpu, cuda and auto "
+        "read this machine. A GPU that is not here: --device t4, l4, a100, v100, h100, rtx3090 or rtx4090; any other "
+        "by its --memory-gib, --tflops and --gbs, without --device.",
     )
     machine = parser.add_argument_group("machine")
     for flag, text in (
-        ("--tflops", "peak TFLOP/s of the compute dtype, instead of the table's or the probe's"),
-        ("--gbs", "memory bandwidth in GB/s, instead of the table's or the probe's"),
-        ("--memory-gib", "memory of the device in GiB"),
+        ("--memory-gib", "memory of the GPU in GiB; beside --device: instead of that device's"),
+        ("--tflops", "peak TFLOP/s in the compute dtype, without sparsity; beside --device: as above"),
+        ("--gbs", "memory bandwidth in GB/s; beside --device: as above"),
+        ("--ram-gib", "host RAM beside the GPU in GiB, instead of what is assumed"),
     ):
         machine.add_argument(flag, type=float, metavar="X", default=argparse.SUPPRESS, help=text)
     machine.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON instead of tables")
@@ -107,12 +103,12 @@ def plan_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 it fits, 1 it does not, 2 a mistake in the settings."""
     given = vars(plan_parser().parse_args(argv))
-    machine = {name: given.pop(name, None) for name in ("tflops", "gbs", "memory_gib")}
+    machine = {name: given.pop(name, None) for name in ("memory_gib", "tflops", "gbs", "ram_gib")}
     debug, as_json, config_file = given.pop("debug", False), given.pop("json", False), given.pop("config", None)
     try:
         for name, value in machine.items():
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}: {value}; must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}: {value}; must be above 0, and finite")
         return _print_plan(make_config(given, config_file), machine, as_json)
     except ConfigError as error:
         if debug:
@@ -122,16 +118,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bool) -> int:
+    for name in ("train_blocks", "test_blocks"):
+        if getattr(config, name) == ALL:
+            raise ConfigError(f"{name}: all; a plan does not read the text: must be a number")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from cascade_fast.base_model import cache_folder
+    from cascade_fast.files import free_disk_bytes
     from cascade_fast.memory_plan import CONTEXT_BYTES, largest_batch_tokens
     from cascade_fast.parameter_counts import Shape
     from cascade_fast.roofline import (
-        DEVICES,
         base_pass_time,
         epoch_time,
         find_device,
-        free_disk_bytes,
         gib,
         plan_on,
         short_memory,
@@ -140,8 +138,7 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
 
     base_config = base_configuration(config.base)
     device, dtype = find_device(config.device, config.dtype, **machine)
-    here = device.name not in {d.name for d in DEVICES.values()}
-    free = free_disk_bytes(cache_folder(config)) if here else math.inf
+    free = free_disk_bytes(cache_folder(config)) if device.here else math.inf
     config, kv_lines = with_kv(config, base_config, device, dtype, free)
     plan = plan_on(config, base_config, device, dtype)
     shape = Shape.of(config, base_config)
@@ -200,6 +197,7 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
         f"assumed: {device.rate(dtype) / 1e12:.2f} TFLOP/s ({device.flops_fraction:.0%} of peak), "
         f"{device.bytes_per_second * device.bandwidth_fraction / 1e9:.0f} GB/s ({device.bandwidth_fraction:.0%}), "
         f"{device.launch_seconds * 1e6:.0f} us a launch"
+        + (f", {gib(device.ram_bytes)} GiB of host RAM" if not device.here and machine["ram_gib"] is None else "")
     )
     return 0 if fits else 1
 

@@ -2,15 +2,14 @@
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from cascade_fast import heat_map
-from cascade_fast.checkpoint import atomic_write, atomic_write_text
 from cascade_fast.config import ConfigError
-from cascade_fast.metrics import epoch_line, format_count, markdown_table, say
+from cascade_fast.files import atomic_write, atomic_write_text
+from cascade_fast.metrics import epoch_line, format_count, literal, markdown_table, say
 from cascade_fast.model_cli import answer
 from cascade_fast.report_html import render_page
 
@@ -19,10 +18,6 @@ DIAGNOSIS_RULE = (
     "*mild overfitting* if a later epoch has it, but not the last one; *none seen* if the last epoch has it. "
     "One epoch alone does not tell."
 )
-
-
-# What Markdown would take for markup; an underscore within a word is none.
-_MARKUP = re.compile(r"[\\`*<\[&~]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -100,7 +95,7 @@ def render_report(config: dict[str, Any], results: dict[str, Any], plots: list[s
         f"# CASCADE: preset {results['settings']['preset']}, hard ratio {results['settings']['hard_ratio']}",
         _summary(results),
         "## Settings",
-        markdown_table(["setting", "value"], [[k, _literal(_show(v))] for k, v in results["settings"].items()]),
+        markdown_table(["setting", "value"], [[k, literal(_show(v))] for k, v in results["settings"].items()]),
         "## Machine and versions",
         markdown_table(["", ""], [[k, str(v)] for k, v in {**config["machine"], **config["versions"]}.items()]),
         "## Base model",
@@ -156,7 +151,7 @@ def _base(results: dict[str, Any]) -> str:
     base, tokens = results["base"], results["tokens"]
     return "\n".join(
         [
-            f"- {_literal(base['name'])} ({_literal(base['source'])})",
+            f"- {literal(base['name'])} ({literal(base['source'])})",
             f"- parameters: {base['parameters']:,} ({format_count(base['parameters'])})",
             f"- layers: {base['layers']}",
             f"- tokens: {tokens['train']:,} training, {tokens['val']:,} validation, {tokens['test']:,} test",
@@ -273,11 +268,6 @@ def _ppl(value: float | None) -> str:
 
 def _show(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else _n(value)
-
-
-def _literal(text: str) -> str:
-    """Text of the user's, on one line, that Markdown shows as it is."""
-    return _MARKUP.sub(r"\\\g<0>", text.replace("\n", "\\n"))
 
 
 # --- plots ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +56,7 @@ class Device:
     launch_seconds: float
     dtype: torch.dtype  # what ``dtype: auto`` takes there
     fused_attention: bool = True
+    here: bool = False  # this machine's own
 
     def rate(self, dtype: torch.dtype) -> float:
         return self.flops[str(dtype).removeprefix("torch.")] * self.flops_fraction
@@ -80,38 +80,67 @@ def _gpu(name: str, memory: float, ram: float, half: float, single: float, bandw
     )
 
 
-# Peaks from NVIDIA's data sheets, dense (no sparsity): T4 "65 TFLOPS mixed precision, 8.1 single, 320 GB/s"; L4 "121
-# TFLOPS FP16 (242 with sparsity), 30.3 FP32, 300 GB/s, 24 GB"; A100 40GB "312 TFLOPS FP16, 19.5 FP32, 1,555 GB/s".
-# Memory: what torch reports as total on Google Colab's machines (14.56 GiB of a T4's 16 GB), and their RAM.
+# NVIDIA's peaks, dense (no sparsity), of 16-bit products accumulated in float32, as torch's are. Data sheets: T4 "65
+# TFLOPS mixed precision, 8.1 single, 320 GB/s"; L4 "121 TFLOPS FP16 (242 with sparsity), 30.3 FP32, 300 GB/s, 24 GB";
+# A100 40GB "312 TFLOPS FP16, 19.5 FP32, 1,555 GB/s"; V100 SXM2 "125 TFLOPS deep learning, 15.7 single-precision, 900
+# GB/s, 16 GB"; H100 SXM "1,979 TFLOPS FP16 with sparsity", half without, "67 FP32, 3.35 TB/s, 80 GB". Whitepapers,
+# appendix A, "Peak FP16 Tensor TFLOPS with FP32 Accumulate", which is half of a GeForce's peak with FP16 accumulate:
+# RTX 3090 (GA102) "71, with sparsity 142; FP32 35.6; 936 GB/sec"; RTX 4090 (Ada) "165.2/330.4; 82.6; 1008 GB/sec".
+# Memory: the total that torch reports (14.56 GiB of a T4's 16 GB; GeForce: under Linux with a recent driver).
+# Host RAM: Google Colab's machines for t4, l4, a100. Beside a V100 AWS p3.2xlarge's 61 GiB; beside an H100 or a GeForce
+# a guess.
 DEVICES = {
     "t4": _gpu("Tesla T4", 14.56, 12.7, 65e12, 8.1e12, 320e9, 75),
     "l4": _gpu("L4", 22.16, 53.0, 121e12, 30.3e12, 300e9, 89),
     "a100": _gpu("A100 40GB", 39.56, 83.5, 312e12, 19.5e12, 1555e9, 80),
+    "v100": _gpu("Tesla V100 SXM2 16GB", 15.77, 61.0, 125e12, 15.7e12, 900e9, 70),
+    "h100": _gpu("H100 SXM 80GB", 79.1, 200.0, 989.4e12, 66.9e12, 3350e9, 90),
+    "rtx3090": _gpu("GeForce RTX 3090", 23.57, 32.0, 71e12, 35.6e12, 936e9, 86),
+    "rtx4090": _gpu("GeForce RTX 4090", 23.52, 32.0, 165.2e12, 82.6e12, 1008e9, 89),
 }
+ASSUMED_RAM_GIB = 32.0  # beside a GPU given by its numbers
 
 
 def find_device(
-    asked: str, dtype: str, *, tflops: float | None = None, gbs: float | None = None, memory_gib: float | None = None
+    asked: str,
+    dtype: str,
+    *,
+    memory_gib: float | None = None,
+    tflops: float | None = None,
+    gbs: float | None = None,
+    ram_gib: float | None = None,
 ) -> tuple[Device, torch.dtype]:
-    """A device of the table by name, or this machine's (``cpu``, ``cuda``, ``auto``), and the compute dtype there.
+    """The device of a plan, and the compute dtype there: one of the table by name, this machine's (``cpu``, ``cuda``,
+    ``auto``), or with ``auto`` and the three numbers a GPU that has them (compute capability 8.0 or more: bfloat16).
 
     Args:
         dtype: ``RunConfig.dtype``.
-        tflops, gbs, memory_gib: instead of the table's peaks, or of this machine's probed ones.
+        memory_gib, tflops, gbs: memory in GiB, peak TFLOP/s of the compute dtype and bandwidth in GB/s: of the GPU, or
+            instead of the table's or this machine's probed ones.
+        ram_gib: host RAM in GiB, instead of the table's, the assumed or this machine's.
 
     Raises:
-        ConfigError: no such device.
+        ConfigError: no such device, or some of the three numbers and no device that they belong to.
     """
-    if asked in DEVICES:
+    numbers = {"memory_gib": memory_gib, "tflops": tflops, "gbs": gbs}
+    missing = [name for name, value in numbers.items() if value is None]
+    if asked == "auto" and len(missing) < len(numbers):
+        if missing:
+            raise ConfigError(
+                f"{', '.join(missing)}: not given; without a device, a GPU needs memory_gib, tflops and gbs (to change "
+                f"one number only, name the device: cpu, cuda, {', '.join(DEVICES)})"
+            )
+        name = f"a GPU with {memory_gib:g} GiB, {tflops:g} TFLOP/s, {gbs:g} GB/s"
+        device = _gpu(name, 0.0, ASSUMED_RAM_GIB, 0.0, 0.0, 0.0, 80)  # its numbers follow
+    elif asked in DEVICES:
         device = DEVICES[asked]
-        compute = device.dtype if dtype == "auto" else getattr(torch, dtype)
     else:
         try:
             here = choose_device(asked)
         except ConfigError as error:
             raise ConfigError(f"{error}; or one of {', '.join(DEVICES)}") from None
-        compute = choose_dtype(here, dtype)[0]
-        device = this_machine(here, compute, probe=tflops is None or gbs is None)
+        device = this_machine(here, choose_dtype(here, dtype)[0], probe=tflops is None or gbs is None)
+    compute = device.dtype if dtype == "auto" else getattr(torch, dtype)
     changes: dict[str, Any] = {}
     if tflops is not None:
         changes["flops"] = dict.fromkeys(("float16", "bfloat16", "float32"), tflops * 1e12)
@@ -119,7 +148,9 @@ def find_device(
         changes["bytes_per_second"] = gbs * 1e9
     if memory_gib is not None:
         changes["memory_bytes"] = memory_gib * GIB
-    return Device(**{**vars(device), **changes}), compute
+    if ram_gib is not None:
+        changes["ram_bytes"] = ram_gib * GIB
+    return dataclasses.replace(device, **changes), compute
 
 
 @functools.cache
@@ -143,6 +174,7 @@ def this_machine(device: torch.device, dtype: torch.dtype, *, probe: bool = True
         launch_seconds=5e-6 if on_cpu else 10e-6,
         dtype=dtype,
         fused_attention=fused,
+        here=True,
     )
 
 
@@ -156,12 +188,6 @@ def ram_bytes() -> float:
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
             total = min(total, float(Path(limit).read_text()))
     return total
-
-
-def free_disk_bytes(folder: Path) -> float:
-    """Where ``folder`` is, or will be."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return float(shutil.disk_usage(there).free)
 
 
 def _probe_flops(device: torch.device, dtype: torch.dtype) -> float:

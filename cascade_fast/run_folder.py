@@ -14,6 +14,7 @@ import json
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,40 @@ import torch
 
 from cascade_fast import __version__
 from cascade_fast.base_model import BaseModel
-from cascade_fast.checkpoint import write_json
-from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig
+from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, RunConfig, saved_settings
 from cascade_fast.configuration import MODEL_CRITERIA, CascadeConfig
 from cascade_fast.exits import ExitStage
+from cascade_fast.files import (
+    DamagedFile,
+    acquire_lock,
+    clear_temporaries,
+    is_temporary,
+    load_tensors,
+    lock_holder,
+    read_json,
+    write_json,
+)
 from cascade_fast.heat_map import write_heat_map
+from cascade_fast.input_checks import one_line
 from cascade_fast.metrics import MetricsLog, say
 from cascade_fast.report import write_report
 
 RUNS = Path("runs")
+LOCK = "run.lock"
 CASCADE_FORMAT = 1
 
 
 class RunFolder:
-    """Locked for one process while open; use as a context manager."""
+    """Locked for one process while open; use as a context manager.
 
-    def __init__(self, path: Path) -> None:
+    ``record`` is what ``config.json`` says of the run; ``kv`` in it is what ``kv: auto`` was settled to when it began.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any] | None = None) -> None:
         self.path = path
+        self.record = record or {}
         self.log = MetricsLog(path / "metrics.jsonl")
-        self._lock = filelock.FileLock(path / "run.lock")
+        self._lock: filelock.BaseFileLock | None = None
 
     @classmethod
     def open(
@@ -51,62 +67,86 @@ class RunFolder:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        settle: Callable[[Path, str | None], str] = lambda _path, kv: kv or "store",
     ) -> "RunFolder":
         """The folder of a new run, or of the one to go on with.
 
+        Args:
+            settle: called with the folder and what ``kv`` was settled to before, if it was; returns what it is. May
+                raise ConfigError.
+
         Raises:
-            ConfigError: the folder is something else, holds a run that may not be resumed (and how it differs), or
-                is in use by another process. Nothing in it has been touched then.
+            ConfigError: the folder is something else, holds a run that may not be resumed (and how it differs), cannot
+                be written, or is in use by another process. Nothing in it has been touched then.
         """
         path = _choose(config)
-        record = {
+        record: dict[str, Any] = {
             "settings": config.to_dict(),
             "fingerprints": {"base": base_fingerprint, "data": data_fingerprint},
             "versions": _versions(),
             "machine": _machine(device, dtype),
         }
-        found = _read(path / "config.json") if path.exists() else None
-        if found is None and path.exists() and (not path.is_dir() or any(p.name != "run.lock" for p in path.iterdir())):
-            raise ConfigError(f"out: {str(path)!r}; exists and is not the folder of a run")
-        if found is not None and config.resume == "never":
-            raise ConfigError(f"out: {str(path)!r}; holds a run already: add --resume auto to go on, or name another")
-        if found is not None:
-            _check_same(found, record, path)
-        path.mkdir(parents=True, exist_ok=True)
-        folder = cls(path)
         try:
-            folder._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise ConfigError(f"out: {str(path)!r}; another process is training there") from None
-        if found is None:
-            write_json(path / "config.json", record)
-            folder.log.write("start", preset=config.preset)
-        else:
-            _warn_versions(found, record)
+            found = _found(path, config.resume, record)
+            record["kv"] = settle(path, found.get("kv") if found else None)
+            path.mkdir(parents=True, exist_ok=True)
+            folder = cls(path, {**(found or record), "kv": record["kv"]})
+            folder._acquire()
+        except OSError as error:
+            raise ConfigError(f"out: {str(path)!r}; cannot be used: {one_line(error)}") from error
+        try:
+            folder._start(record, new=found is None, preset=config.preset)
+        except BaseException:
+            folder.__exit__()
+            raise
         return folder
+
+    def _acquire(self) -> None:
+        file = self.path / LOCK
+        if file.is_symlink():
+            raise ConfigError(f"out: {str(self.path)!r}; its {LOCK} is a link, which is no lock: remove it")
+        try:
+            self._lock = acquire_lock(file, timeout=0)
+        except filelock.Timeout:
+            holder = lock_holder(file)
+            hint = f", as {LOCK} says ({holder}); if that one is gone, remove {str(file)!r}" if holder else ""
+            raise ConfigError(f"out: {str(self.path)!r}; another process is training there{hint}") from None
+
+    def _start(self, record: dict[str, Any], *, new: bool, preset: str) -> None:
+        """Cleans up after a process that was killed, and begins the records of a new run."""
+        clear_temporaries(self.path)
+        if new:
+            write_json(self.path / "config.json", self.record)
+        elif not self.finished:
+            _warn_versions(self.record, record)
+        if self.log.first_line_size() == 0 and not self.finished:
+            if any(self.path.glob("training/*")):
+                say(f"note: {self.log.path.name} is missing or damaged; its records so far are lost")
+            self.log.truncate(0)
+            self.log.write("start", preset=preset)
 
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def finished(self) -> bool:
         return (self.path / "results.json").is_file() and self.report.is_file()
 
+    def check(self) -> None:
+        """Of a finished run: raises DamagedFile where a file that holds its result is not whole."""
+        results = read_json(self.path / "results.json", needs=("final",))
+        for name in ("config.json", "cascade.json"):
+            read_json(self.path / name)
+        for number in range(1, results["final"]["stages_kept"] + 1):
+            load_tensors(self.stage(number) / "model.safetensors")
+
     @property
     def report(self) -> Path:
         return self.path / "report.md"
-
-    @property
-    def kv(self) -> str | None:
-        """What ``kv: auto`` was settled to for this run; None before."""
-        return (_read(self.path / "config.json") or {}).get("kv")
-
-    @kv.setter
-    def kv(self, settled: str) -> None:
-        write_json(self.path / "config.json", {**(_read(self.path / "config.json") or {}), "kv": settled})
 
     @property
     def page(self) -> Path:
@@ -122,15 +162,26 @@ class RunFolder:
         return self.path / "hidden" / f"stage-{number}" / split
 
     def stage_record(self, number: int) -> dict[str, Any] | None:
-        """The record of a stage whose training is over, kept or not."""
-        found = _read(self.training(number) / "result.json")
-        return None if found is None else found["record"]
+        """The record of a stage whose training is over, kept or not. Raises DamagedFile."""
+        path = self.training(number) / "result.json"
+        return read_json(path, needs=("record", "metrics_size"))["record"] if path.exists() else None
 
     def write_stage_record(self, number: int, record: dict[str, Any], metrics_size: int) -> None:
         """Marks the stage as done; its checkpoints are no longer needed."""
         write_json(self.training(number) / "result.json", {"record": record, "metrics_size": metrics_size})
         for file in self.training(number).glob("*.safetensors"):
             file.unlink()
+
+    def forget_stages(self, first: int, *, with_training: bool) -> None:
+        """Removes what stages from ``first`` on have left; of the training of ``first`` itself only where asked to.
+
+        What a later stage has was made from what this one had then.
+        """
+        for parent in ("training", "stages", "hidden"):
+            for folder in (self.path / parent).glob("*[0-9]"):
+                number = int(folder.name.removeprefix("stage-"))
+                if number > first or (number == first and (with_training or parent != "training")):
+                    shutil.rmtree(folder)
 
     def drop_hidden(self, number: int) -> None:
         """Removes the hidden states that stage ``number`` has left, if there are any."""
@@ -139,10 +190,8 @@ class RunFolder:
     def metrics_before(self, number: int) -> int:
         """How long ``metrics.jsonl`` was when training of stage ``number`` began."""
         if number > 1:
-            found = _read(self.training(number - 1) / "result.json")
-            return self.log.size() if found is None else found["metrics_size"]
-        with self.log.path.open("rb") as file:
-            return len(file.readline())  # the start event
+            return read_json(self.training(number - 1) / "result.json", needs=("metrics_size",))["metrics_size"]
+        return self.log.first_line_size()  # the start event
 
     def keep_stage(self, number: int, entry: ExitStage, *, criterion: str) -> None:
         entry.save(self.stage(number), criterion=criterion)
@@ -165,7 +214,7 @@ class RunFolder:
 
     def _model_config(self, results: dict[str, Any], stages: list[ExitStage], base: BaseModel) -> dict[str, Any]:
         """The run's record together with the cascade's configuration: the folder loads as a model."""
-        record = _read(self.path / "config.json") or {}
+        record = self.record
         if results["settings"]["criterion"] not in MODEL_CRITERIA:  # loading it says so
             return {**record, "model_type": CascadeConfig.model_type, "criterion": results["settings"]["criterion"]}
         final, tokens = results["final"], results["tokens"]
@@ -212,11 +261,32 @@ def _choose(config: RunConfig) -> Path:
         return Path(config.out)
     if config.resume == "auto":
         for path in sorted(RUNS.glob(f"*-{config.preset}"), reverse=True):
-            if (path / "config.json").is_file() and not RunFolder(path).finished:
+            if ((path / "config.json").is_file() and not RunFolder(path).finished) or _only_leftovers(path):
                 return path
     now = time.strftime("%Y%m%d-%H%M%S")
     names = (f"{now}-{config.preset}", *(f"{now}.{n}-{config.preset}" for n in range(2, 100)))  # within one second
     return next(RUNS / name for name in names if not (RUNS / name).exists())
+
+
+def _only_leftovers(path: Path) -> bool:
+    """Whether nothing is there but what a process leaves that is killed before it has written anything."""
+    return path.is_dir() and all(p.name == LOCK or is_temporary(p) for p in path.iterdir())
+
+
+def _found(path: Path, resume: str, now: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of the run in ``path``, which may go on as ``now``; None where a new one may begin."""
+    if not path.exists() or _only_leftovers(path):
+        return None
+    if not (path / "config.json").exists():
+        raise ConfigError(f"out: {str(path)!r}; exists and is not the folder of a run")
+    if resume == "never":
+        raise ConfigError(f"out: {str(path)!r}; holds a run already: add --resume auto to go on, or name another")
+    try:
+        found = read_json(path / "config.json", needs=("settings", "fingerprints", "versions", "machine"))
+    except DamagedFile as error:
+        raise ConfigError(f"out: {error}; restore it, or train in another folder") from None
+    _check_same(found, now, path)
+    return found
 
 
 def _reference(base: BaseModel) -> dict[str, Any]:
@@ -224,17 +294,10 @@ def _reference(base: BaseModel) -> dict[str, Any]:
     return {name: getattr(base, name) for name in names}
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 def _check_same(found: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     differences = []
     for name, value in now["settings"].items():
-        before = found["settings"].get(name)
+        before = saved_settings(found["settings"]).get(name)
         if name not in RESUME_MAY_CHANGE and before != value:
             differences.append(f"{name} was {before!r}, is {value!r}")
     for name, value in now["fingerprints"].items():
@@ -243,7 +306,11 @@ def _check_same(found: dict[str, Any], now: dict[str, Any], path: Path) -> None:
                 f"the {name} has changed (fingerprint {found['fingerprints'].get(name)!s:.12} -> {value:.12})"
             )
     if differences:
-        raise ConfigError(f"resume: the run in {str(path)!r} is another one: {'; '.join(differences)}")
+        finished = "; it is finished: to train longer, begin a new run (it reuses the base pass)"
+        raise ConfigError(
+            f"resume: the run in {str(path)!r} is another one: {'; '.join(differences)}"
+            f"{finished if RunFolder(path).finished else ''}"
+        )
 
 
 def _warn_versions(found: dict[str, Any], now: dict[str, Any]) -> None:

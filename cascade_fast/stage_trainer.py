@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from cascade_fast.checkpoint import Checkpoints, save_tensors
+from cascade_fast.checkpoint import KEEP, Checkpoints
 from cascade_fast.config import RunConfig
+from cascade_fast.files import load_tensors, save_tensors
 from cascade_fast.hardware import release_memory, trim_host_memory
 from cascade_fast.losses import linear_cross_entropy, token_losses
 from cascade_fast.metrics import MetricsLog, Progress, epoch_line, say
@@ -145,7 +145,6 @@ class StageTrainer:
         self.number, self.folder, self.device, self.dtype = number, folder, device, dtype
         self.log, self.log_size, self.deadline = log, log_size, deadline
         self.checkpoints = Checkpoints(folder)
-        self.best_path = folder / "best.safetensors"
         self.decayed_only: list[Tensor] = list(stage.decayed_only())
         without_gradient = {id(p) for p in self.decayed_only}
         self.parameters = [p for p in stage.parameters() if id(p) not in without_gradient]
@@ -168,6 +167,7 @@ class StageTrainer:
 
         Raises:
             Interrupted: after saving a checkpoint.
+            DamagedFile: the best weights cannot be read back.
         """
         self._resume()
         with deferred_signals() as signals:
@@ -180,7 +180,7 @@ class StageTrainer:
                     raise Interrupted(signals[0])
         if self.training.best_epoch:
             release_memory()  # of the last steps
-            self.stage.load_state_dict(load_file(self.best_path))
+            self.stage.load_state_dict(load_tensors(self._best(self.training.best_epoch))[0])
         return self.training
 
     def _run_epoch(self, signals: list[int]) -> bool:
@@ -215,8 +215,7 @@ class StageTrainer:
 
     def _train_step(self, picked: Tensor) -> int:
         """One step of the optimizer on the units ``picked``; how many tokens they hold."""
-        config, global_step = self.config, (self.epoch - 1) * self.steps_per_epoch + self.step
-        lr = learning_rate(config, global_step, config.epochs * self.steps_per_epoch)
+        config, lr = self.config, self._learning_rate(self.step)
         set_learning_rate(self.optimizer, lr)
         tokens = self.train.count(picked)
         loss = torch.zeros((), device=self.device)
@@ -249,6 +248,11 @@ class StageTrainer:
         self.totals[2] += ~finite
         return tokens
 
+    def _learning_rate(self, step: int) -> float:
+        """Of ``step`` of this epoch."""
+        steps = self.steps_per_epoch
+        return learning_rate(self.config, (self.epoch - 1) * steps + step, self.config.epochs * steps)
+
     def _look(self) -> bool:
         """Waits for the device, writes a line about the steps since the last look; whether training may go on.
 
@@ -268,7 +272,7 @@ class StageTrainer:
             epoch=self.epoch,
             step=now.step,
             loss=(now.loss_sum - before.loss_sum) / (now.tokens - before.tokens),
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=self._learning_rate(now.step - 1),
             skipped_steps=now.not_finite,
             seconds=self.epoch_seconds,
         )
@@ -303,7 +307,7 @@ class StageTrainer:
         say(f"  {epoch_line(record)}")
         if val_loss < training.best_val_loss:
             training.best_val_loss, training.best_epoch = val_loss, self.epoch
-            save_tensors(self.best_path, self.stage.state_dict())
+            save_tensors(self._best(self.epoch), self.stage.state_dict())
         if self.step < self.steps_per_epoch:
             training.stopped = "time is up"
         elif self.epoch - training.best_epoch >= config.patience:
@@ -315,6 +319,11 @@ class StageTrainer:
         self.last_look = EpochTotals(0.0, 0, 0, 0)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _best(self, epoch: int) -> Path:
+        """The weights of an epoch that was the best so far. A checkpoint names the one it needs, so that one of an
+        epoch that is about to be run again is never taken for it."""
+        return self.folder / f"best-{epoch:06d}.safetensors"
 
     def _save(self) -> None:
         optimizer, optimizer_values = optimizer_tensors(self.optimizer)
@@ -332,9 +341,17 @@ class StageTrainer:
             "metrics_size": self.log.size(),
         }
         self.checkpoints.save((self.epoch - 1) * self.steps_per_epoch + self.step, tensors, state)
+        for old in sorted(self.folder.glob("best-*.safetensors"))[:-KEEP]:  # no checkpoint that is kept needs them
+            old.unlink()
+
+    def _check_best(self, state: dict[str, Any]) -> None:
+        """Raises DamagedFile where the best weights that a checkpoint needs are not whole."""
+        best_epoch = state["training"]["best_epoch"]
+        if best_epoch:
+            load_tensors(self._best(best_epoch))
 
     def _resume(self) -> None:
-        found = self.checkpoints.load()
+        found = self.checkpoints.load(self._check_best)
         self.log.truncate(self.log_size if found is None else found[1]["metrics_size"])
         if found is None:
             return

@@ -8,7 +8,8 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cascade_fast.config import ConfigError, RunConfig, make_config
+from cascade_fast.config import ConfigError, RunConfig, explain, make_config
+from cascade_fast.input_checks import one_line, suggest
 
 DESCRIPTION = (
     "Train a cascade: new layers on the hard tokens of a frozen language model. With no flags: SmolLM2-135M-Instruct "
@@ -16,11 +17,31 @@ DESCRIPTION = (
 )
 
 
+class SettingsParser(argparse.ArgumentParser):
+    """Says of an unknown flag which one may be meant, other trainers' names included."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            hints = [hint for word in rest if word.startswith("--") and (hint := self._hint(word))]
+            self.error(f"unrecognized arguments: {' '.join(rest)}" + "".join(hints))
+        return found
+
+    def _hint(self, word: str) -> str:
+        flag = word.partition("=")[0]
+        known = {action.dest for action in self._actions}
+        name = suggest(flag.removeprefix("--"), known - {"help"})
+        if name is None:
+            return ""
+        means = f" ({explain(name)})" if name in RunConfig.__dataclass_fields__ else ""
+        return f"; {flag}: did you mean --{name.replace('_', '-')}{means}?"
+
+
 def build_parser(
     prog: str = "python -m cascade_fast.train", description: str = DESCRIPTION, several: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
     """The command line, one flag for each setting, in the settings' groups. ``several``: those that take a list."""
-    parser = argparse.ArgumentParser(
+    parser = SettingsParser(
         prog=prog,
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -55,6 +76,8 @@ def build_parser(
 
 def _metavar(f: "dataclasses.Field[Any]") -> str:
     kinds = typing.get_args(f.type) or (f.type,)
+    if f.metadata.get("all"):
+        return "N|all"
     return "N" if int in kinds else "X" if float in kinds else "TEXT"
 
 
@@ -83,14 +106,14 @@ def quiet_libraries() -> None:
 
 
 def exit_code(work: Callable[[], None], debug: bool, again: str = "the same command with --resume auto") -> int:
-    """Does ``work``; an error of the user's or of training, or an interruption, becomes a line and its exit code.
-    ``again``: what goes on from there."""
+    """Does ``work``; an error of the user's, the system's or of training, or an interruption, becomes a line and its
+    exit code. ``again``: what goes on from there."""
     try:
         work()
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if debug:

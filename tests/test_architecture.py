@@ -4,20 +4,33 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 
 # Each layer may import from those below it and from modules of its own layer that stand before it.
 LAYERS = [
-    ["auto_classes", "config"],
+    ["auto_classes", "input_checks", "config", "cache_name"],
     ["ops.reference", "ops.backends", "ops.schema", "ops"],
-    ["checkpoint", "metrics", "hardware"],
+    ["files", "metrics", "checkpoint", "hardware"],
     ["losses", "selection", "criteria", "hidden_store", "stage", "attention", "second_look"],
     ["hard_token_gather", "base_model", "data", "adamw8bit", "optim", "stage_tokens", "exits"],
-    ["configuration", "base_pass", "parameter_counts", "second_look_plan", "memory_plan", "roofline", "ledger"],
+    [
+        "configuration",
+        "base_pass",
+        "parameter_counts",
+        "second_look_plan",
+        "memory_plan",
+        "roofline",
+        "run_plan",
+        "ledger",
+    ],
     ["stage_trainer", "heat_map", "report_html", "cascade_cache", "cascade_weights", "exit_logits", "model_card"],
     ["modeling", "model_cli", "report", "run_folder", "messages"],
     ["cascade", "evaluation", "full_finetune", "comparison"],
@@ -95,9 +108,24 @@ def test_kernels_is_no_package_of_that_name():
 
 
 def test_nothing_is_loaded_by_pickle_and_no_remote_code_is_run():
-    forbidden = re.compile(r"pickle\.load|torch\.load\(|trust_remote_code|allow_pickle")
+    forbidden = re.compile(r"pickle\.load|torch\.load\(|trust_remote_code(?!=False\b)|allow_pickle")
     for path in [*SOURCES, *(ROOT / "kernels").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         assert not forbidden.search(path.read_text()), path
+
+
+def test_every_loading_by_transformers_auto_classes_forbids_code_of_a_repository():
+    calls = []
+    for path in [*SOURCES, *(ROOT / "benchmarks").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            auto = ast.unparse(node.func.value).removeprefix("transformers.").startswith("Auto")
+            if auto and node.func.attr in ("from_pretrained", "from_config"):
+                calls.append(path)
+                assert any(k.arg == "trust_remote_code" and ast.unparse(k.value) == "False" for k in node.keywords), (
+                    path
+                )
+    assert len(calls) >= 9
 
 
 def test_no_file_is_too_long():
@@ -161,3 +189,23 @@ def test_the_readme_s_commands_from_a_clean_clone(tmp_path):
         ["make", "-C", str(clone), "test", "ARGS=-q tests/test_config.py"], capture_output=True, text=True
     )
     assert tests.returncode == 0, tests.stdout
+
+
+def _pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text().splitlines()
+    return {canonicalize_name(n): version for n, _, version in (s.partition("==") for s in lines if s[:1] != "#")}
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-oldest.txt"])
+def test_what_is_pinned_is_allowed(file):
+    """The newest versions tested and the oldest: both within pyproject.toml, the oldest exactly at its lower bounds."""
+    pins = _pins(file)
+    allowed = [Requirement(text) for text in requires("cascade-fast") if "extra" not in text or "gguf" in text]
+    pinned = [r for r in allowed if canonicalize_name(r.name) != "torch"]
+    assert {canonicalize_name(r.name) for r in pinned} <= set(pins)
+    for requirement in pinned:
+        version = pins[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), requirement
+        lowest = {s.version for s in requirement.specifier if s.operator == ">="}
+        if file == "constraints-oldest.txt":
+            assert {Version(text) for text in lowest} == {Version(version)}, requirement

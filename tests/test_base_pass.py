@@ -143,7 +143,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(tiny_settings, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         _pass(settings, tmp_path)
     (folder,) = (tmp_path / "cache" / "base-pass").iterdir()
-    assert json.loads((folder / "train" / "progress.json").read_text())["blocks"] == 24  # six batches of four blocks
+    assert json.loads((folder / "train" / "progress.json").read_text())["rows"] == 24 * 32  # six batches of four blocks
     resumed, _ = _pass(settings, tmp_path)
     assert len(calls) < 7 + 2 + 16  # the six batches were not run again
     for split, store in reference.stores.items():

@@ -121,7 +121,9 @@ def test_baselines_trains_every_method_and_goes_on(flags, tmp_path, capsys):
         (["--skip", *baselines.METHODS], "only, skip: no method is left"),
         (["--epochs-list", "0"], "epochs_list: [0]; must be different numbers, each at least 1"),
         (["--epochs-list", "2", "2"], "epochs_list: [2, 2]; must be different"),
-        (["--epochs", "2"], "epochs: 2; here give --epochs-list"),
+        (["--epochs", "2", "--epochs-list", "1", "3"], "epochs, epochs_list: 2 and [1, 3]; give one of them"),
+        (["--epochs", "0"], "epochs: 0; must be at least 1"),
+        (["--resume", "auto"], "resume: auto; leave it out: a comparison always goes on where it was"),
         (["--criterion", "random"], "criterion: 'random'; the method random is the same"),
         (["--full-lr", "-1"], "lr: -1.0; must be above 0"),
         (["--layers-per-stage", "4"], "layers_per_stage: 4; a second look copies the last"),
@@ -133,6 +135,28 @@ def test_mistakes_of_baselines(flags, tmp_path, capsys, wrong, said):
     assert baselines.main([*flags, "--out", str(out), *wrong]) == 2
     assert said in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "file", "epochs"),
+    [
+        ([], "", [1, 2]),
+        (["--epochs", "3"], "", [3]),
+        (["--epochs-list", "3", "1"], "", [1, 3]),
+        ([], "epochs: 4\n", [4]),
+        (["--epochs", "3"], "epochs: 4\n", [3]),
+        (["--epochs-list", "1", "3"], "epochs: 4\n", [1, 3]),
+    ],
+)
+def test_the_epochs_of_baselines(flags, tmp_path, monkeypatch, asked, file, epochs):
+    (tmp_path / "run.yaml").write_text(file)
+    planned = []
+    monkeypatch.setattr(baselines, "run_baselines", lambda _folder, trainings: planned.extend(trainings))
+    command = [*flags, "--out", str(tmp_path / "out"), "--config", str(tmp_path / "run.yaml"), *asked]
+    assert baselines.main([*command, "--only", "cascade", "seed", "--train-blocks", "all"]) == 0
+    assert [t.config.epochs for t in planned if t.method == "cascade"] == epochs
+    (seed,) = (t.config for t in planned if t.method == "seed")  # its epochs are its own; the text is the same
+    assert (seed.epochs, seed.shuffle, seed.train_blocks) == (1, "on", planned[0].config.train_blocks)
 
 
 # --- sweep -----------------------------------------------------------------------------------------------------------

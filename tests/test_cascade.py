@@ -19,6 +19,7 @@ from cascade_fast.cascade import NonFiniteLoss, run_cascade
 from cascade_fast.config import make_config
 from cascade_fast.data import load_blocks
 from cascade_fast.exits import ExitStage, evaluate_exits, run_stage
+from cascade_fast.files import read_json
 from cascade_fast.report import diagnose
 from cascade_fast.selection import hard_count
 from cascade_fast.stage import Stage, StageConfig
@@ -33,7 +34,7 @@ HOW = {"device": CPU, "dtype": torch.float32}
 
 def _run(settings, folder, **changes):
     run = run_cascade(make_config({**settings, "out": str(folder), **changes}))
-    return run, json.loads((folder / "results.json").read_text())
+    return run, read_json(folder / "results.json")
 
 
 def _stores(settings, tmp_path, **changes):

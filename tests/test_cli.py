@@ -1,13 +1,20 @@
 """The command line: mistakes are one line and exit code 2, before any work; what it prints where."""
 
+import importlib
+import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from cascade_fast import train
+from cascade_fast import baselines, evaluate, plan, sweep, train
+from cascade_fast.files import read_json
 from cascade_fast.metrics import peak_rss_bytes
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -83,6 +90,29 @@ def test_an_unknown_flag_is_argparse_s_error(capsys):
     assert "--hard-ration" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [train, baselines, sweep, plan])
+def test_an_unknown_flag_says_which_is_meant(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--learning-rate", "1", "--max_seq_length=5", "--frobnicate", "--layers-per-stag", "2"])
+    assert stop.value.code == 2
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if "error: " in line)
+    assert "--learning-rate: did you mean --lr (peak learning rate)?" in error
+    assert "--max_seq_length: did you mean --seq-len (tokens in a block)?" in error
+    assert "--layers-per-stag: did you mean --layers-per-stage (" in error
+    assert "--frobnicate: " not in error
+
+
+def test_every_command_has_a_console_script():
+    section = (ROOT / "pyproject.toml").read_text().split("[project.scripts]\n")[1].split("\n\n")[0]
+    scripts = dict(re.findall(r'^(\S+) = "(\S+)"$', section, re.MULTILINE))
+    commands = {p.stem for p in (ROOT / "cascade_fast").glob("*.py") if '__name__ == "__main__"' in p.read_text()}
+    assert len(commands) == 9
+    assert scripts == {f"cascade-fast-{name}": f"cascade_fast.{name}:main" for name in commands}
+    for target in scripts.values():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
 def test_a_run_is_quiet_and_line_based_without_a_terminal(capsys, flags, tmp_path):
     code, out, err = _main(capsys, *flags, "--out", str(tmp_path / "run"))
     assert code == 0
@@ -94,6 +124,47 @@ def test_a_run_is_quiet_and_line_based_without_a_terminal(capsys, flags, tmp_pat
     assert lines[-1] == f"report: {tmp_path / 'run' / 'report.md'}"
     assert len(lines) < 30
     assert "Traceback" not in err
+
+
+def test_a_run_from_before_shuffle_keeps_its_order(capsys, flags, tmp_path):
+    """Its saved settings do not name it: evaluated on the blocks it was trained beside, and resumed only so."""
+    run = tmp_path / "run"
+    command = [*flags, "--out", str(run), "--num-stages", "1"]
+    assert _main(capsys, *command, "--shuffle", "off")[0] == 0
+    config = read_json(run / "config.json")
+    assert config["settings"].pop("shuffle") == "off"
+    (run / "config.json").write_text(json.dumps(config))
+    expected = json.loads((run / "results.json").read_text())["base"]["val_ppl"]
+    assert evaluate.main([str(run), "--no-flops", "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["rows"][0]["perplexity"]
+    assert found == pytest.approx(expected, rel=1e-4)
+    config["settings"]["shuffle"] = "on"  # other blocks: the check can fail
+    (run / "config.json").write_text(json.dumps(config))
+    assert evaluate.main([str(run), "--no-flops", "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["rows"][0]["perplexity"]
+    assert found != pytest.approx(expected, rel=1e-3)
+    del config["settings"]["shuffle"]
+    (run / "config.json").write_text(json.dumps(config))
+    code, out, _ = _main(capsys, *command, "--resume", "auto", "--shuffle", "off")
+    assert (code, "finished already" in out) == (0, True)
+    code, _, err = _main(capsys, *command, "--resume", "auto")
+    assert (code, "shuffle was 'off', is 'on'" in err) == (2, True)
+
+
+def test_all_blocks_are_counted_saved_and_found_again(capsys, flags, tmp_path):
+    run = tmp_path / "run"
+    command = [*flags, "--out", str(run), "--num-stages", "1", "--epochs", "1", "--train-blocks", "all"]
+    assert _main(capsys, *command)[0] == 0
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    tokens = json.loads((run / "results.json").read_text())["tokens"]
+    assert settings["train_blocks"] == tokens["train"] // 32 > 600
+    assert (tokens["val"], tokens["test"]) == (12 * 32, 12 * 32)
+    code, out, _ = _main(capsys, *command, "--resume", "auto")
+    assert (code, "finished already" in out) == (0, True)
+    assert plan.main(["--train-blocks", "all"]) == 2
+    assert "train_blocks: all; a plan does not read the text: must be a number" in capsys.readouterr().err
+    code, _, err = _main(capsys, *flags, "--out", str(tmp_path / "no"), "--train-blocks", "all", "--val-blocks", "700")
+    assert (code, "train_blocks: all; " in err, (tmp_path / "no").exists()) == (2, True, False)
 
 
 def test_the_default_folder_is_under_runs(capsys, flags, tmp_path, monkeypatch):

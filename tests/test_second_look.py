@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 from cascade_fast import stage_trainer
 from cascade_fast.base_model import find_base
 from cascade_fast.base_pass import base_pass
+from cascade_fast.cache_name import cache_of, with_cache
 from cascade_fast.cascade import run_cascade
 from cascade_fast.config import ConfigError, make_config
 from cascade_fast.data import load_blocks
 from cascade_fast.exits import ExitStage, advance, evaluate_exits
+from cascade_fast.files import read_json, write_json
 from cascade_fast.hidden_store import HiddenStore
-from cascade_fast.run_folder import RunFolder
 from cascade_fast.second_look import SecondLookConfig, SecondLookStage, check_second_look
 from cascade_fast.selection import select_hardest
 from cascade_fast.stage_tokens import SequenceTokens
@@ -115,15 +116,13 @@ def test_a_changed_stage_is_what_it_is_on_paper(look_settings, tmp_path, hard_ra
     with torch.no_grad():
         for block in range(3):
             ids = blocks.ids["val"][block].long()
-            kept = [
-                (layer.keys, layer.values) for layer in model(ids[None, :-1], use_cache=True).past_key_values.layers
-            ]
+            kept = [(layer.keys, layer.values) for layer in cache_of(model(ids[None, :-1], use_cache=True)).layers]
             rows = slice(block * 32, (block + 1) * 32)
             for position in (hard.index_K[(hard.index_K // 32) == block] % 32).tolist():
                 cache = DynamicCache()
                 for number, (keys, values) in enumerate(kept):
                     cache.update(keys[:, :, :position], values[:, :, :position], number)
-                out = changed(ids[position].view(1, 1), past_key_values=cache, use_cache=True)
+                out = changed(ids[position].view(1, 1), **with_cache(cache), use_cache=True)
                 expected_N[rows][position] = nn.functional.cross_entropy(out.logits[0], ids[position + 1].view(1))
                 for (keys, values), layer in zip(kept, cache.layers, strict=True):
                     keys[:, :, position], values[:, :, position] = layer.keys[:, :, -1], layer.values[:, :, -1]
@@ -402,10 +401,13 @@ def test_a_run_settles_how_it_gets_keys_and_values_once(look_settings, tmp_path,
     assert "plan: kv: " in capsys.readouterr().out
     assert results["settings"]["kv"] in ("store", "recompute")
     assert results["memory"]["planned"]["peak_bytes"] > 0
-    settled = RunFolder(tmp_path)
-    assert settled.kv is None
-    settled.kv = "recompute"
-    assert RunFolder(tmp_path).kv == "recompute"
+    record = read_json(tmp_path / "run" / "config.json")
+    assert record["kv"] == results["settings"]["kv"]
+    (tmp_path / "run" / "results.json").unlink()  # as if it had been killed at the end
+    other = {"store": "recompute", "recompute": "store"}[record["kv"]]
+    write_json(tmp_path / "run" / "config.json", {**record, "kv": other})
+    _, resumed = _run(look_settings, tmp_path / "run", num_stages=1, resume="auto")
+    assert resumed["settings"]["kv"] == other
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------------

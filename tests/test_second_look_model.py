@@ -11,6 +11,7 @@ from test_stage import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, StaticCache
 
+from cascade_fast.cache_name import cache_of, with_cache
 from cascade_fast.config import ConfigError
 from cascade_fast.configuration import CascadeConfig
 from cascade_fast.modeling import CascadeForCausalLM
@@ -96,7 +97,7 @@ def test_the_definition_token_by_token(base):
         going_on, exit_ = True, 0
         for number, (reader, cache) in enumerate(zip(models, caches, strict=True)):
             if going_on:
-                logits = reader(ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits[0, 0]
+                logits = reader(ids[:, position : position + 1], **with_cache(cache), use_cache=True).logits[0, 0]
                 exit_, entropy = number, torch.distributions.Categorical(logits=logits).entropy()
                 going_on = number < 2 and -entropy <= model.config.thresholds[number]
             else:  # it never came here: what the exit before has left
@@ -125,7 +126,7 @@ def test_closed_doors_are_the_base_exactly(model, base, use_cache):
     for doors in (CLOSED, [-math.inf, math.inf], [-1e9, -1e9]):
         output = model(ids, attention_mask=mask, thresholds=doors, use_cache=use_cache)
         assert torch.equal(output.logits, base(ids, attention_mask=mask).logits)
-        assert (output.past_key_values is None) == (use_cache is False)
+        assert (cache_of(output) is None) == (use_cache is False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -217,8 +218,8 @@ def test_in_pieces_as_in_one(model, side, steps):
         if side is not None:
             part["attention_mask"] = inputs["attention_mask"][:, : done + step]
         keep = number % 2
-        output = model(**part, past_key_values=cache, use_cache=True, logits_to_keep=keep, output_exits=True)
-        cache, done = output.past_key_values, done + step
+        output = model(**part, **with_cache(cache), use_cache=True, logits_to_keep=keep, output_exits=True)
+        cache, done = cache_of(output), done + step
         read = slice(done - 1, done) if keep else slice(done - step, done)
         mask = inputs.get("attention_mask", torch.ones(4, 24))[:, read].bool()
         assert torch.equal(output.exits, whole.exits[:, read])
@@ -230,8 +231,8 @@ def test_in_pieces_as_in_one(model, side, steps):
 def test_the_cache_holds_what_the_latest_exit_left(base):
     model, ids = _cascade(base), text_ids(2)
     output = model(ids, output_exits=True)
-    layers = output.past_key_values.layers
-    theirs = base(ids).past_key_values.layers
+    layers = cache_of(output).layers
+    theirs = cache_of(base(ids)).layers
     for number in range(LAYERS):
         for what in ("keys", "values"):
             of_base, first, second = (getattr(layers[number + n], what).transpose(1, 2) for n in (1, 3, 5))
@@ -243,7 +244,7 @@ def test_the_cache_holds_what_the_latest_exit_left(base):
 
 def test_beams_drafts_and_several_answers(model):
     """What transformers does to a cache between two steps: reordering, cropping, repeating, selecting."""
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = 299  # never comes; 5.0 cannot look drafts up without one
     ids = text_ids(1)
     how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20, "pad_token_id": 0}
     plain = model.generate(ids, **how, do_sample=False, use_cache=False)
@@ -261,12 +262,12 @@ def test_beams_drafts_and_several_answers(model):
 
 def test_a_cache_repeated_selected_and_cropped(model):
     ids, more = text_ids(2), text_ids(2, 5)
-    cache = model(ids, use_cache=True).past_key_values
+    cache = cache_of(model(ids, use_cache=True))
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([2, 0]))
-    model(more, past_key_values=cache, use_cache=True)
+    model(more, **with_cache(cache), use_cache=True)
     cache.crop(-5)
-    output = model(more, past_key_values=cache, use_cache=True, output_exits=True)
+    output = model(more, **with_cache(cache), use_cache=True, output_exits=True)
     whole = model(torch.cat([ids[[1, 0]], more], 1), output_exits=True)
     assert torch.equal(output.exits, whole.exits[:, -5:])
     torch.testing.assert_close(output.logits, whole.logits[:, -5:], rtol=1e-4, atol=1e-4)
@@ -275,10 +276,10 @@ def test_a_cache_repeated_selected_and_cropped(model):
 def test_doors_may_close_and_open_between_two_calls(model):
     """A token read while they were closed has left the base's keys and values to every stage."""
     ids = text_ids(2)
-    cache = model(ids[:, :12], use_cache=True, thresholds=CLOSED).past_key_values
-    one = model(ids[:, 12:], past_key_values=cache, use_cache=True)
-    of_base = model.base(ids[:, :12], use_cache=True).past_key_values
-    two = model(ids[:, 12:], past_key_values=of_base, use_cache=True)
+    cache = cache_of(model(ids[:, :12], use_cache=True, thresholds=CLOSED))
+    one = model(ids[:, 12:], **with_cache(cache), use_cache=True)
+    of_base = cache_of(model.base(ids[:, :12], use_cache=True))
+    two = model(ids[:, 12:], **with_cache(of_base), use_cache=True)
     assert torch.equal(one.logits, two.logits)
     assert not torch.allclose(one.logits, model(ids).logits[:, 12:], atol=1e-3)
 
@@ -362,8 +363,8 @@ def test_the_card_and_the_folders(tiny_runs, tmp_path):
 def test_mistakes_are_named(model, base):
     ids = text_ids()
     static = StaticCache(config=base.config, max_cache_len=32)
-    with pytest.raises(ValueError, match="past_key_values: StaticCache; a second look needs a DynamicCache"):
-        model(ids, past_key_values=static)
+    with pytest.raises(ValueError, match="cache: StaticCache; a second look needs a DynamicCache"):
+        model(ids, **with_cache(static))
     with pytest.raises(ValueError, match="attention_mask: 4 dimensions"):
         model(ids, attention_mask=torch.ones(4, 1, 24, 24, dtype=torch.bool))
     with pytest.raises(ValueError, match="position_ids: not one text a row"):
@@ -380,23 +381,23 @@ def test_a_sliding_window_holds_up_to_its_length():
     shape = {k: v for k, v in tiny_llama_config().to_dict().items() if k not in ("model_type", "rope_parameters")}
     base = AutoModelForCausalLM.from_config(MistralConfig(**{**shape, "sliding_window": 24}))
     model = _cascade(base.eval())
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = 299  # never comes; 5.0 cannot look drafts up without one
     ids = text_ids(2)
     how = {"do_sample": False, "attention_mask": torch.ones_like(ids)[:, :14]}
     generated = [model.generate(ids[:, :14], **how, max_new_tokens=11, use_cache=c) for c in (True, False)]
     assert torch.equal(*generated)
     with pytest.raises(ConfigError, match=r"input_ids: 25 tokens .* attends to the last 24 only.* must be at most 24"):
         model.generate(ids[:, :14], **how, max_new_tokens=12)
-    filled = base(ids[:, :5], use_cache=True).past_key_values
+    filled = cache_of(base(ids[:, :5], use_cache=True))
     with pytest.raises(ValueError, match="forgets what has left the sliding window"):
-        model(ids[:, 5:], past_key_values=filled)
+        model(ids[:, 5:], **with_cache(filled))
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_gradients_of_the_base_cannot_be_checkpointed(base):
     model = _cascade(base).train()
     model.base.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="past_key_values: the base kept none"):
+    with pytest.raises(ValueError, match="cache: the base kept none"):
         model(text_ids())
 
 

@@ -24,8 +24,8 @@ def _trainer(folder, *, dtype=torch.float32, head_scale=0.3, **settings) -> Stag
     store = HiddenStore.create(
         folder / "store", TOKENS, base.hidden_size, torch.float32, with_loss=True, meta={"reads": config.reads}
     )
-    store["hidden"][:] = torch.randn(TOKENS, base.hidden_size, generator=generator)
-    store["label"][:] = torch.randint(0, base.vocab_size, (TOKENS,), generator=generator)
+    hidden = torch.randn(TOKENS, base.hidden_size, generator=generator)
+    store.append({"hidden": hidden, "label": torch.randint(0, base.vocab_size, (TOKENS,), generator=generator)})
     tokens = StageTokens(store.finish(), torch.arange(TOKENS))
     shape = StageConfig.from_base(base, layers=2, init=config.init, head=config.head, reads=config.reads)
     head_VD = torch.randn(base.vocab_size, base.hidden_size, generator=generator) * head_scale

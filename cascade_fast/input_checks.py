@@ -1,0 +1,244 @@
+"""What comes from outside, checked: types of values, YAML files, text templates, and the names other trainers use."""
+
+import difflib
+import os
+import string
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+SHOWN_CHARACTERS = 400  # of a wrong value, in a message
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the setting, its value and what is allowed."""
+
+
+# --- types ----------------------------------------------------------------------------------------------------------
+
+_WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", dict: "a map", list: "a list"}
+
+
+def shown(value: Any) -> str:
+    """A wrong value for a message: a list or a map by that word, since it may be of any size."""
+    if isinstance(value, (list, tuple, set)):
+        return "a list"
+    if isinstance(value, dict):
+        return "a map"
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a huge number"
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether ``value`` is of the annotation ``kind``: int, float (an int will do), str, bool, dict, list, tuples of
+    one type, unions of these. A bool is no number here."""
+    origin = typing.get_origin(kind) or kind
+    if kind is Any:
+        return True
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, one) for one in typing.get_args(kind))
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(one, typing.get_args(kind)[0]) for one in value)
+    if origin is float and isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**1023  # becomes a float
+    return isinstance(value, origin) and (origin is bool or not isinstance(value, bool))
+
+
+def in_words(kind: Any) -> str:
+    """An annotation for a message."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return " or ".join(in_words(one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return "a list of texts"
+    return "empty" if kind is type(None) else _WORDS.get(typing.get_origin(kind) or kind, str(kind))
+
+
+def check_type(name: str, value: Any, kind: Any) -> None:
+    """Raises ConfigError where ``value`` is not of the annotation ``kind``."""
+    if not fits(value, kind):
+        raise ConfigError(f"{name}: {shown(value)}; must be {in_words(kind)}")
+
+
+def check_fields(where: str, given: Any, kinds: Mapping[str, Any], optional: Iterable[str] = ()) -> None:
+    """Raises ConfigError unless ``given`` is a map with the names of ``kinds`` and values of those annotations.
+
+    ``optional``: names that may be absent. ``where`` begins the message.
+    """
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where}: {shown(given)}; must be a map")
+    missing = [name for name in kinds if name not in given and name not in optional]
+    if missing:
+        raise ConfigError(f"{where}: has no {', '.join(missing)}")
+    for name, value in given.items():
+        if name not in kinds:
+            raise ConfigError(f"{where}: {shown(name)}; no such field: must be one of {', '.join(kinds)}")
+        check_type(f"{where}: {name}", value, kinds[name])
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message with its lines joined and control characters as Python writes them, cut where it gets long; of
+    the system's errors, which file and what is wrong."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{os.fsdecode(error.filename)!r}: {error.strerror}"
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: 2 * SHOWN_CHARACTERS])
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
+
+
+# --- templates ------------------------------------------------------------------------------------------------------
+
+
+def template_parts(template: str) -> list[tuple[str, str | None]]:
+    """A text template as (text, column that follows it or None). ``{{`` and ``}}`` are braces of the text.
+
+    Raises:
+        ConfigError: anything between braces but a column's name, or a brace without its other.
+    """
+    plain = "between braces stands a column's name alone, as in {text}; {{ and }} are braces of the text"
+    try:
+        found = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(f"text_template: {shown(template)}; {error}: {plain}") from None
+    for _, name, spec, conversion in found:
+        if name is None:
+            continue
+        if not name or name.isdigit() or any(c in name for c in "[]{}.") or spec or conversion:
+            field = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            raise ConfigError(f"text_template: {{{shown(field)[1:-1]}}} in {shown(template)}; {plain}")
+    return [(literal, name) for literal, name, _, _ in found]
+
+
+# --- YAML -----------------------------------------------------------------------------------------------------------
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """The ``name: value`` lines of a YAML file, a dash in a name as an underscore.
+
+    Raises:
+        ConfigError: not to be read, no YAML, not UTF-8, something else than such lines, or a name given twice; with the
+            line.
+    """
+    import yaml
+
+    where = f"config: {str(path)!r}"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        byte = error.object[error.start]
+        raise ConfigError(f"{where}, line {line}: byte {byte:#04x} is not UTF-8; save the file as UTF-8") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ConfigError(f"{where} cannot be read: {reason}") from None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{where}; must hold 'name: value' lines")
+        _check_keys(where, node)
+        content = loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{where}{at}: {one_line(ValueError(error.problem or error.context))}") from None
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise ConfigError(f"{where}, line {line}: character {error.character!r} is not allowed in YAML") from None
+    except RecursionError:
+        raise ConfigError(f"{where}; lists or maps within one another too deeply") from None
+    except (ValueError, TypeError, KeyError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where}; a value cannot be read: {one_line(error)}") from None  # as 2024-13-45
+    return {_setting_name(name): value for name, value in content.items()}
+
+
+def _check_keys(where: str, node: Any) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key.value, str):
+            raise ConfigError(f"{where}, line {line}: a list or map as a name; must hold 'name: value' lines")
+        name = _setting_name(key.value)
+        if name in lines:
+            raise ConfigError(f"{where}, line {line}: {shown(name)[1:-1]} is given twice, first in line {lines[name]}")
+        lines[name] = line
+
+
+def _setting_name(key: Any) -> str:
+    return str(key).replace("-", "_")
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+# Hugging Face's (TrainingArguments, TRL, run_clm.py) and other trainers' names, and ours for the same.
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "lr_scheduler": "lr_schedule",
+    "lr_scheduler_type": "lr_schedule",
+    "scheduler": "lr_schedule",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "max_epochs": "epochs",
+    "per_device_train_batch_size": "batch_tokens",
+    "train_batch_size": "batch_tokens",
+    "batch_size": "batch_tokens",
+    "gradient_accumulation_steps": "micro_batch_tokens",
+    "micro_batch_size": "micro_batch_tokens",
+    "max_seq_length": "seq_len",
+    "max_seq_len": "seq_len",
+    "max_length": "seq_len",
+    "block_size": "seq_len",
+    "sequence_length": "seq_len",
+    "sequence_len": "seq_len",
+    "context_length": "seq_len",
+    "model_name_or_path": "base",
+    "pretrained_model_name_or_path": "base",
+    "model_name": "base",
+    "model": "base",
+    "base_model": "base",
+    "output_dir": "out",
+    "output": "out",
+    "warmup_ratio": "warmup_steps",
+    "num_warmup_steps": "warmup_steps",
+    "max_grad_norm": "grad_clip",
+    "gradient_clip_val": "grad_clip",
+    "gradient_clipping": "grad_clip",
+    "clip_grad_norm": "grad_clip",
+    "dataset_name": "dataset",
+    "train_file": "dataset",
+    "data_files": "dataset",
+    "data_path": "dataset",
+    "dataset_text_field": "text_columns",
+    "text_column": "text_columns",
+    "text_column_name": "text_columns",
+    "optim": "optimizer",
+    "fp16": "dtype",
+    "bf16": "dtype",
+    "torch_dtype": "dtype",
+    "mixed_precision": "dtype",
+    "load_in_4bit": "base_quantization",
+    "quantization": "base_quantization",
+    "resume_from_checkpoint": "resume",
+    "early_stopping_patience": "patience",
+    "save_steps": "checkpoint_minutes",
+    "random_seed": "seed",
+    "max_train_samples": "train_blocks",
+    "max_eval_samples": "val_blocks",
+    "max_time": "max_minutes",
+}
+
+
+def suggest(name: str, known: Iterable[str]) -> str | None:
+    """The one of ``known`` that ``name`` stands for in another trainer, or that is spelt alike; None if none."""
+    known, name = list(known), name.lower().replace("-", "_")
+    if OTHER_NAMES.get(name) in known:
+        return OTHER_NAMES[name]
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)

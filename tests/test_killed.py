@@ -1,0 +1,89 @@
+"""Killed before any file operation, from the very first on: resumed, it is the run nobody disturbed, bit for bit."""
+
+import random
+import shutil
+
+import pytest
+from run_faults import FaultServer, differences, epochs_told, small_run
+
+KINDS = ("append", "second-look")
+FIRST = 20  # operations, each of which a process dies before
+
+
+@pytest.fixture(scope="module")
+def server():
+    with FaultServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server, tiny_base, tmp_path_factory):
+    """For each kind of stage: a run's folder, and how many file operations it took."""
+    runs = {}
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp(kind)
+        answer = server.run(folder, *small_run(tiny_base, folder, kind))
+        assert answer["code"] == 0, answer["err"]
+        runs[kind] = folder / "run", answer["operations"]
+    return runs
+
+
+def _killed(server, base, folder, kind, die_at: int) -> None:
+    answer = server.run(folder, *small_run(base, folder, kind), die_at=die_at)
+    assert answer["code"] == -9, (die_at, answer)
+
+
+def _assert_resumes(server, base, folder, kind, undisturbed, die_at) -> None:
+    answer = server.run(folder, *small_run(base, folder, kind))
+    assert answer["code"] == 0, (die_at, answer["err"])
+    assert answer["err"] == "", (die_at, answer["err"])
+    assert not differences(undisturbed, folder / "run"), die_at
+    assert epochs_told(folder / "run") == epochs_told(undisturbed), die_at
+    left = [p.name for p in folder.rglob("*") if p.name.endswith(".tmp") or p.name.startswith(".tmp")]
+    assert left == [], (die_at, left)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_before_each_of_the_first_operations(server, tiny_base, undisturbed, tmp_path, kind):
+    """With an empty cache, where the first of them are, and one that has the base pass, where the run's own begin."""
+    run, _ = undisturbed[kind]
+    for cached in (False, True):
+        for die_at in range(1, FIRST // 2 + 1 if kind == "append" else FIRST // 4 + 1):
+            folder = tmp_path / f"{cached}-{die_at}"
+            folder.mkdir()
+            if cached:
+                shutil.copytree(run.parent / "cache", folder / "cache")
+            _killed(server, tiny_base, folder, kind, die_at)
+            _assert_resumes(server, tiny_base, folder, kind, run, die_at)
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_random(server, tiny_base, undisturbed, tmp_path, kind):
+    run, operations = undisturbed[kind]
+    _kill_and_resume(server, tiny_base, run, tmp_path, kind, random.Random(5).sample(range(FIRST, operations), 5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_several_times_in_one_run(server, tiny_base, undisturbed, tmp_path, kind):
+    for die_at in (30, 40, 35, 60, 12):
+        answer = server.run(tmp_path, *small_run(tiny_base, tmp_path, kind), die_at=die_at)
+        assert answer["code"] in (-9, 0)
+    _assert_resumes(server, tiny_base, tmp_path, kind, undisturbed[kind][0], "the last")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_before_the_first_and_a_hundred_random_operations(server, tiny_base, undisturbed, tmp_path, kind):
+    run, operations = undisturbed[kind]
+    points = [*range(1, FIRST + 1), *random.Random(6).sample(range(FIRST + 1, operations), 100)]
+    _kill_and_resume(server, tiny_base, run, tmp_path, kind, points)
+
+
+def _kill_and_resume(server, base, run, tmp_path, kind, points) -> None:
+    for die_at in points:
+        folder = tmp_path / str(die_at)
+        folder.mkdir()
+        _killed(server, base, folder, kind, die_at)
+        _assert_resumes(server, base, folder, kind, run, die_at)
+        shutil.rmtree(folder)
