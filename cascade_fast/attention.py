@@ -37,7 +37,7 @@ def _rotated(x_KHE: Tensor, cos_K1F: Tensor, sin_K1F: Tensor) -> Tensor:
     first_KHF, second_KHF = x_KHE.float().chunk(2, dim=-1)
     turned_KHE = torch.empty_like(x_KHE, dtype=torch.float32, memory_format=torch.contiguous_format)
     one_KHF, two_KHF = turned_KHE.chunk(2, dim=-1)
-    torch.mul(first_KHF, cos_K1F, out=one_KHF).addcmul_(second_KHF, sin_K1F, value=-1)
+    torch.mul(first_KHF, cos_K1F, out=one_KHF).addcmul_(second_KHF, -sin_K1F)
     torch.mul(second_KHF, cos_K1F, out=two_KHF).addcmul_(first_KHF, sin_K1F)
     return turned_KHE
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cascade_fast import ops
 from cascade_fast.criteria import Criterion, get_criterion, score_tokens
+from cascade_fast.ops.reference import LARGEST_KEY, sort_key
 from cascade_fast.ops.schema import FLOAT_DTYPES
 from cascade_fast.selection import select_below
 
@@ -32,7 +33,7 @@ class HardTokens:
         index_K: ``(K,)`` int64, strictly ascending: where they are among the flattened ``B * S`` tokens.
         scores: ``(B, S)`` or ``(N,)`` float32, of every token, as the criterion gave them.
         threshold: float32 tensor, ``()`` or with scope "sequence" ``(B,)``; hard iff ``score <= threshold``.
-            -inf where nothing was selected.
+            -inf where nothing was selected, +inf where a NaN was.
         carried: the entries of every ``carry`` array, each ``(K,)``.
         shape: ``(B, S)`` or ``(N,)``, of the tokens that were given.
         backend: the operators' backend.
@@ -75,7 +76,8 @@ class HardTokenGather(nn.Module):
     With ``hard_ratio`` exactly ``floor(r (n - 1)) + 1`` of n real tokens are hard, those with the lowest scores; among
     equal scores the first position wins. With ``threshold``, the form for inference, a token is hard iff
     ``score <= threshold``, whatever the other tokens are. Padding is never hard. NaN scores are never hard by
-    threshold, and by ratio only when all other real tokens are taken; nothing is checked, as that would wait for a GPU.
+    threshold, and by ratio only when all other real tokens are taken, those that score +inf included; nothing is
+    checked, as that would wait for a GPU.
 
     What waits for the device: ``threshold`` (its count is dynamic), and ``hard_ratio`` with a mask on a GPU, unless
     the call gives ``n_real``. Everything else does not, and runs under ``torch.compile(fullgraph=True)``.
@@ -178,34 +180,46 @@ class HardTokenGather(nn.Module):
 
         rows_of = () if self.scope == "batch" else scores.shape[:-1]
         scores_RM = scores.reshape(math.prod(rows_of), scores.shape[len(rows_of) :].numel())
-        # Real tokens come before padding whatever their score: NaN, which sorts last, stands for padding alone.
-        key_RM = scores_RM.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         n: int | list[int] = scores_RM.shape[1]
+        padding_RM = None
         if mask is not None:
             padding_RM = mask.reshape(scores_RM.shape) == 0
             n = _real_counts(padding_RM, n_real)
-            key_RM = key_RM.masked_fill(_on(padding_RM, scores.device), torch.nan)
-        index_K, threshold_R = self._hardest(key_RM, n)
+            padding_RM = _on(padding_RM, scores.device)
+        index_K, threshold_R = self._hardest(scores_RM, padding_RM, n)
         return index_K, threshold_R.view(rows_of)
 
-    def _hardest(self, key_RM: Tensor, n: int | list[int]) -> tuple[Tensor, Tensor]:
-        """The exact share of every row, whose first to ``n``-th smallest keys are its real tokens."""
-        r, m = key_RM.shape
+    def _hardest(self, scores_RM: Tensor, padding_RM: Tensor | None, n: int | list[int]) -> tuple[Tensor, Tensor]:
+        """The exact share of every row's ``n`` real tokens; the thresholds."""
+        r, m = scores_RM.shape
         if isinstance(n, int):
-            index_RK, bounds_R2 = ops.select_hard(key_RM, self._count(n), backend=self.backend)
-            first_R1 = torch.arange(r, device=key_RM.device).unsqueeze(1) * m  # of each row, among all tokens
+            index_RK, bounds_R2 = self._hardest_of_equal_counts(scores_RM, padding_RM, n)
+            first_R1 = torch.arange(r, device=scores_RM.device).unsqueeze(1) * m  # of each row, among all tokens
             return (index_RK + first_R1).flatten(), _quantile(bounds_R2, self._weight(n))
         # Rows of different counts, which the operator does not take: mark them by a sort, let it pack the marks.
+        assert padding_RM is not None
         counts = [self._count(length) for length in n]
-        k_R1 = _on(torch.tensor(counts), key_RM.device).unsqueeze(1)
-        ordered_RM, order_RM = key_RM.sort(dim=-1, stable=True)
-        taken_RM = (torch.arange(m, device=key_RM.device) >= k_R1).float()
-        marks_RM = torch.empty_like(key_RM).scatter(1, order_RM, taken_RM)  # 0 where hard, 1 elsewhere
+        k_R1 = _on(torch.tensor(counts), scores_RM.device).unsqueeze(1)
+        key_RM = sort_key(scores_RM).masked_fill(padding_RM, LARGEST_KEY)  # after NaN
+        order_RM = key_RM.sort(dim=-1, stable=True).indices
+        taken_RM = (torch.arange(m, device=scores_RM.device) >= k_R1).float()
+        marks_RM = torch.empty_like(scores_RM).scatter(1, order_RM, taken_RM)  # 0 where hard, 1 elsewhere
         index_K, _ = ops.select_hard(marks_RM.flatten(), sum(counts), backend=self.backend)
-        inf_R1 = key_RM.new_full((r, 1), torch.inf)
+        ordered_RM = scores_RM.masked_fill(padding_RM, torch.inf).gather(1, order_RM)
+        inf_R1 = scores_RM.new_full((r, 1), torch.inf)
         bounds_R2 = torch.cat([-inf_R1, ordered_RM, inf_R1], dim=1).gather(1, torch.cat([k_R1, k_R1 + 1], dim=1))
         weight_R = torch.tensor([self._weight(length) for length in n], dtype=torch.float64)
-        return index_K, _quantile(bounds_R2, _on(weight_R, key_RM.device))
+        return index_K, _quantile(bounds_R2, _on(weight_R, scores_RM.device))
+
+    def _hardest_of_equal_counts(self, scores_RM: Tensor, padding_RM: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
+        """``index_RK`` in the row and ``bounds_R2`` where every row has ``n`` real tokens."""
+        k = self._count(n)
+        if padding_RM is None:
+            return ops.select_hard(scores_RM, k, backend=self.backend)
+        # No score is left that would put padding after NaN: pick the real tokens first, then the hard ones of those.
+        real_RN, _ = ops.select_hard(padding_RM.float(), n, backend=self.backend)
+        index_RK, bounds_R2 = ops.select_hard(scores_RM.gather(1, real_RN), k, backend=self.backend)
+        return real_RN.gather(1, index_RK), bounds_R2
 
     def _count(self, n: int) -> int:
         """``selection.hard_count``: ``floor(r (n - 1)) + 1``."""
@@ -219,8 +233,9 @@ class HardTokenGather(nn.Module):
 def _quantile(bounds_R2: Tensor, weight: float | Tensor) -> Tensor:
     """``selection.quantile_threshold`` on the device: linear between the bounds, always below the second one."""
     kth_R, following_R = bounds_R2.unbind(-1)
+    kth_R = torch.where(kth_R.isnan(), torch.inf, kth_R)  # every score that is a number has been taken
     threshold_R = (kth_R.double() + weight * (following_R.double() - kth_R.double())).float()
-    # False too where a bound is infinite or the second one padding (NaN): then the k-th score itself.
+    # False too where a bound is infinite or the second one NaN: then the k-th score itself.
     return torch.where(threshold_R < following_R, threshold_R, kth_R)
 
 

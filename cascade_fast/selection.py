@@ -63,7 +63,7 @@ def select_hardest(scores_N: Tensor, hard_ratio: float) -> Selection:
 def quantile_threshold(kth: float, following: float, *, hard_ratio: float, n: int) -> float:
     """The r-quantile between the k-th and the (k+1)-th smallest of ``n`` scores, rounded to float32 so that the
     (k+1)-th stays above it."""
-    if following == torch.inf:  # k = n: the largest score itself
+    if following == torch.inf:  # k = n: the largest score itself; the scores are finite
         return kth
     position = _exact(hard_ratio) * (n - 1)
     weight = float(position - int(position))

@@ -91,12 +91,39 @@ def score_cases() -> dict[str, Tensor]:
     }
 
 
+# Every kind of float32: NaN of both signs and several payloads, both infinities, both zeros, subnormals, extremes.
+SPECIAL_BITS = (
+    *(0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000, 0xFF800000),
+    *(0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x807FFFFF, 0x00800000, 0x80800000),
+    *(0x7F7FFFFF, 0xFF7FFFFF),
+)
+
+
+def special_scores(*shape: int, seed: int = 0) -> Tensor:
+    """Scores of every kind, all of them many times; one in four is an ordinary number, rounded so that it has ties."""
+    generator = torch.Generator().manual_seed(seed)
+    special = torch.from_numpy(np.array(SPECIAL_BITS, dtype=np.uint32).view(np.float32))
+    scores = special[torch.randint(len(SPECIAL_BITS), shape, generator=generator)]
+    ordinary = torch.rand(shape, generator=generator) < 0.25
+    return torch.where(ordinary, (2 * torch.randn(shape, generator=generator)).round(), scores)
+
+
 def select_truth(scores_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The selection by numpy: sorted by (is NaN, value, index)."""
-    values = scores_N.numpy()
+    values = scores_N.cpu().double().numpy()  # float64 holds float32's subnormals as normal numbers
     order = np.lexsort((np.arange(len(values)), np.where(np.isnan(values), 0, values), np.isnan(values)))
     padded = np.concatenate([[-np.inf], values[order], [np.inf]]).astype(np.float32)
     return torch.from_numpy(np.sort(order[:k])), torch.from_numpy(padded[k : k + 2])
+
+
+def assert_selected(index_BK: Tensor, bounds_B2: Tensor, scores_BN: Tensor, k: int) -> None:
+    """Whether an operator's answer is :func:`select_truth` in every row."""
+    assert index_BK.dtype == torch.int64
+    assert index_BK.shape == (len(scores_BN), k)
+    for index_K, bounds_2, scores_N in zip(index_BK.cpu(), bounds_B2.cpu(), scores_BN, strict=True):
+        true_index_K, true_bounds_2 = select_truth(scores_N, k)
+        assert torch.equal(index_K, true_index_K)
+        torch.testing.assert_close(bounds_2, true_bounds_2, atol=0, rtol=0, equal_nan=True)
 
 
 def some_index(n: int, k: int, seed: int = 0, ascending: bool = True) -> Tensor:

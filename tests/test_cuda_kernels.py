@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_cases import assert_selected, special_scores
 
 from cascade_fast import ops
 from cascade_fast.ops import reference
@@ -187,16 +188,8 @@ def make_scores(kind, b, n, seed=0):
     if kind == "clustered":  # as cosines are: one sign, one exponent
         return 0.97 + 0.01 * scores_BN.tanh()
     if kind == "special":
-        values = [torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-42, -1e-42, 3.4e38, -3.4e38, 1.0]
-        pick_BN = torch.randint(len(values), (b, n), generator=torch.Generator().manual_seed(seed))
-        return torch.tensor(values)[pick_BN]
+        return special_scores(b, n, seed=seed)
     return scores_BN
-
-
-def check_select(index_BK, bounds_B2, scores_BN, k):
-    want_BK, want_B2 = reference.select_hard(scores_BN, k)
-    assert torch.equal(index_BK, want_BK)
-    assert torch.equal(bounds_B2.nan_to_num(nan=123.0), want_B2.nan_to_num(nan=123.0))
 
 
 @emulated
@@ -206,7 +199,7 @@ def test_select(emulator, n, team_blocks, kind):
     scores_BN = make_scores(kind, 1, n, seed=n)
     for k in sorted({0, 1, n // 10, n - 1, n}):
         index_BK, bounds_B2, _ = emulator.select(scores_BN, k, team_blocks, seed=k)
-        check_select(index_BK, bounds_B2, scores_BN, k)
+        assert_selected(index_BK, bounds_B2, scores_BN, k)
 
 
 @emulated
@@ -215,7 +208,7 @@ def test_select_is_the_same_in_every_order_of_blocks(emulator, seed):
     """More blocks than work in places (the last chunks are empty), interleaved at random every few accesses."""
     scores_BN = make_scores("tied", 2, 130, seed=seed)
     index_BK, bounds_B2, _ = emulator.select(scores_BN, 40, team_blocks=6, seed=seed, switch_every=3)
-    check_select(index_BK, bounds_B2, scores_BN, 40)
+    assert_selected(index_BK, bounds_B2, scores_BN, 40)
 
 
 @emulated
@@ -224,7 +217,7 @@ def test_select_is_the_same_in_every_order_of_blocks(emulator, seed):
 def test_select_with_warps_at_different_paces(emulator, team_blocks):
     scores_BN = make_scores("tied", 1, 3000)
     index_BK, bounds_B2, _ = emulator.select(scores_BN, 700, team_blocks, lockstep="warp", uninit_shared=True)
-    check_select(index_BK, bounds_B2, scores_BN, 700)
+    assert_selected(index_BK, bounds_B2, scores_BN, 700)
 
 
 @emulated
@@ -232,7 +225,7 @@ def test_select_with_warps_at_different_paces(emulator, team_blocks):
 def test_select_serves_rows_of_a_strided_batch(emulator, team_blocks, teams):
     scores_BN = make_scores("tied", 5, 400)[:, 7:300]
     index_BK, bounds_B2, _ = emulator.select(scores_BN, 31, team_blocks, teams)
-    check_select(index_BK, bounds_B2, scores_BN, 31)
+    assert_selected(index_BK, bounds_B2, scores_BN, 31)
 
 
 @emulated
@@ -376,7 +369,7 @@ def test_gpu_select(card, b, n, kind):
     scores_BN = make_scores(kind, b, n + 3, seed=n).to(device)[:, 3:]  # rows that start on no particular address
     for k in sorted({0, 1, n // 10, n - 1, n}):
         first = ops.select_hard(scores_BN, k, backend=backend)
-        check_select(*first, scores_BN, k)
+        assert_selected(*first, scores_BN, k)
         again = ops.select_hard(scores_BN, k, backend=backend)
         assert torch.equal(first[0], again[0])
 

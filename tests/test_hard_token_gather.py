@@ -1,10 +1,12 @@
 """HardTokenGather against plain Python and plain indexing: what is selected, what comes back, gradients."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 from hard_token_cases import BACKENDS, DTYPES, as_given, hidden, some_mask, with_scores
+from op_cases import special_scores
 
 from cascade_fast.hard_token_gather import HardTokenGather
 from cascade_fast.selection import hard_count, select_hardest
@@ -18,11 +20,21 @@ def expected_rows(scores, mask, ratio, scope):
     for start in range(0, scores.numel(), size):
         real = [i for i in range(start, start + size) if mask is None or mask.flatten()[i]]
         value = {i: scores.flatten()[i].item() for i in real}
-        order = sorted(real, key=lambda i: (math.inf if math.isnan(value[i]) else value[i], i))
-        index += sorted(order[: hard_count(ratio, len(real))])
-        ranked = torch.tensor([value[i] for i in order], dtype=torch.float64)
-        thresholds.append(torch.quantile(ranked, ratio).item() if real else -math.inf)
+        order = sorted(real, key=lambda i: (math.isnan(value[i]), 0.0 if math.isnan(value[i]) else value[i], i))
+        hard = order[: hard_count(ratio, len(real))]
+        index += sorted(hard)
+        thresholds.append(expected_threshold([value[i] for i in order], len(hard), ratio))
     return torch.tensor(index, dtype=torch.int64), torch.tensor(thresholds)
+
+
+def expected_threshold(ranked, k, ratio):
+    """The quantile where the scores around it are finite; else the k-th score, +inf if that is NaN."""
+    if not ranked:
+        return -math.inf
+    if all(map(math.isfinite, ranked[k - 1 : k + 1])):
+        below = Fraction(str(ratio)) * (len(ranked) - 1) - (k - 1)
+        return ranked[k - 1] + float(below) * (ranked[min(k, len(ranked) - 1)] - ranked[k - 1])
+    return math.inf if math.isnan(ranked[k - 1]) else ranked[k - 1]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -102,21 +114,45 @@ def test_ties_take_the_first_position(backend):
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 def test_nan_comes_last_and_padding_never(scope, backend):
     nan, inf = math.nan, math.inf
-    h = with_scores([nan, 3.0, -inf, nan, inf, 5.0])
-    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    h = with_scores([nan, 3.0, -inf, inf, nan, inf, inf, 5.0, nan])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0, 0]])
     for ratio, expected, threshold in (
         (0.1, [2], -inf),
-        (0.4, [1, 2], 3.0),
-        (0.7, [0, 1, 2], inf),
-        (1.0, [0, 1, 2, 3], inf),
+        (0.2, [1, 2], 3.0),
+        (0.4, [1, 2, 3], inf),
+        (0.6, [1, 2, 3, 5], inf),  # the NaN at 0 comes after the +inf at 5
+        (0.9, [0, 1, 2, 3, 5], inf),
+        (1.0, [0, 1, 2, 3, 4, 5], inf),
     ):
-        hard = HardTokenGather(ratio, scope=scope, criterion=as_given, backend=backend)(h, h, mask)
-        assert hard.index_K.tolist() == expected
-        assert hard.threshold.item() == threshold
-        assert hard.scores.isnan().any()  # as the criterion gave them
-    assert HardTokenGather(threshold=inf, criterion=as_given)(h, h, mask).index_K.tolist() == [1, 2]
-    assert HardTokenGather(threshold=inf, criterion=as_given)(h, h).index_K.tolist() == [1, 2, 4, 5]
+        gather = HardTokenGather(ratio, scope=scope, criterion=as_given, backend=backend)
+        for given in ({"mask": mask}, {"mask": mask, "n_real": 6 if scope == "batch" else [6]}):
+            hard = gather(h, h, **given)
+            assert hard.index_K.tolist() == expected
+            assert hard.threshold.item() == threshold
+            assert hard.scores.isnan().any()  # as the criterion gave them
+        unmasked = gather(h[:, :6], h[:, :6])
+        assert unmasked.index_K.tolist() == expected
+        assert unmasked.threshold.item() == threshold
+    assert HardTokenGather(threshold=inf, criterion=as_given)(h, h, mask).index_K.tolist() == [1, 2, 3, 5]
+    assert HardTokenGather(threshold=inf, criterion=as_given)(h, h).index_K.tolist() == [1, 2, 3, 5, 6, 7]
     assert HardTokenGather(threshold=-inf, criterion=as_given)(h, h).index_K.tolist() == [2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_every_kind_of_score_equals_plain_python(scope, dtype, backend):
+    """NaN of both signs, infinities, zeros, subnormals; no mask, one of equal lengths, one of different lengths."""
+    h = torch.zeros(6, 40, 2)
+    h[..., 0] = special_scores(6, 40)
+    h = h.to(dtype)
+    scattered = torch.stack([torch.randperm(40) < 25 for _ in range(6)])
+    for mask in (None, scattered, some_mask(6, 40)[0], torch.rand(6, 40) < 0.6):
+        for ratio in (0.05, 0.5, 0.8, 0.9, 1.0):
+            hard = HardTokenGather(ratio, scope=scope, criterion=as_given, backend=backend)(h, h, mask)
+            index, threshold = expected_rows(h[..., 0].float(), mask, ratio, scope)
+            assert torch.equal(hard.index_K, index)
+            assert torch.equal(hard.threshold.flatten(), threshold)
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])

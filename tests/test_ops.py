@@ -145,10 +145,7 @@ def test_cosine_score_gradient_of_a_zero_row_is_finite(backend):
 
 def assert_selects(scores_N, k, backend):
     index_K, bounds_2 = ops.select_hard(scores_N, k, backend=backend)
-    true_index_K, true_bounds_2 = cases.select_truth(scores_N, k)
-    assert index_K.dtype == torch.int64
-    assert torch.equal(index_K, true_index_K)
-    torch.testing.assert_close(bounds_2, true_bounds_2, atol=0, rtol=0, equal_nan=True)
+    cases.assert_selected(index_K[None], bounds_2[None], scores_N[None], k)
 
 
 @pytest.mark.parametrize("name", cases.score_cases())
@@ -157,6 +154,21 @@ def test_select_hard(backend, name):
     n = scores_N.shape[0]
     for k in sorted({0, 1, n // 3, n // 2, n - 1, n} & set(range(n + 1))):
         assert_selects(scores_N, k, backend)
+
+
+@pytest.mark.parametrize("flush", [False, True], ids=["", "subnormals flushed"])
+@pytest.mark.parametrize("shape", [(40, 9), (4, 300), (2, 3001), (1, 270_000)], ids=str)
+def test_select_hard_orders_every_kind_of_float(backend, shape, flush):
+    scores_BN = cases.special_scores(*shape)
+    n = shape[1]
+    numbers = n - int(scores_BN[0].isnan().sum())  # the k from which on NaN is taken
+    for k in sorted({0, 1, n // 2, numbers - 1, numbers, numbers + 1, n} & set(range(n + 1))):
+        torch.set_flush_denormal(flush)
+        try:
+            index_BK, bounds_B2 = ops.select_hard(scores_BN, k, backend=backend)
+        finally:
+            torch.set_flush_denormal(False)
+        cases.assert_selected(index_BK, bounds_B2, scores_BN, k)
 
 
 @pytest.mark.parametrize("name", ["reference", "cpp"])
@@ -183,11 +195,7 @@ def test_select_hard_batches(name, batch, n, share, levels):
     k = round(share * n)
     scores_BN = torch.rand(batch, n, generator=torch.Generator().manual_seed(n)).mul(levels).round().div(levels)
     index_BK, bounds_B2 = ops.select_hard(scores_BN, k, backend=name)
-    assert index_BK.shape == (batch, k)
-    for scores_N, index_K, bounds_2 in zip(scores_BN, index_BK, bounds_B2, strict=True):
-        true_index_K, true_bounds_2 = cases.select_truth(scores_N, k)
-        assert torch.equal(index_K, true_index_K)
-        assert torch.equal(bounds_2, true_bounds_2)
+    cases.assert_selected(index_BK, bounds_B2, scores_BN, k)
 
 
 def test_select_hard_strided(backend):

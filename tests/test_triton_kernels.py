@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 from cascade_kernels import gather_scatter, select_hard
 from cascade_kernels.launchers import AOT, LAUNCHERS
+from op_cases import special_scores
 from triton_cases import (
     assert_gather,
     assert_scatter,
@@ -28,7 +29,6 @@ from triton_cases import (
     check_gradients,
     check_operators,
     compiled,
-    hard_scores,
     layouts,
     randn,
     some_rows,
@@ -103,7 +103,7 @@ class TestInterpreter:
     def test_select(self, shape):
         n = shape[1]
         for k in sorted({0, 1, 2 * n // 3, n}):
-            assert_select(hard_scores(*shape, seed=k), k)
+            assert_select(special_scores(*shape, seed=k), k)
         assert_select(randn(*shape), n // 2)
 
     def test_select_between_the_zeros(self):
@@ -116,7 +116,7 @@ class TestInterpreter:
         monkeypatch.setattr(select_hard, "MAX_CHUNKS", 4)
         for k in (777, 1299):
             assert_select(randn(1, 1300, seed=k), k)
-            assert_select(hard_scores(1, 1300, seed=k), k)
+            assert_select(special_scores(1, 1300, seed=k), k)
 
     @pytest.mark.parametrize("name", ["equal", "sorted", "reversed", "misleading sample", "one bin", "extremes"])
     def test_select_hard_inputs(self, name, monkeypatch):
@@ -205,7 +205,7 @@ class TestInterpreter:
 
     def test_repeats_bitwise(self):
         a, b, index = randn(50, 100), randn(50, 100, seed=1), some_rows(50, 20)
-        scores = hard_scores(2, 3000, seed=3)
+        scores = special_scores(2, 3000, seed=3)
         for op, args in (
             ("cosine_score", (a, b)),
             ("select_hard", (scores, 999)),
@@ -253,14 +253,14 @@ class TestEmulator:
     def test_select(self, emulated, options):
         with emulated(uninit_shared=True, **options):
             assert_select(randn(1, 5000), 3000)
-            assert_select(hard_scores(2, 2100, seed=1), 700)
+            assert_select(special_scores(2, 2100, seed=1), 700)
             assert_select(torch.full((1, 4500), 0.5), 4100)
             assert_select(randn(3, 1), 1)
             assert_select(torch.cat([randn(1, 3000) * 1e-3 + 1, randn(1, 3000)], dim=1), 0)
 
     def test_warps_at_different_paces(self, emulated):
         with emulated(lockstep="warp", seed=5):
-            assert_select(hard_scores(1, 4100, seed=2), 1234)
+            assert_select(special_scores(1, 4100, seed=2), 1234)
             assert_score(randn(20, 576).half(), randn(20, 576, seed=1).half())
 
     @pytest.mark.parametrize("d", [576, 2048, 4096])
@@ -349,10 +349,10 @@ class TestGpu:
     def test_select(self, shape):
         for k in (0, 1, shape[1] // 3, shape[1]):
             assert_select(randn(*shape, seed=k).cuda(), k)
-            assert_select(hard_scores(*shape, seed=k).cuda(), k)
+            assert_select(special_scores(*shape, seed=k).cuda(), k)
 
     def test_deterministic(self):
-        scores = hard_scores(1, 300_000, seed=0).cuda()
+        scores = special_scores(1, 300_000, seed=0).cuda()
         first, _ = LAUNCHERS["select_hard"](scores, 100_000)
         assert all(torch.equal(first, LAUNCHERS["select_hard"](scores, 100_000)[0]) for _ in range(20))
         a, b = randn(5000, 576).half().cuda(), randn(5000, 576, seed=1).half().cuda()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from cascade_kernels.launchers import LAUNCHERS
+from op_cases import assert_selected
 
 from cascade_fast import ops
 from cascade_fast.ops import reference
@@ -44,10 +45,7 @@ def assert_score(a, b):
 
 
 def assert_select(scores, k):
-    index, bounds = LAUNCHERS["select_hard"](scores, k)
-    wanted_index, wanted_bounds = reference.select_hard(scores, k)
-    assert torch.equal(index, wanted_index)
-    torch.testing.assert_close(bounds, wanted_bounds, rtol=0, atol=0, equal_nan=True)
+    assert_selected(*LAUNCHERS["select_hard"](scores, k), scores, k)
 
 
 def assert_gather(hidden, index, carried):
@@ -64,16 +62,6 @@ def assert_scatter(rows, index, into, add):
     assert got.is_contiguous()
     assert torch.equal(got, reference.scatter_rows(rows, index, into, add))
     assert torch.equal(into, before)
-
-
-def hard_scores(rows, n, seed):
-    """Rounded normals, so that ties abound, with both zeros, both infinities and NaNs of both signs."""
-    scores = (2 * randn(rows, n, seed=seed)).round()
-    where = torch.rand(rows, n, generator=torch.Generator().manual_seed(seed))
-    nan = torch.tensor(float("nan"))
-    for i, value in enumerate((nan, -nan, torch.tensor(-0.0), torch.tensor(torch.inf), torch.tensor(-torch.inf))):
-        scores = torch.where((where > 0.05 * i) & (where < 0.05 * i + 0.05), value, scores)
-    return scores
 
 
 def some_rows(n, k, seed=0):

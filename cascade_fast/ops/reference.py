@@ -34,9 +34,26 @@ def cosine_score_backward(grad_N: Tensor, h_in_ND: Tensor, h_out_ND: Tensor) -> 
     return grad_a_ND.to(h_in_ND.dtype), grad_b_ND.to(h_out_ND.dtype)
 
 
+INF_KEY = 0x7F800000  # sort_key of +inf
+NAN_KEY = INF_KEY + 1
+LARGEST_KEY = 2**31 - 1  # of no score
+
+
+def sort_key(scores: Tensor) -> Tensor:
+    """int32 keys in the order of float32 scores: one key for -0.0 and 0.0, one for every NaN, above +inf's.
+
+    torch.sort on the scores themselves has them in another order where a NaN has its sign set (on a GPU it comes
+    first) and where subnormals are flushed (they tie with zero).
+    """
+    bits = scores.view(torch.int32)
+    size = bits & 0x7FFFFFFF
+    return torch.where(size > INF_KEY, NAN_KEY, torch.where(bits < 0, -size, size))
+
+
 def select_hard(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k smallest scores of each row, see :func:`cascade_fast.ops.select_hard`."""
-    ordered_BN, order_BN = scores_BN.sort(dim=-1, stable=True)  # stable: lowest index first among ties; NaN last
+    order_BN = sort_key(scores_BN).sort(dim=-1, stable=True).indices  # stable: lowest index first among ties
+    ordered_BN = scores_BN.gather(1, order_BN)
     index_BK = order_BN[:, :k].sort(dim=-1).values
     inf_B1 = scores_BN.new_full((scores_BN.shape[0], 1), torch.inf)
     # bounds = (k-th smallest, (k+1)-th smallest), padded with -inf below and +inf above.
