@@ -7,6 +7,7 @@ stages/1/ ...       config.json, model.safetensors: the stages that are kept
 cascade.json        base, stages and thresholds: what loads the cascade
 results.json        the numbers; report.md, report.html and *.png show them
 heat_map.json       some validation text, token by token; report.html shows it
+samples.json        some text as base and cascade write it; made by train after the end, the reports show it
 training/, hidden/  checkpoints and hidden states of a run under way; removed when it is finished
 """
 
