@@ -25,6 +25,7 @@ from torch import Tensor
 from cascade_fast.input_checks import ConfigError, one_line
 
 CHECKSUM = "sha256"
+METADATA = "cascade_fast"  # of a safetensors file: JSON with its checksum
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 # What a killed process leaves: temporary files of atomic_write, and those that safetensors itself writes first.
@@ -113,7 +114,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any] |
     the CPU and made contiguous."""
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = json.dumps(state or {}, sort_keys=True)
-    metadata = {"format": "pt", "state": text, CHECKSUM: _tensors_checksum(plain, text)}
+    # One entry: safetensors writes several in an order that changes, and the same tensors shall be the same bytes.
+    metadata = {METADATA: json.dumps({"state": text, CHECKSUM: _tensors_checksum(plain, text)}, sort_keys=True)}
     size = sum(t.numel() * t.element_size() for t in plain.values())
     atomic_write(path, lambda temporary: save_file(plain, temporary, metadata=metadata), size=size)
 
@@ -180,7 +182,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         text = metadata.get("state", "{}")
         if CHECKSUM in metadata and metadata[CHECKSUM] != _tensors_checksum(tensors, text):

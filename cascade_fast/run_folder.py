@@ -39,10 +39,10 @@ from cascade_fast.files import (
 )
 from cascade_fast.heat_map import write_heat_map
 from cascade_fast.metrics import MetricsLog, say
+from cascade_fast.model_cli import LOCK
 from cascade_fast.report import write_report
 
 RUNS = Path("runs")
-LOCK = "run.lock"
 CASCADE_FORMAT = 1
 
 
