@@ -10,15 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
-
-# What depends on the process and not on what it computes: times and memory.
-TIMES = {
-    "seconds", "tokens_per_second", "mfu", "matmul_flops_per_second", "peak_rss_bytes", "memory", "base_pass_seconds",
-    "base_pass_reused",
-}  # fmt: skip
-MAY_CHANGE = {"out", "resume", "checkpoint_minutes"}
+from run_faults import differences, epochs_told
 
 
 @pytest.fixture(scope="module")
@@ -57,29 +49,9 @@ def undisturbed(settings, environment, tmp_path_factory) -> Path:
     return out
 
 
-def _without_times(value):
-    if isinstance(value, dict):
-        return {k: _without_times(v) for k, v in value.items() if k not in TIMES | MAY_CHANGE}
-    return [_without_times(v) for v in value] if isinstance(value, list) else value
-
-
 def _assert_same(one: Path, other: Path) -> None:
-    results = [_without_times(json.loads((p / "results.json").read_text())) for p in (one, other)]
-    assert results[0] == results[1]
-    assert results[0]["stages"], "nothing was trained"
-    for number in range(1, results[0]["final"]["stages_kept"] + 1):
-        weights = [load_file(p / f"stages/{number}/model.safetensors") for p in (one, other)]
-        assert weights[0].keys() == weights[1].keys()
-        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    epochs = [
-        [
-            (e["stage"], e["epoch"])
-            for e in map(json.loads, (p / "metrics.jsonl").read_text().splitlines())
-            if e["event"] == "epoch"
-        ]
-        for p in (one, other)
-    ]
-    assert epochs[0] == epochs[1]  # no epoch is told twice
+    assert differences(one, other) == []
+    assert epochs_told(one) == epochs_told(other)  # no epoch is told twice
 
 
 def _wait_for(out: Path, text: str, process: subprocess.Popen) -> None:
@@ -202,6 +174,7 @@ def test_another_config_or_base_is_refused_with_the_difference(settings, environ
     assert process.returncode == 2
     assert "lr was 0.003, is 0.001" in output
     assert "hard_ratio was 0.6, is 0.5" in output
+    assert "it is finished: to train longer, begin a new run" in output
     other = save_tiny_base(tmp_path / "other", seed=9)
     (tmp_path / "base").symlink_to(settings[1])
     moved = [str(tmp_path / "base") if s == settings[1] else s for s in settings]

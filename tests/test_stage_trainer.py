@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cascade_fast.config import make_config
 from cascade_fast.hidden_store import HiddenStore
 from cascade_fast.metrics import MetricsLog
+from cascade_fast.optim import learning_rate
 from cascade_fast.stage import Stage, StageConfig
 from cascade_fast.stage_trainer import StageTokens, StageTrainer
 
@@ -130,3 +131,13 @@ def test_a_step_waits_for_nothing(tmp_path, preset, micro):
     with _Waits() as waits:  # the check can fail
         torch.ones(1).item()
     assert waits.found
+
+
+def test_the_rate_that_is_logged_is_that_of_the_last_step(tmp_path):
+    """Also after a resume at the end of an epoch, when no step has set the optimizer's since."""
+    trainer = _trainer(tmp_path / "run", lr=1e-3, warmup_steps=0, epochs=2)
+    trainer.step, trainer.totals[0], trainer.totals[1] = trainer.steps_per_epoch, 3.0, 96
+    assert trainer._look()
+    (line,) = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    steps = trainer.steps_per_epoch
+    assert line["lr"] == learning_rate(trainer.config, steps - 1, 2 * steps) < 1e-3
