@@ -74,12 +74,12 @@ class CascadeConfig(PreTrainedConfig):
             check_type(f"base: {name}", self.base.get(name), str | None)
         for split, numbers in self.measured.items():
             check_fields(f"measured: {split}", numbers, MEASURED_FIELDS)
+        kinds = [_kind_of(number, stage) for number, stage in enumerate(self.stages, 1)]
+        _check_same("kind", kinds)
         for number, stage in enumerate(self.stages, 1):
             _check_stage(number, stage, self.base_config)
-        for name in ("kind", "reads", "entry_layer"):
-            found = {stage.get(name) for stage in self.stages}
-            if len(found) > 1:
-                raise ConfigError(f"stages: {name} is {' and '.join(map(repr, found))}; must be the same for all")
+        for name in ("reads", "entry_layer"):
+            _check_same(name, [stage.get(name) for stage in self.stages])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -187,13 +187,23 @@ def _base_config(given: Any) -> PreTrainedConfig:
         raise ConfigError(f"base_config: {one_line(error)}") from error
 
 
-def _check_stage(number: int, stage: Any, base_config: Any) -> None:
-    """Raises ConfigError unless ``stage`` has the fields of its kind, and the sizes of the base."""
-    where = f"stages: stage {number}"
-    check_type(where, stage, dict)
+def _kind_of(number: int, stage: Any) -> str:
+    check_type(f"stages: stage {number}", stage, dict)
     kind = stage.get("kind", "append")
     if not isinstance(kind, str) or kind not in STAGE_CONFIGS:
-        raise ConfigError(f"{where} is of kind {shown(kind)}; must be one of {', '.join(STAGE_CONFIGS)}")
+        raise ConfigError(f"stages: stage {number} is of kind {shown(kind)}; must be one of {', '.join(STAGE_CONFIGS)}")
+    return kind
+
+
+def _check_same(name: str, values: list[Any]) -> None:
+    different = list(dict.fromkeys(values))
+    if len(different) > 1:
+        raise ConfigError(f"stages: {name} is {' and '.join(map(shown, different))}; must be the same for all")
+
+
+def _check_stage(number: int, stage: dict[str, Any], base_config: Any) -> None:
+    """Raises ConfigError unless ``stage`` has the fields of its kind, and the sizes of the base."""
+    where, kind = f"stages: stage {number}", _kind_of(number, stage)
     kinds = {field.name: field.type for field in dataclasses.fields(STAGE_CONFIGS[kind])}
     check_fields(where, stage, {**kinds, "threshold": float}, optional=("kind",))
     if math.isnan(stage["threshold"]):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -130,6 +131,34 @@ def test_what_is_said(fields, tiny_runs, tmp_path, capsys, place, wrong, said):
     assert generate.main([str(tmp_path), "a"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("kind", ["warm", "look"])
+def test_a_wrong_value_anywhere_on_the_command_line(tiny_runs, tmp_path, capsys, kind, whole):
+    """150 of them, settings and records too: a line and exit code 2, or a cascade that runs."""
+    CascadeForCausalLM.from_pretrained(tiny_runs[kind]).save_pretrained(tmp_path / "run", self_contained=whole)
+    fields = read_json(tmp_path / "run" / "config.json")
+    chance = random.Random(0)
+    records = [name for name in RECORD if isinstance(fields.get(name), dict)]
+    places = [*_places(fields), *((name, inner) for name in records for inner in fields[name])]
+    codes = []
+    for _ in range(150):
+        changed = _changed(fields, chance.choice(places), chance.choice([ABSENT, *WRONG]))
+        (tmp_path / "run" / "config.json").write_text(json.dumps(changed))
+        for command, more in (
+            (generate, ["a b", "--max-new-tokens", "2"]),
+            (evaluate, ["--no-flops", "--blocks", "1"]),
+        ):
+            codes.append(command.main([str(tmp_path / "run"), *more]))
+            errors = capsys.readouterr().err.splitlines()
+            assert codes[-1] in (0, 2)
+            if codes[-1] == 2:
+                (line,) = errors
+                assert line.startswith("error: ")
+                assert line.isprintable()
+    assert codes.count(2) > 60
 
 
 def test_settings_that_evaluation_needs(fields, tiny_runs, tmp_path, capsys):
