@@ -131,7 +131,7 @@ def _say(results: dict[str, Any]) -> None:
     say_table(
         "all tokens, each at its own exit",
         ["exits", "perplexity", "vs base", "95 % interval", "accuracy"],
-        [[row["name"], f"{row['perplexity']:.4f}", *_difference(row), f"{row['accuracy']:.2%}"] for row in rows],
+        [[row["name"], _show(row["perplexity"]), *_difference(row), f"{row['accuracy']:.2%}"] for row in rows],
     )
     left_at = ["base", *(f"stage {n}" for n in range(1, stages + 1))]
     say_table(
@@ -157,11 +157,12 @@ def _say(results: dict[str, Any]) -> None:
 
 
 def _difference(row: dict[str, Any]) -> tuple[str, str]:
-    """To the base's perplexity, and its interval; nothing for the base itself, or where one block has no interval."""
+    """To the base's perplexity, and its interval; nothing for the base itself, where one block has no interval, or where
+    a loss is NaN."""
     if row["name"] == "base":
         return "", ""
-    if row["difference_low"] is None:
-        return f"{row['difference']:+.4f}", ""
+    if row["difference"] is None or row["difference_low"] is None:
+        return _show(row["difference"]), ""
     return f"{row['difference']:+.4f}", f"{row['difference_low']:+.4f} to {row['difference_high']:+.4f}"
 
 

@@ -99,7 +99,7 @@ def render_report(
         "[report.html](report.html) shows some validation text token by token, coloured by exit, score or change of "
         "loss."
         if heat_map
-        else "This run has no `heat_map.json`: it was trained before runs left one.",
+        else "This run has no `heat_map.json`: it was removed, or the run is older than the file.",
         "## What to try next",
         _next(results),
         "## Base model",
