@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -159,6 +160,16 @@ def cache_folder(config: RunConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cascade_fast"
 
 
+def check_cache(config: RunConfig) -> None:
+    """Makes the cache folder if it is not there. Raises ConfigError where nothing can be written into it."""
+    folder = cache_folder(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"cache_dir: {str(folder)!r}; cannot be used: {error.strerror or error}") from error
+
+
 @functools.cache
 def hub_reachable() -> bool:
     """Whether the hub answers within three seconds; the hub's own client would retry for half a minute."""
@@ -303,6 +314,9 @@ def _fingerprint(base: str, path: str) -> str:
     if len(files) == 1:
         raise ConfigError(f"base: {shown(base)}; no .safetensors weights in {path}")
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    try:
+        for file in files:
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    except OSError as error:
+        raise ConfigError(f"base: {shown(base)}; cannot be read: {one_line(error)}") from error
     return digest.hexdigest()

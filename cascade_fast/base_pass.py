@@ -20,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from torch import Tensor
 
@@ -31,11 +30,11 @@ from cascade_fast.config import ConfigError, RunConfig
 from cascade_fast.criteria import random_scores
 from cascade_fast.data import SPLITS, TokenBlocks
 from cascade_fast.files import (
+    LockHeld,
     acquire_lock,
     clear_temporaries,
     file_sha256,
     load_tensors,
-    lock_holder,
     locked,
     read_json,
     save_tensors,
@@ -121,10 +120,8 @@ def _locked(cache: Path, name: str) -> Iterator[None]:
     path = _lock_path(cache, name)
     try:
         lock = acquire_lock(path, timeout=0)
-    except filelock.Timeout:
-        holder = lock_holder(path)
-        hint = f" ({holder}; if nothing runs there any more, remove the file)" if holder else ""
-        say(f"base pass: waiting for another run that is at it; its lock is {path}{hint}")
+    except LockHeld as held:
+        say(f"base pass: waiting for another run that is at it{held.hint}")
         lock = acquire_lock(path)
     try:
         yield
@@ -235,7 +232,7 @@ def _prune(cache: Path, keep: str) -> None:
         try:
             with locked(_lock_path(cache, old.name), timeout=0):
                 shutil.rmtree(old, ignore_errors=True)
-        except filelock.Timeout:
+        except LockHeld:
             continue
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_fast.base_model import BaseModel, cache_folder, find_base
+from cascade_fast.base_model import BaseModel, cache_folder, check_cache, find_base
 from cascade_fast.base_pass import BasePass, base_pass
 from cascade_fast.config import RunConfig
 from cascade_fast.data import load_blocks
@@ -385,6 +385,7 @@ def run_cascade(config: RunConfig) -> RunFolder:
     dtype, reason = choose_dtype(device, config.dtype)
     if device.type == "cpu":
         keep_freed_memory()
+    check_cache(config)
     base = find_base(config)
     blocks = load_blocks(config, base.tokenizer())
     config = blocks.settle(config)

@@ -41,6 +41,8 @@ class Checkpoints:
         for path in reversed(self._paths()):
             try:
                 tensors, state = load_tensors(path)
+                if not state:
+                    raise DamagedFile(f"{str(path)!r} holds no state")
                 check(state)
                 return tensors, state
             except DamagedFile as error:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from cascade_fast.input_checks import ConfigError, one_line
 
 CHECKSUM = "sha256"
+METADATA = "cascade_fast"  # of a safetensors file: JSON with its checksum
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 # What a killed process leaves: temporary files of atomic_write, and those that safetensors itself writes first.
@@ -112,7 +114,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any] |
     the CPU and made contiguous."""
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = json.dumps(state or {}, sort_keys=True)
-    metadata = {"format": "pt", "state": text, CHECKSUM: _tensors_checksum(plain, text)}
+    # One entry: safetensors writes several in an order that changes, and the same tensors shall be the same bytes.
+    metadata = {METADATA: json.dumps({"state": text, CHECKSUM: _tensors_checksum(plain, text)}, sort_keys=True)}
     size = sum(t.numel() * t.element_size() for t in plain.values())
     atomic_write(path, lambda temporary: save_file(plain, temporary, metadata=metadata), size=size)
 
@@ -179,7 +182,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         text = metadata.get("state", "{}")
         if CHECKSUM in metadata and metadata[CHECKSUM] != _tensors_checksum(tensors, text):
@@ -238,26 +241,46 @@ def clear_temporaries(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+class LockHeld(Exception):
+    """Somebody else holds a lock. ``hint``: what to do where the file itself is the lock and its owner may be gone."""
+
+    def __init__(self, path: Path, hint: str) -> None:
+        super().__init__(f"{str(path)!r} is held{hint}")
+        self.hint = hint
+
+
 def acquire_lock(path: Path, *, timeout: float = -1) -> filelock.BaseFileLock:
     """The lock of file ``path``, held until released or the process ends. On a file system without ``flock`` the file
-    itself is the lock, and names who made it.
+    itself is the lock, and stays when a process is killed.
 
     Args:
         timeout: seconds to wait; -1: as long as it takes.
 
     Raises:
-        filelock.Timeout: somebody else holds it.
+        LockHeld: somebody else holds it.
         OSError: the file cannot be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock: filelock.BaseFileLock = filelock.FileLock(path)
+    there = path.exists()
     try:
-        lock.acquire(timeout=timeout)
-    except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and (isinstance(error, TimeoutError) or error.errno not in _NO_FLOCK):
-            raise
-        lock = filelock.SoftFileLock(path)
-        lock.acquire(timeout=timeout)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # filelock's, that it does without flock
+            try:
+                lock.acquire(timeout=timeout)
+            except (NotImplementedError, OSError) as error:
+                if isinstance(error, filelock.Timeout) or getattr(error, "errno", errno.ENOSYS) not in _NO_FLOCK:
+                    raise
+                if not there:
+                    path.unlink(missing_ok=True)  # made by the attempt
+                lock = filelock.SoftFileLock(path)
+                lock.acquire(timeout=timeout)
+    except filelock.Timeout:
+        hint = ""
+        if isinstance(lock, filelock.SoftFileLock):
+            owner = " ".join(path.read_text(encoding="utf-8", errors="replace").split())[:200] if path.exists() else ""
+            hint = f" ({owner or 'by whom is not known'}); if that process is gone, remove {str(path)!r}"
+        raise LockHeld(path, hint) from None
     return lock
 
 
@@ -269,11 +292,3 @@ def locked(path: Path, *, timeout: float = -1) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def lock_holder(path: Path) -> str:
-    """Who made a lock on a file system without ``flock``, as the file tells; empty where the system keeps the lock."""
-    try:
-        return " ".join(path.read_text(encoding="utf-8", errors="replace").split())[:200]
-    except OSError:
-        return ""

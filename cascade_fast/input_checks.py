@@ -81,13 +81,14 @@ def check_fields(where: str, given: Any, kinds: Mapping[str, Any], optional: Ite
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message with its lines joined and control characters as Python writes them, cut where it gets long; of
-    the system's errors, which file and what is wrong."""
+    """An error's message with its lines joined and control characters as Python writes them; one that is not ours cut
+    where it gets long. Of the system's errors, which file and what is wrong."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{os.fsdecode(error.filename)!r}: {error.strerror}"
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: 2 * SHOWN_CHARACTERS])
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
+    ours = isinstance(error, ConfigError)
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in (text if ours else text[: 2 * SHOWN_CHARACTERS]))
+    return text if ours or len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
 
 
 # --- templates ------------------------------------------------------------------------------------------------------

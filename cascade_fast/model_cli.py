@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from cascade_fast.config import DTYPES, ConfigError
 from cascade_fast.input_checks import one_line
 
@@ -76,11 +74,11 @@ def _in_use(lock: Path) -> bool:
     """Whether another process holds the lock; no where that cannot be found out, as in a read-only folder."""
     if not lock.exists():
         return False
-    from cascade_fast.files import acquire_lock
+    from cascade_fast.files import LockHeld, acquire_lock
 
     try:
         acquire_lock(lock, timeout=0).release()
-    except filelock.Timeout:
+    except LockHeld:
         return True
     except OSError:
         pass

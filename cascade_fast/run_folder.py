@@ -7,6 +7,7 @@ stages/1/ ...       config.json, model.safetensors: the stages that are kept
 cascade.json        base, stages and thresholds: what loads the cascade
 results.json        the numbers; report.md, report.html and *.png show them
 heat_map.json       some validation text, token by token; report.html shows it
+samples.json        some text as base and cascade write it; made by train after the end, the reports show it
 training/, hidden/  checkpoints and hidden states of a run under way; removed when it is finished
 """
 
@@ -28,21 +29,20 @@ from cascade_fast.configuration import MODEL_CRITERIA, CascadeConfig
 from cascade_fast.exits import ExitStage
 from cascade_fast.files import (
     DamagedFile,
+    LockHeld,
     acquire_lock,
     clear_temporaries,
     is_temporary,
     load_tensors,
-    lock_holder,
     read_json,
     write_json,
 )
 from cascade_fast.heat_map import write_heat_map
-from cascade_fast.input_checks import one_line
 from cascade_fast.metrics import MetricsLog, say
+from cascade_fast.model_cli import LOCK
 from cascade_fast.report import write_report
 
 RUNS = Path("runs")
-LOCK = "run.lock"
 CASCADE_FORMAT = 1
 
 
@@ -93,7 +93,7 @@ class RunFolder:
             folder = cls(path, {**(found or record), "kv": record["kv"]})
             folder._acquire()
         except OSError as error:
-            raise ConfigError(f"out: {str(path)!r}; cannot be used: {one_line(error)}") from error
+            raise ConfigError(f"out: {str(path)!r}; cannot be used: {error.strerror or error}") from error
         try:
             folder._start(record, new=found is None, preset=config.preset)
         except BaseException:
@@ -107,10 +107,8 @@ class RunFolder:
             raise ConfigError(f"out: {str(self.path)!r}; its {LOCK} is a link, which is no lock: remove it")
         try:
             self._lock = acquire_lock(file, timeout=0)
-        except filelock.Timeout:
-            holder = lock_holder(file)
-            hint = f", as {LOCK} says ({holder}); if that one is gone, remove {str(file)!r}" if holder else ""
-            raise ConfigError(f"out: {str(self.path)!r}; another process is training there{hint}") from None
+        except LockHeld as held:
+            raise ConfigError(f"out: {str(self.path)!r}; another process is training there{held.hint}") from None
 
     def _start(self, record: dict[str, Any], *, new: bool, preset: str) -> None:
         """Cleans up after a process that was killed, and begins the records of a new run."""

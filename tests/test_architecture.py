@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import requires
@@ -210,3 +211,43 @@ def test_what_is_pinned_is_allowed(file):
         lowest = {s.version for s in requirement.specifier if s.operator == ">="}
         if file == "constraints-oldest.txt":
             assert {Version(text) for text in lowest} == {Version(version)}, requirement
+
+
+# What a base pass uses without its values depending on it: where and how it is stored, read, told and scheduled. The
+# configuration, the tokens and the base are in its key themselves; of the layers for a second look it takes the shape.
+NOT_IN_THE_KEY = {
+    "attention", "config", "data", "files", "gguf_conversion", "hardware", "input_checks", "metrics",
+    "stage", "visible",
+}  # fmt: skip
+
+
+def test_the_key_of_a_base_pass_has_the_code_that_decides_its_values():
+    """Every module that base_pass imports, and those they import, is hashed, or is listed above as one that is not."""
+    from cascade_fast.base_pass import CODE
+
+    paths = {_module(path).removeprefix("cascade_fast."): path for path in SOURCES}
+    reached, todo = set(), ["base_pass"]
+    while todo:
+        name = todo.pop()
+        if name in reached or name.startswith("ops"):  # the operators are hashed whole
+            continue
+        reached.add(name)
+        if name in CODE:
+            owners = {_owner(imported) for imported in _imports(paths[name])} - {None}
+            todo += [owner.removeprefix("cascade_fast.") for owner in owners]
+    assert reached - NOT_IN_THE_KEY == set(CODE)
+
+
+def test_other_code_makes_another_key(monkeypatch, tmp_path):
+    from cascade_fast import base_pass
+
+    before = base_pass.code_fingerprint.__wrapped__()
+    assert before == base_pass.code_fingerprint.__wrapped__()
+    package = tmp_path / "package"
+    shutil.copytree(ROOT / "cascade_fast", package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(base_pass, "__file__", str(package / "base_pass.py"))
+    assert base_pass.code_fingerprint.__wrapped__() == before
+    for name in ("losses.py", "ops/reference.py"):
+        (package / name).write_text((package / name).read_text() + "\n# changed\n")
+        assert base_pass.code_fingerprint.__wrapped__() != before
+        before = base_pass.code_fingerprint.__wrapped__()

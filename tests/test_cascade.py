@@ -395,7 +395,7 @@ def test_the_door_that_serves_validation_best(tiny_settings, tmp_path, kind):
 
 
 def test_the_door_is_there_again_after_a_resume(tiny_settings, tmp_path, monkeypatch):
-    changes = {"hard_ratio": 0.3, "num_stages": 2, "exit_threshold": "validation", "min_improvement": 0.0}
+    changes = {"hard_ratio": 0.3, "num_stages": 2, "exit_threshold": "validation", "accept": "always"}
     _, whole = _run(tiny_settings, tmp_path / "whole", **changes)
     assert whole["stages"][0]["accepted"]
 
