@@ -34,11 +34,12 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x_KHE: Tensor, cos_K1F: Tensor, sin_K1F: Tensor) -> Tensor:
-    first_KHF, second_KHF = x_KHE.float().chunk(2, dim=-1)
-    turned_KHE = torch.empty_like(x_KHE, dtype=torch.float32, memory_format=torch.contiguous_format)
-    one_KHF, two_KHF = turned_KHE.chunk(2, dim=-1)
-    torch.mul(first_KHF, cos_K1F, out=one_KHF).addcmul_(second_KHF, -sin_K1F)
-    torch.mul(second_KHF, cos_K1F, out=two_KHF).addcmul_(first_KHF, sin_K1F)
+    x_KHE = x_KHE.float()
+    first_KHF, second_KHF = x_KHE.chunk(2, dim=-1)
+    turned_KHE = x_KHE * torch.cat((cos_K1F, cos_K1F), dim=-1)
+    # Neither out= nor value=: torch.compile breaks the graph at the one, and rounds the other in another way.
+    turned_KHE[..., : first_KHF.shape[-1]].addcmul_(second_KHF, -sin_K1F)
+    turned_KHE[..., first_KHF.shape[-1] :].addcmul_(first_KHF, sin_K1F)
     return turned_KHE
 
 
@@ -97,5 +98,6 @@ def _attend(query_BHQE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, mask_B1QS:
     # The H / G heads of a group are (H / G) * Q queries of its one key head.
     query = query_BHQE.reshape(sequences * groups, heads // groups * queries, size)
     scores = torch.bmm(query, key_BGSE.flatten(0, 1).transpose(1, 2))
-    scores.view(sequences, heads, queries, seq_len).add_(mask_B1QS)
-    return torch.bmm(scores.softmax(dim=-1), value_BGSE.flatten(0, 1)).view(query_BHQE.shape)
+    # Softmax by head: of the scores by group, Inductor (PyTorch 2.13) takes all of this for attention without groups.
+    weights_BHQS = scores.view(sequences, heads, queries, seq_len).add_(mask_B1QS).softmax(dim=-1)
+    return torch.bmm(weights_BHQS.view(scores.shape), value_BGSE.flatten(0, 1)).view(query_BHQE.shape)

@@ -55,7 +55,8 @@ def cosine_score(h_in_ND: Tensor, h_out_ND: Tensor, *, backend: str = "auto") ->
 def select_hard(scores: Tensor, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The indices of the ``k`` smallest scores, in ascending order of index; exact and deterministic.
 
-    Among equal scores the lowest index is taken first (-0.0 equals 0.0); NaN counts as larger than +inf.
+    Among equal scores the lowest index is taken first (-0.0 equals 0.0). NaN, of either sign, counts as larger than
+    +inf. Subnormals keep their order even where PyTorch is told to flush them.
 
     Args:
         scores: ``(N,)`` or ``(B, N)`` float32, N < 2^31; with B rows each row is selected for itself.
