@@ -161,8 +161,10 @@ def _difference(row: dict[str, Any]) -> tuple[str, str]:
     a loss is NaN."""
     if row["name"] == "base":
         return "", ""
-    if row["difference"] is None or row["difference_low"] is None:
-        return _show(row["difference"]), ""
+    if row["difference"] is None:
+        return "-", ""
+    if row["difference_low"] is None:
+        return f"{row['difference']:+.4f}", ""
     return f"{row['difference']:+.4f}", f"{row['difference_low']:+.4f} to {row['difference_high']:+.4f}"
 
 
