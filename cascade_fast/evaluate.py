@@ -157,8 +157,8 @@ def _say(results: dict[str, Any]) -> None:
 
 
 def _difference(row: dict[str, Any]) -> tuple[str, str]:
-    """To the base's perplexity, and its interval; nothing for the base itself, where one block has no interval, or where
-    a loss is NaN."""
+    """To the base's perplexity, and its interval; nothing for the base itself, where one block has no interval, or
+    where a loss is NaN."""
     if row["name"] == "base":
         return "", ""
     if row["difference"] is None:
