@@ -97,6 +97,15 @@ def tiny_data(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def server():
+    """Runs commands that are killed, or whose disk is full; see ``fault_server.py``."""
+    from run_faults import FaultServer
+
+    with FaultServer() as running:
+        yield running
+
+
 @pytest.fixture
 def tiny_settings(tiny_base, tiny_data) -> dict:
     """Settings of a run that takes a second or two."""

@@ -6,18 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from run_faults import FaultServer, differences, is_one_line, small_run
+from run_faults import differences, is_one_line, small_run
 
 KINDS = ("append", "second-look")
 HARMLESS = {"run.lock"}  # nobody reads them
 OPTIONAL = {"heat_map.json", "samples.json"}  # runs from before have none
 SHOWN = {"report.md", "report.html", "loss.png", "threshold.png", "perplexity.png", "metrics.jsonl"}  # and made again
-
-
-@pytest.fixture(scope="module")
-def server():
-    with FaultServer() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from run_faults import FaultServer, is_one_line, small_run
+from run_faults import is_one_line, small_run
 
 from cascade_fast import base_pass as base_pass_module
 from cascade_fast import files
 from cascade_fast.files import LockHeld, acquire_lock, atomic_write_text, clear_temporaries, save_tensors
-
-
-@pytest.fixture(scope="module")
-def server():
-    with FaultServer() as running:
-        yield running
 
 
 def _refused(server, base, tmp_path, **changes) -> str:

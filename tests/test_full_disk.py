@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from run_faults import FaultServer, differences, epochs_told, is_one_line, small_run
+from run_faults import differences, epochs_told, is_one_line, small_run
 
 from cascade_fast import files, run_plan
 from cascade_fast.config import ConfigError
@@ -17,12 +17,6 @@ from cascade_fast.memory_plan import BASE_PASS_DISK
 
 KINDS = ("append", "second-look")
 NO_MOUNT = "a small file system cannot be mounted here (needs root)"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with FaultServer() as running:
-        yield running
 
 
 @pytest.fixture

@@ -4,16 +4,10 @@ import random
 import shutil
 
 import pytest
-from run_faults import FaultServer, differences, epochs_told, small_run
+from run_faults import differences, epochs_told, small_run
 
 KINDS = ("append", "second-look")
 FIRST = 20  # operations, each of which a process dies before
-
-
-@pytest.fixture(scope="module")
-def server():
-    with FaultServer() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
