@@ -31,6 +31,7 @@ _JSON_START = re.compile(rb"[\s\xef\xbb\xbf]*(\{|\[\s*[\]{]|$)")  # an object, o
 _IN_WORDS = {  # what datasets says of files that cannot be read
     "StopIteration": "it holds no rows",
     "Couldn't cast": "the files, or parts of one, differ in their columns or their types",
+    "must have the same columns": "the files, or parts of one, differ in their columns or their types",  # datasets 4
     "No columns to parse": "it has no header line",
 }
 _DEFAULT_COLUMNS = (("text",), ("instruction", "input", "output"))
@@ -267,7 +268,7 @@ def _read_files(dataset: str, builder: str, files: list[Path]) -> Any:
         if "corresponds to no data" in reason:
             raise empty from error
         for said, words in _IN_WORDS.items():
-            reason = words if reason.startswith(said) else reason
+            reason = words if said in reason else reason
         raise ConfigError(f"dataset: {shown(dataset)} cannot be read as {builder}: {reason}") from error
     if len(rows) == 0:
         raise empty
