@@ -88,7 +88,9 @@ class RunFolder:
         }
         try:
             found = _found(path, config.resume, record)
-            record["kv"] = settle(path, found.get("kv") if found else None)
+            record["kv"] = found.get("kv") if found else None
+            if found is None or not cls(path).finished:  # a finished run takes no more room
+                record["kv"] = settle(path, record["kv"])
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path, {**(found or record), "kv": record["kv"]})
             folder._acquire()

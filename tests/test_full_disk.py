@@ -54,6 +54,10 @@ def _fill_and_go_on(server, base, disk, tmp_path, kind, points) -> None:
         assert epochs_told(folder / "run") == epochs_told(undisturbed / "run"), point
         shutil.rmtree(folder)
     assert refused, "the disk was never full"
+    shutil.copytree(undisturbed, disk / "finished")
+    (disk / "ballast").write_bytes(bytes(int(files.free_disk_bytes(disk)) - 2**16))
+    answer = server.run(disk / "finished", *small_run(base, disk / "finished", kind))  # which takes no more room
+    assert "finished already" in answer["out"], answer
 
 
 @pytest.mark.parametrize("kind", KINDS)
