@@ -13,10 +13,10 @@ import stage_training
 import torch
 from torch import Tensor
 
-from cascade_fast.config import make_config
-from cascade_fast.hardware import choose_dtype, keep_freed_memory
 from cascade_fast.losses import linear_cross_entropy
-from cascade_fast.stage_trainer import StageTrainer
+from cascade_fast.runtime.compute import choose_dtype, keep_freed_memory
+from cascade_fast.settings import make_settings
+from cascade_fast.training.stage_trainer import StageTrainer
 
 SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 PLAIN_SIZES = SIZES[:6]  # beyond them the plain step takes gigabytes
@@ -42,7 +42,7 @@ def measure(rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         variants, trainers = {}, {}
         for size in SIZES:
-            one = stage_training.trainer(make_config({"batch_tokens": size}), Path(name) / str(size), dtype)
+            one = stage_training.trainer(make_settings({"batch_tokens": size}), Path(name) / str(size), dtype)
             trainers[size], variants[str(size)] = one, stage_training.steps_of(one, 1)
         seconds = common.interleaved(variants, rounds)
         memory: dict[str, dict[int, int]] = {"bytes": {}, "plain_bytes": {}}

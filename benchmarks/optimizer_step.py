@@ -11,7 +11,7 @@ from pathlib import Path
 import common
 import torch
 
-from cascade_fast.adamw8bit import AdamW8bit
+from cascade_fast.training.adamw8bit import AdamW8bit
 
 LAYER = [(192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536), (576,), (576,)]  # v, o, gate, up, down, norms
 LAYERS = 8

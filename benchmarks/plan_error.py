@@ -83,10 +83,10 @@ def save_random_llama(name: str, folder: str, tokenizer: str) -> None:
 
 
 def _converted_smollm2(cache_dir: str | None) -> str:
-    from cascade_fast.base_model import find_base
-    from cascade_fast.config import RunConfig
+    from cascade_fast.base.model import find_base
+    from cascade_fast.settings import RunSettings
 
-    return find_base(RunConfig(cache_dir=cache_dir)).path
+    return find_base(RunSettings(cache_dir=cache_dir)).path
 
 
 def _python(*arguments: str) -> None:

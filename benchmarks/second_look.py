@@ -17,24 +17,24 @@ import common
 import torch
 from stage_training import CPU, base_config
 
-from cascade_fast.config import RunConfig, make_config
-from cascade_fast.hardware import choose_dtype, keep_freed_memory
-from cascade_fast.hidden_store import HiddenStore
-from cascade_fast.metrics import MetricsLog
-from cascade_fast.parameter_counts import Shape
-from cascade_fast.roofline import training_flops
-from cascade_fast.second_look import SecondLookConfig, SecondLookStage
-from cascade_fast.stage import Stage, StageConfig
-from cascade_fast.stage_tokens import stage_tokens
-from cascade_fast.stage_trainer import StageTrainer
+from cascade_fast.base.hidden_store import HiddenStore
+from cascade_fast.planning.counts import Shape
+from cascade_fast.planning.roofline import training_flops
+from cascade_fast.runtime.compute import Compute, choose_dtype, keep_freed_memory
+from cascade_fast.runtime.metrics_log import MetricsLog
+from cascade_fast.settings import RunSettings, make_settings
+from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage
+from cascade_fast.stages.tokens import stage_tokens
+from cascade_fast.training.stage_trainer import StageTrainer
 
 BLOCKS = 64
 
 
-def random_store(folder: Path, config: RunConfig, dtype: torch.dtype) -> HiddenStore:
+def random_store(folder: Path, settings: RunSettings, dtype: torch.dtype) -> HiddenStore:
     """Blocks of random tokens with keys and values."""
-    shape = SecondLookConfig.of_base(base_config(), layers=config.layers_per_stage)
-    n, generator = BLOCKS * config.seq_len, torch.Generator().manual_seed(0)
+    shape = SecondLookConfig.of_base(base_config(), layers=settings.layers_per_stage)
+    n, generator = BLOCKS * settings.seq_len, torch.Generator().manual_seed(0)
     store_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     store = HiddenStore.create(folder, n, 576, store_dtype, with_loss=False, meta={}, kv_shape=shape.kv_shape)
     store.append(
@@ -42,33 +42,33 @@ def random_store(folder: Path, config: RunConfig, dtype: torch.dtype) -> HiddenS
             "hidden": torch.randn(n, 576, generator=generator),
             "kv": torch.randn(n, *shape.kv_shape, generator=generator),
             "label": torch.randint(0, 49_152, (n,), generator=generator),
-            "sequence": torch.arange(BLOCKS).repeat_interleave(config.seq_len),
-            "position": torch.arange(config.seq_len).repeat(BLOCKS),
+            "sequence": torch.arange(BLOCKS).repeat_interleave(settings.seq_len),
+            "position": torch.arange(settings.seq_len).repeat(BLOCKS),
         }
     )
     return store.finish()
 
 
-def steps(config: RunConfig, store: HiddenStore, folder: Path, dtype: torch.dtype) -> Callable[[], int]:
+def steps(settings: RunSettings, store: HiddenStore, folder: Path, dtype: torch.dtype) -> Callable[[], int]:
     """A function that trains one step and says how many hard tokens it took."""
     generator = torch.Generator().manual_seed(1)
     head_VD = (torch.randn(49_152, 576, generator=generator) * 0.02).to(dtype)
     stage: Stage | SecondLookStage
-    if config.stage_kind == "second-look":
+    if settings.stage_kind == "second-look":
         stage = SecondLookStage(
-            SecondLookConfig.of_base(base_config(), layers=config.layers_per_stage), head_VD=head_VD
+            SecondLookConfig.of_base(base_config(), layers=settings.layers_per_stage), head_VD=head_VD
         )
     else:
         shape = StageConfig.from_base(
-            base_config(), layers=config.layers_per_stage, init="identity", head="shared", reads="residual"
+            base_config(), layers=settings.layers_per_stage, init="identity", head="shared", reads="residual"
         )
         stage = Stage(shape, head_VD=head_VD)
     order = torch.randperm(len(store), generator=generator)
-    index_K = order[: round(config.hard_ratio * len(store))].sort().values
-    tokens = stage_tokens(config.stage_kind, [store], index_K)
+    index_K = order[: round(settings.hard_ratio * len(store))].sort().values
+    tokens = stage_tokens(settings.stage_kind, [store], index_K)
     folder.mkdir()
     trainer = StageTrainer(
-        stage, tokens, tokens, config, number=1, folder=folder, device=CPU, dtype=dtype,
+        stage, tokens, tokens, settings, number=1, folder=folder, compute=Compute(CPU, dtype),
         log=MetricsLog(folder / "log.jsonl"), log_size=0,
     )  # fmt: skip
     batches = torch.randperm(tokens.units, generator=generator).split(trainer.batch_units)
@@ -86,7 +86,7 @@ def measure(rounds: int, layers: int, seq_len: int) -> dict[str, Any]:
     keep_freed_memory()
     dtype, _ = choose_dtype(CPU, "auto")
     configs = {
-        kind: make_config({"stage_kind": kind, "layers_per_stage": layers, "seq_len": seq_len})
+        kind: make_settings({"stage_kind": kind, "layers_per_stage": layers, "seq_len": seq_len})
         for kind in ("append", "second-look")
     }
     taken: dict[str, list[int]] = {kind: [] for kind in configs}

@@ -33,14 +33,14 @@ from naive_loop import BATCH_TOKENS, naive_losses, naive_stage
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cascade_fast import base_pass as ours_pass
-from cascade_fast.config import RunConfig, make_config
-from cascade_fast.hardware import choose_dtype, keep_freed_memory
-from cascade_fast.hidden_store import HiddenStore
+from cascade_fast.base import base_pass as ours_pass
+from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.losses import linear_cross_entropy
-from cascade_fast.metrics import MetricsLog
-from cascade_fast.stage import Stage, StageConfig
-from cascade_fast.stage_trainer import StageTokens, StageTrainer
+from cascade_fast.runtime.compute import Compute, choose_dtype, keep_freed_memory
+from cascade_fast.runtime.metrics_log import MetricsLog
+from cascade_fast.settings import RunSettings, make_settings
+from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.training.stage_trainer import StageTokens, StageTrainer
 
 CPU = torch.device("cpu")
 LAYERS, TOKENS, BLOCKS, SEQ_LEN = 8, 8192, 16, 128
@@ -107,22 +107,22 @@ def random_store(folder: Path, dtype: torch.dtype) -> HiddenStore:
     return store.finish()
 
 
-def trainer(config: RunConfig, folder: Path, dtype: torch.dtype) -> StageTrainer:
+def trainer(settings: RunSettings, folder: Path, dtype: torch.dtype) -> StageTrainer:
     shape = StageConfig.from_base(
-        base_config(), layers=config.layers_per_stage, init=config.init, head=config.head, reads=config.reads
+        base_config(), layers=settings.layers_per_stage, init=settings.init, head=settings.head, reads=settings.reads
     )
     head_VD = (torch.randn(49_152, 576, generator=torch.Generator().manual_seed(1)) * 0.02).to(dtype)
-    stage = Stage(shape, head_VD=head_VD if config.head == "shared" else None)
+    stage = Stage(shape, head_VD=head_VD if settings.head == "shared" else None)
     store = random_store(folder / "store", torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     tokens = StageTokens(store, torch.arange(TOKENS))
     return StageTrainer(
-        stage, tokens, tokens, config, number=1, folder=folder, device=CPU, dtype=dtype,
+        stage, tokens, tokens, settings, number=1, folder=folder, compute=Compute(CPU, dtype),
         log=MetricsLog(folder / "log.jsonl"), log_size=0,
     )  # fmt: skip
 
 
 def steps_of(trainer: StageTrainer, count: int) -> Callable[[], None]:
-    batches = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(2)).split(trainer.config.batch_tokens)
+    batches = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(2)).split(trainer.settings.batch_tokens)
     done = 0
 
     def run() -> None:
@@ -205,7 +205,7 @@ def measure_speed(rounds: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        warm_config, seed_config = make_config({}), make_config({"preset": "seed"})
+        warm_config, seed_config = make_settings({}), make_settings({"preset": "seed"})
         warm = trainer(warm_config, folder / "warm", dtype)
         products, flops = bare_products(warm_config.batch_tokens, dtype)
         variants = {

@@ -19,17 +19,17 @@ from naive_loop import BATCH_TOKENS, naive_losses, naive_stage
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from cascade_fast.base_model import BaseModel, find_base
-from cascade_fast.base_pass import base_pass
-from cascade_fast.config import RunConfig, make_config
-from cascade_fast.data import TokenBlocks, load_blocks
-from cascade_fast.exits import evaluate_exits
-from cascade_fast.hardware import choose_dtype, keep_freed_memory
-from cascade_fast.metrics import MetricsLog
+from cascade_fast.base.base_pass import base_pass
+from cascade_fast.base.model import BaseModel, find_base
+from cascade_fast.base.texts import TokenBlocks, load_blocks
+from cascade_fast.runtime.compute import Compute, choose_dtype, keep_freed_memory
+from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.selection import select_below, select_hardest
-from cascade_fast.stage import Stage, StageConfig
-from cascade_fast.stage_tokens import StageTokens
-from cascade_fast.stage_trainer import StageTrainer, validation_loss
+from cascade_fast.settings import RunSettings, make_settings
+from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.stages.exits import evaluate_exits
+from cascade_fast.stages.tokens import StageTokens
+from cascade_fast.training.stage_trainer import StageTrainer, validation_loss
 
 CPU = torch.device("cpu")
 LAYERS = 8
@@ -76,36 +76,36 @@ def naive_to_best(link: Connection, path: str, blocks: dict[str, Tensor], ratio:
     link.send({"base_pass_seconds": pass_seconds, "epochs": epochs, "hard": {s: len(h) for s, h in hard.items()}})
 
 
-def our_course(base: BaseModel, blocks: TokenBlocks, config: RunConfig, folder: Path) -> dict[str, Any]:
+def our_course(base: BaseModel, blocks: TokenBlocks, settings: RunSettings, folder: Path) -> dict[str, Any]:
     """One of our presets from the start: a point before training and one after each epoch."""
-    dtype, _ = choose_dtype(CPU, config.dtype)
+    dtype, _ = choose_dtype(CPU, settings.dtype)
     folder.mkdir()
     start = time.perf_counter()
-    passed = base_pass(base, blocks, config, CPU, dtype, folder)
+    passed = base_pass(base, blocks, settings, Compute(CPU, dtype), folder)
     pass_seconds = time.perf_counter() - start
     train, val = passed.stores["train"], passed.stores["val"]
-    selection = select_hardest(train["score"], config.hard_ratio)
-    if config.val_selection == "quantile":
-        val_index_K = select_hardest(val["score"], config.hard_ratio).index_K
+    selection = select_hardest(train["score"], settings.hard_ratio)
+    if settings.val_selection == "quantile":
+        val_index_K = select_hardest(val["score"], settings.hard_ratio).index_K
     else:
         val_index_K = select_below(val["score"], selection.threshold)
     shape = StageConfig.from_base(
-        base.config, layers=config.layers_per_stage, init=config.init, head=config.head, reads=config.reads
+        base.config, layers=settings.layers_per_stage, init=settings.init, head=settings.head, reads=settings.reads
     )
-    head_VD = passed.head_VD if config.head == "shared" else None
-    stage = Stage(shape, head_VD=head_VD, norm_D=passed.norm_D, seed=config.seed + 1)
+    head_VD = passed.head_VD if settings.head == "shared" else None
+    stage = Stage(shape, head_VD=head_VD, norm_D=passed.norm_D, seed=settings.seed + 1)
     hard, hard_val = StageTokens(train, selection.index_K), StageTokens(val, val_index_K)
-    before = math.exp(validation_loss(stage, hard_val, CPU, dtype))
+    before = math.exp(validation_loss(stage, hard_val, Compute(CPU, dtype)))
     points = [{"step": 0, "val_ppl": before, "seconds": time.perf_counter() - start}]
     trainer = StageTrainer(
-        stage, hard, hard_val, config, number=1, folder=folder, device=CPU, dtype=dtype,
+        stage, hard, hard_val, settings, number=1, folder=folder, compute=Compute(CPU, dtype),
         log=MetricsLog(folder / "log.jsonl"), log_size=0,
     )  # fmt: skip
     spent = points[0]["seconds"]
     for epoch in trainer.run().epochs:
         spent += epoch["seconds"]
         points.append({"step": epoch["epoch"] * trainer.steps_per_epoch, "val_ppl": epoch["val_ppl"], "seconds": spent})
-    all_tokens = evaluate_exits([], val, criterion=config.criterion, device=CPU, dtype=dtype).perplexity
+    all_tokens = evaluate_exits([], val, criterion=settings.criterion, compute=Compute(CPU, dtype)).perplexity
     return {
         "base_pass_seconds": pass_seconds,
         "points": points,
@@ -118,7 +118,7 @@ def measure(dataset: str, train_blocks: int, val_blocks: int, most_epochs: int) 
     """All three courses, one after the other."""
     keep_freed_memory()
     data = {"dataset": dataset, "train_blocks": train_blocks, "val_blocks": val_blocks, "test_blocks": 0}
-    warm = make_config(data)
+    warm = make_settings(data)
     base = find_base(warm)
     blocks = load_blocks(warm, base.tokenizer())
     context = multiprocessing.get_context("spawn")
@@ -128,7 +128,7 @@ def measure(dataset: str, train_blocks: int, val_blocks: int, most_epochs: int) 
     process.start()
     naive = link.recv()
     process.join()
-    seed = make_config({**data, "preset": "seed", "hard_ratio": warm.hard_ratio, "epochs": len(naive["epochs"])})
+    seed = make_settings({**data, "preset": "seed", "hard_ratio": warm.hard_ratio, "epochs": len(naive["epochs"])})
     with tempfile.TemporaryDirectory() as name:
         ours = our_course(base, blocks, warm, Path(name) / "warm")
         same = our_course(base, blocks, seed, Path(name) / "seed")

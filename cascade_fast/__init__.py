@@ -5,14 +5,14 @@ from typing import Any
 from cascade_fast import auto_classes
 
 __version__ = "0.1.0"
-__all__ = ["CascadeConfig", "CascadeForCausalLM", "HardTokenGather", "RunConfig", "make_config", "run_cascade"]
+__all__ = ["CascadeConfig", "CascadeForCausalLM", "HardTokenGather", "RunSettings", "make_settings", "run_cascade"]
 
 _HOMES = {
-    "CascadeConfig": "configuration",
-    "CascadeForCausalLM": "modeling",
+    "CascadeConfig": "model.configuration",
+    "CascadeForCausalLM": "model.modeling",
     "HardTokenGather": "hard_token_gather",
-    "RunConfig": "config",
-    "make_config": "config",
+    "RunSettings": "settings",
+    "make_settings": "settings",
     "run_cascade": "cascade",
 }
 

@@ -13,8 +13,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 AFTER = {
-    "transformers.models.auto.configuration_auto": "cascade_fast.configuration",
-    "transformers.models.auto.modeling_auto": "cascade_fast.modeling",
+    "transformers.models.auto.configuration_auto": "cascade_fast.model.configuration",
+    "transformers.models.auto.modeling_auto": "cascade_fast.model.modeling",
 }
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.config import ConfigError, RunConfig, make_config
-from cascade_fast.input_checks import read_settings_file
-from cascade_fast.train import build_parser, exit_code, quiet_libraries
+from cascade_fast.command_line import run_command, settings_parser
+from cascade_fast.input_checks import InputError, read_settings_file
+from cascade_fast.settings import RunSettings, make_settings
 
 DESCRIPTION = (
     "Train a cascade and, on the same blocks, what it has to be compared with: dense stages, random tokens, the full "
@@ -42,11 +42,11 @@ class Training:
     """One run: method, and settings with ``out`` and ``epochs`` filled in."""
 
     method: str
-    config: RunConfig
+    settings: RunSettings
 
 
 def baselines_parser() -> argparse.ArgumentParser:
-    parser = build_parser("python -m cascade_fast.baselines", DESCRIPTION)
+    parser = settings_parser("python -m cascade_fast.baselines", DESCRIPTION)
     group = parser.add_argument_group("comparison")
     known = "; ".join(f"{name}: {what}" for name, what in METHODS.items())
     group.add_argument("--only", nargs="+", metavar="METHOD", help=f"train these methods alone ({known})")
@@ -68,34 +68,34 @@ def baselines_parser() -> argparse.ArgumentParser:
 
 
 def choose_methods(only: Sequence[str] | None, skip: Sequence[str]) -> list[str]:
-    """The methods to train, in their order. Raises ConfigError for a name that is none, and where none is left."""
+    """The methods to train, in their order. Raises InputError for a name that is none, and where none is left."""
     for flag, names in (("only", only or ()), ("skip", skip)):
         for name in names:
             if name not in METHODS:
-                raise ConfigError(f"{flag}: {name!r}; must be one of {', '.join(METHODS)}")
+                raise InputError(f"{flag}: {name!r}; must be one of {', '.join(METHODS)}")
     chosen = [name for name in METHODS if (only is None or name in only) and name not in skip]
     if not chosen:
-        raise ConfigError("only, skip: no method is left to train")
+        raise InputError("only, skip: no method is left to train")
     return chosen
 
 
-def choose_epochs(given: dict[str, Any], config_file: str | None, config: RunConfig) -> Sequence[int]:
+def choose_epochs(given: dict[str, Any], settings_file: str | None, settings: RunSettings) -> Sequence[int]:
     """The numbers of epochs to train for: ``epochs_list`` of the flags ``given``, or ``epochs`` of flags or file alone.
 
     Raises:
-        ConfigError: the flags have both.
+        InputError: the flags have both.
     """
     epochs_list = given.get("epochs_list")
     if epochs_list is not None and "epochs" in given:
-        raise ConfigError(f"epochs, epochs_list: {config.epochs} and {epochs_list}; give one of them")
+        raise InputError(f"epochs, epochs_list: {settings.epochs} and {epochs_list}; give one of them")
     if epochs_list is not None:
         return epochs_list
-    in_file = config_file is not None and "epochs" in read_settings_file(Path(config_file))
-    return [config.epochs] if "epochs" in given or in_file else DEFAULT_EPOCHS
+    in_file = settings_file is not None and "epochs" in read_settings_file(Path(settings_file))
+    return [settings.epochs] if "epochs" in given or in_file else DEFAULT_EPOCHS
 
 
 def plan_trainings(
-    config: RunConfig,
+    settings: RunSettings,
     methods: Sequence[str],
     epochs_list: Sequence[int],
     *,
@@ -103,49 +103,49 @@ def plan_trainings(
     second_look_lr: float,
     seed_epochs: int,
 ) -> list[Training]:
-    """Every run to make. ``config.out`` is the folder of them all.
+    """Every run to make. ``settings.out`` is the folder of them all.
 
     Raises:
-        ConfigError: a setting that cannot work.
+        InputError: a setting that cannot work.
     """
-    if config.out is None:
-        raise ConfigError("out: not given; must name the folder of the comparison")
+    if settings.out is None:
+        raise InputError("out: not given; must name the folder of the comparison")
     if min(epochs_list) < 1 or len(set(epochs_list)) < len(epochs_list):
-        raise ConfigError(f"epochs_list: {list(epochs_list)}; must be different numbers, each at least 1")
-    if config.criterion == "random" and "random" in methods:
-        raise ConfigError("criterion: 'random'; the method random is the same: leave one out (--skip random)")
+        raise InputError(f"epochs_list: {list(epochs_list)}; must be different numbers, each at least 1")
+    if settings.criterion == "random" and "random" in methods:
+        raise InputError("criterion: 'random'; the method random is the same: leave one out (--skip random)")
     identity: dict[str, Any] = {"init": "identity", "head": "shared", "num_stages": 1, "hard_ratio": 1.0}
-    shared = {name: value for name, value in config.to_dict().items() if name in SHARED}
-    seed = make_config({**shared, "preset": "seed", "num_stages": 1})
-    changed: dict[str, Callable[[], RunConfig]] = {
-        "cascade": lambda: config,
-        "dense-append": lambda: dataclasses.replace(config, **identity, stage_kind="append", kv="store"),
+    shared = {name: value for name, value in settings.to_dict().items() if name in SHARED}
+    seed = make_settings({**shared, "preset": "seed", "num_stages": 1})
+    changed: dict[str, Callable[[], RunSettings]] = {
+        "cascade": lambda: settings,
+        "dense-append": lambda: dataclasses.replace(settings, **identity, stage_kind="append", kv="store"),
         "dense-second-look": lambda: dataclasses.replace(
-            config, **identity, stage_kind="second-look", lr=second_look_lr
+            settings, **identity, stage_kind="second-look", lr=second_look_lr
         ),
-        "random": lambda: dataclasses.replace(config, criterion="random"),
-        "full": lambda: dataclasses.replace(config, lr=full_lr),
+        "random": lambda: dataclasses.replace(settings, criterion="random"),
+        "full": lambda: dataclasses.replace(settings, lr=full_lr),
         "seed": lambda: seed,
     }
     trainings = []
     for method in methods:
         for epochs in [seed_epochs] if method == "seed" else sorted(epochs_list):
-            out = str(Path(config.out) / f"{method}-{epochs}")
-            settings = dataclasses.replace(changed[method](), out=out, epochs=epochs, resume="auto")
-            trainings.append(Training(method, settings))
+            out = str(Path(settings.out) / f"{method}-{epochs}")
+            changes: dict[str, Any] = {"out": out, "epochs": epochs, "resume": "auto"}
+            trainings.append(Training(method, dataclasses.replace(changed[method](), **changes)))
     return trainings
 
 
 def run_baselines(folder: Path, trainings: Sequence[Training]) -> Path:
     """Trains what is not there yet, and compares; the path of the report."""
     from cascade_fast.cascade import run_cascade
-    from cascade_fast.comparison import train_all
-    from cascade_fast.full_finetune import full_finetune
-    from cascade_fast.metrics import say
+    from cascade_fast.comparison.runs import train_all
+    from cascade_fast.runtime.console import say
+    from cascade_fast.training.full_finetune import full_finetune
 
-    if any(t.method == "full" and t.config.base_quantization != "none" for t in trainings):
-        raise ConfigError("base_quantization: must be none for the full fine-tune (or --skip full)")
-    runs = [(t.method, t.config, full_finetune if t.method == "full" else run_cascade) for t in trainings]
+    if any(t.method == "full" and t.settings.base_quantization != "none" for t in trainings):
+        raise InputError("base_quantization: must be none for the full fine-tune (or --skip full)")
+    runs = [(t.method, t.settings, full_finetune if t.method == "full" else run_cascade) for t in trainings]
     rows = train_all(folder, "baselines", runs)
     report = write_comparison(folder, rows)
     say(f"report: {report}")
@@ -154,7 +154,7 @@ def run_baselines(folder: Path, trainings: Sequence[Training]) -> Path:
 
 def write_comparison(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """``report.md``, ``comparison.json``, ``comparison.csv`` and ``curves.png`` of these runs."""
-    from cascade_fast import comparison
+    from cascade_fast.comparison import runs as comparison
 
     methods = list(dict.fromkeys(row["name"] for row in rows))
     reference = "cascade" if "cascade" in methods else methods[0]
@@ -191,21 +191,23 @@ def write_comparison(folder: Path, rows: list[dict[str, Any]]) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes as those of the trainer."""
     given = vars(baselines_parser().parse_args(argv))
-    debug, config_file = given.pop("debug", False), given.pop("config", None)
+    debug, settings_file = given.pop("debug", False), given.pop("config", None)
     own = ("only", "skip", "seed_epochs", "full_lr", "second_look_lr")
     options = {name: given.pop(name) for name in own}
 
     def work() -> None:
-        if "resume" in given:
-            raise ConfigError(f"resume: {given['resume']}; leave it out: a comparison always goes on where it was")
-        methods = choose_methods(options.pop("only"), options.pop("skip"))
-        config = make_config({n: value for n, value in given.items() if n != "epochs_list"}, config_file)
-        epochs_list = choose_epochs(given, config_file, config)
-        trainings = plan_trainings(config, methods, epochs_list, **options)
-        quiet_libraries()
-        run_baselines(Path(str(config.out)), trainings)
+        from cascade_fast.runtime.console import quiet_libraries
 
-    return exit_code(work, debug, again="the same command")
+        quiet_libraries()
+        if "resume" in given:
+            raise InputError(f"resume: {given['resume']}; leave it out: a comparison always goes on where it was")
+        methods = choose_methods(options.pop("only"), options.pop("skip"))
+        settings = make_settings({n: value for n, value in given.items() if n != "epochs_list"}, settings_file)
+        epochs_list = choose_epochs(given, settings_file, settings)
+        trainings = plan_trainings(settings, methods, epochs_list, **options)
+        run_baselines(Path(str(settings.out)), trainings)
+
+    return run_command(work, debug=debug, again="the same command")
 
 
 if __name__ == "__main__":

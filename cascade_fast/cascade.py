@@ -14,11 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_fast.base_model import BaseModel, cache_folder, check_cache, find_base
-from cascade_fast.base_pass import BasePass, base_pass
-from cascade_fast.config import RunConfig
-from cascade_fast.data import load_blocks
-from cascade_fast.exits import (
+from cascade_fast.base.base_pass import BasePass, base_pass
+from cascade_fast.base.hidden_store import HiddenStore, StoreError
+from cascade_fast.base.model import BaseModel, cache_folder, check_cache, find_base
+from cascade_fast.base.texts import load_blocks
+from cascade_fast.planning.ledger import compute_ledger, matmul_rate, stage_work
+from cascade_fast.planning.roofline import plan_for_run
+from cascade_fast.planning.run_plan import settle_kv
+from cascade_fast.reporting.heat_map import heat_map
+from cascade_fast.runtime.compute import Compute, keep_freed_memory, peak_rss_bytes, release_memory
+from cascade_fast.runtime.console import Progress, format_count, say
+from cascade_fast.runtime.files import DamagedFile
+from cascade_fast.runtime.metrics_log import MetricsLog
+from cascade_fast.selection import check_finite, select_below, select_hardest
+from cascade_fast.settings import RunSettings
+from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.stages.exits import (
     TOKENS_AT_ONCE,
     ExitEvaluation,
     ExitStage,
@@ -26,27 +37,11 @@ from cascade_fast.exits import (
     evaluate_exits,
     handed_on_dtype,
 )
-from cascade_fast.files import DamagedFile
-from cascade_fast.hardware import (
-    choose_device,
-    choose_dtype,
-    keep_freed_memory,
-    peak_memory_bytes,
-    release_memory,
-)
-from cascade_fast.heat_map import heat_map
-from cascade_fast.hidden_store import HiddenStore, StoreError
-from cascade_fast.ledger import compute_ledger, matmul_rate, stage_work
-from cascade_fast.messages import say_base_pass, say_stage, say_start, say_summary
-from cascade_fast.metrics import MetricsLog, Progress, format_count, peak_rss_bytes, say
-from cascade_fast.roofline import plan_for_run
-from cascade_fast.run_folder import RunFolder
-from cascade_fast.run_plan import settle_kv
-from cascade_fast.second_look import SecondLookConfig, SecondLookStage
-from cascade_fast.selection import check_finite, select_below, select_hardest
-from cascade_fast.stage import Stage, StageConfig
-from cascade_fast.stage_tokens import StageTokens, stage_tokens
-from cascade_fast.stage_trainer import StageTrainer, StageTraining
+from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage
+from cascade_fast.stages.tokens import StageTokens, stage_tokens
+from cascade_fast.training.messages import say_base_pass, say_stage, say_start, say_summary
+from cascade_fast.training.run_folder import RunFolder
+from cascade_fast.training.stage_trainer import StageTrainer, StageTraining
 
 EXIT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the tokens that arrive; tried on validation
 
@@ -59,12 +54,11 @@ class NonFiniteLoss(RuntimeError):
 class CascadeRun:
     """A run under way. ``stages`` are those kept so far."""
 
-    config: RunConfig
+    settings: RunSettings
     folder: RunFolder
     base: BaseModel
     base_pass: BasePass
-    device: torch.device
-    dtype: torch.dtype
+    compute: Compute
     log: MetricsLog
     deadline: float | None
     micro_batch_tokens: int | None = None  # of the memory plan
@@ -73,50 +67,54 @@ class CascadeRun:
 
     def train(self) -> None:
         """Steps 3 to 6 of the algorithm, for each stage."""
-        config = self.config
+        settings = self.settings
         # What the base and each stage so far have left. Tokens on their way are in the last store; a second look
         # attends to all of them.
         train, val = [self.base_pass.stores["train"]], [self.base_pass.stores["val"]]
         perplexity = self._all_tokens("val").perplexity
-        for number in range(1, config.num_stages + 1):
+        for number in range(1, settings.num_stages + 1):
             check_finite(train[-1]["score"], train[-1]["sequence"], train[-1]["position"])
-            selection = select_hardest(train[-1]["score"], config.hard_ratio)
-            hard = stage_tokens(config.stage_kind, train, selection.index_K, self.recompute)
+            selection = select_hardest(train[-1]["score"], settings.hard_ratio)
+            hard = stage_tokens(settings.stage_kind, train, selection.index_K, self.recompute)
             hard_val_index_K = self._hard_validation_index(val[-1], selection.threshold)
             if len(hard_val_index_K) == 0:
                 say(
                     f"stage {number}: no validation token is hard at threshold {selection.threshold:.4f}; stopping here"
                 )
                 break
-            hard_val = stage_tokens(config.stage_kind, val, hard_val_index_K, self.recompute)
+            hard_val = stage_tokens(settings.stage_kind, val, hard_val_index_K, self.recompute)
             record = self._stage(number, selection.threshold, train[-1]["score"], hard, hard_val, perplexity)
             if not record["accepted"] or record["stopped"] in ("time is up", "non-finite loss"):
                 break
             perplexity = record["all_token_val_ppl"]
-            if number < config.num_stages:
+            if number < settings.num_stages:
                 train = [*train, self._advance(number, hard, "train")]
                 val = [*val, self._advance(number, hard_val, "val")]
 
     def _hard_validation_index(self, val: HiddenStore, threshold: float) -> Tensor:
         """By the training threshold, as inference must; or, as the seed did, by validation's own quantile."""
-        if self.config.val_selection == "quantile":
-            return select_hardest(val["score"], self.config.hard_ratio).index_K
+        if self.settings.val_selection == "quantile":
+            return select_hardest(val["score"], self.settings.hard_ratio).index_K
         return select_below(val["score"], threshold)
 
     def _new_stage(self, number: int) -> Stage | SecondLookStage:
-        config = self.config
-        if config.stage_kind == "second-look":  # a copy of the stage before, the first of the base
+        settings = self.settings
+        if settings.stage_kind == "second-look":  # a copy of the stage before, the first of the base
             return self._second_look(self.stages[-1].stage.state_dict() if self.stages else None)
         shape = StageConfig.from_base(
-            self.base.config, layers=config.layers_per_stage, init=config.init, head=config.head, reads=config.reads
+            self.base.config,
+            layers=settings.layers_per_stage,
+            init=settings.init,
+            head=settings.head,
+            reads=settings.reads,
         )
-        shared = self.base_pass.head_VD if config.head == "shared" else None
+        shared = self.base_pass.head_VD if settings.head == "shared" else None
         norm_D = self.stages[-1].stage.norm.weight if self.stages else self.base_pass.norm_D
-        return Stage(shape, head_VD=shared, norm_D=norm_D, seed=config.seed + number)
+        return Stage(shape, head_VD=shared, norm_D=norm_D, seed=settings.seed + number)
 
     def _second_look(self, weights: dict[str, Tensor] | None = None) -> SecondLookStage:
         """With ``weights``, or the base's own."""
-        shape = SecondLookConfig.of_base(self.base.config, layers=self.config.layers_per_stage)
+        shape = SecondLookConfig.of_base(self.base.config, layers=self.settings.layers_per_stage)
         if weights is None:
             weights = {**self.base_pass.layers, "norm.weight": self.base_pass.norm_D}
         return SecondLookStage(shape, head_VD=self.base_pass.head_VD, weights=weights)
@@ -124,14 +122,14 @@ class CascadeRun:
     @functools.cached_property
     def recompute(self) -> Callable[[Tensor], Tensor] | None:
         """The base's keys and values anew, from its residual stream; None where the base pass has kept them."""
-        if self.config.stage_kind != "second-look" or self.config.kv != "recompute":
+        if self.settings.stage_kind != "second-look" or self.settings.kv != "recompute":
             return None
-        frozen = self._second_look().eval().requires_grad_(False).to(self.device)
+        frozen = self._second_look().eval().requires_grad_(False).to(self.compute.device)
         kv_dtype = handed_on_dtype(self.base_pass.stores["train"])
 
         def keys_and_values(hidden_BSD: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                return frozen.keys_and_values(hidden_BSD.to(self.device)).to("cpu", kv_dtype)
+            with self.compute.autocast():
+                return frozen.keys_and_values(hidden_BSD.to(self.compute.device)).to("cpu", kv_dtype)
 
         return keys_and_values
 
@@ -151,7 +149,7 @@ class CascadeRun:
         stage = self._new_stage(number)
         n, total = len(hard), len(hard.store)
         say(
-            f"stage {number}/{self.config.num_stages}: threshold {threshold:.4f}, "
+            f"stage {number}/{self.settings.num_stages}: threshold {threshold:.4f}, "
             f"training hard tokens {n:,} / {total:,} ({n / total:.1%}), validation hard tokens {len(hard_val):,}, "
             f"added parameters {format_count(stage.parameter_count())}"
         )
@@ -179,7 +177,7 @@ class CascadeRun:
             "best_epoch": training.best_epoch,
             "best_val_ppl": training.best_val_ppl if training.best_epoch else None,
             "seconds": sum(e["seconds"] for e in training.epochs),
-            "compute": stage_work(self.config, self.base.config, training.epochs, matmul_rate(self.device, self.dtype)),
+            "compute": stage_work(self.settings, self.base.config, training.epochs, matmul_rate(self.compute)),
             "accepted": accepted,
             "verdict": verdict,
             "stopped": training.stopped,
@@ -188,11 +186,11 @@ class CascadeRun:
         }
         if accepted:
             self.stages.append(entry)
-            self.folder.keep_stage(number, entry, criterion=self.config.criterion)
+            self.folder.keep_stage(number, entry, criterion=self.settings.criterion)
         self.records.append(record)
         self.log.write("stage", **{k: v for k, v in record.items() if k != "epochs"})
         self.folder.write_stage_record(number, record, self.log.size())
-        if self.config.stage_kind == "append":  # a second look attends to what every exit before it has left
+        if self.settings.stage_kind == "append":  # a second look attends to what every exit before it has left
             self.folder.drop_hidden(number - 2)
         say_stage(record)
         return record
@@ -207,7 +205,7 @@ class CascadeRun:
             if done is not None and done["accepted"]:
                 folder, shape = self.folder.stage(number), self._new_stage(number).config
                 entry = ExitStage.load(folder, shape, done["exit_threshold"], self.base_pass.head_VD)
-                entry.stage.to(self.device)
+                entry.stage.to(self.compute.device)
                 self.stages.append(entry)
         except DamagedFile as error:
             say(f"stage {number}: {error}; trained anew")
@@ -226,11 +224,10 @@ class CascadeRun:
             stage,
             hard,
             hard_val,
-            self.config,
+            self.settings,
             number=number,
             folder=self.folder.training(number),
-            device=self.device,
-            dtype=self.dtype,
+            compute=self.compute,
             log=self.log,
             log_size=self.folder.metrics_before(number),
             deadline=self.deadline,
@@ -242,15 +239,15 @@ class CascadeRun:
         del trainer
         release_memory()  # of gradients and optimizer state, before evaluation
         for earlier in self.stages:
-            earlier.stage.layers.to(self.device)
+            earlier.stage.layers.to(self.compute.device)
         return training
 
     def _choose_exit(self, trained: ExitStage, score_N: Tensor) -> tuple[ExitStage, ExitEvaluation]:
         """The stage behind the door it was trained at, or behind the best of those that let in more, and what comes of
         it. ``score_N``: of the training tokens that arrive at the door."""
         entries = [trained]
-        if self.config.exit_threshold == "validation":
-            wider = [share for share in EXIT_SHARES if share > self.config.hard_ratio]
+        if self.settings.exit_threshold == "validation":
+            wider = [share for share in EXIT_SHARES if share > self.settings.hard_ratio]
             entries += [ExitStage(trained.stage, select_hardest(score_N, share).threshold) for share in wider]
         evaluations = []
         for entry in entries:
@@ -265,9 +262,9 @@ class CascadeRun:
             return False, f"rejected: no epoch ended with a finite loss ({training.stopped})"
         after = evaluation.perplexity
         change = f"all-token validation perplexity {before:.4f} -> {after:.4f} ({after / before - 1:+.2%})"
-        if self.config.accept == "always":
+        if self.settings.accept == "always":
             return True, f"kept, as the preset keeps every stage: {change}"
-        margin = self.config.min_improvement
+        margin = self.settings.min_improvement
         if after < before * (1 - margin):
             return True, f"kept: {change}"
         return (
@@ -321,13 +318,13 @@ class CascadeRun:
             ids_BT,
             self.base_pass.stores["val"]["loss"],
             self.final,
-            criterion=self.config.criterion,
+            criterion=self.settings.criterion,
             thresholds=[entry.threshold for entry in self.stages],
         )
 
     def results(self, started: float) -> dict[str, Any]:
         """``results.json``: looks at the test blocks, for the only time."""
-        test, stores, last = self.base_pass.stores["test"], self.base_pass.stores, self.config.num_stages
+        test, stores, last = self.base_pass.stores["test"], self.base_pass.stores, self.settings.num_stages
         have_test = len(test) > 0
         final = self.final
         tokens = {split: len(store) for split, store in stores.items()}
@@ -340,7 +337,7 @@ class CascadeRun:
                 "val_ppl": self._all_tokens("val", []).perplexity,
             },
             "tokens": tokens,
-            "settings": self.config.to_dict(),
+            "settings": self.settings.to_dict(),
             "stages": self.records,
             "final": {
                 "all_token_val_ppl": final.perplexity,
@@ -356,63 +353,62 @@ class CascadeRun:
                 "peak_rss_bytes": peak_rss_bytes(),
             },
             "compute": compute_ledger(
-                self.config,
+                self.settings,
                 self.base.config,
                 tokens=tokens,
                 base_pass_seconds=self.base_pass.seconds,
                 stages=self.records,
-                rate=matmul_rate(self.device, self.dtype),
+                rate=matmul_rate(self.compute),
             ),
         }
 
     @property
     def _how(self) -> dict[str, Any]:
-        return {"criterion": self.config.criterion, "device": self.device, "dtype": self.dtype}
+        return {"criterion": self.settings.criterion, "compute": self.compute}
 
 
-def run_cascade(config: RunConfig) -> RunFolder:
+def run_cascade(settings: RunSettings) -> RunFolder:
     """Trains a cascade and writes everything about it into its folder; the whole of ``python -m cascade_fast.train``.
 
     Raises:
-        ConfigError: a setting that cannot work, before anything is trained or written.
+        InputError: a setting that cannot work, before anything is trained or written.
         Interrupted: Ctrl-C or SIGTERM; ``resume`` goes on from there.
         NonFiniteScores: hidden states overflowed; names block and position.
         NonFiniteLoss: training diverged; results and report of what was good are written first.
     """
     started = time.monotonic()
-    deadline = None if config.max_minutes is None else started + 60 * config.max_minutes
-    device = choose_device(config.device)
-    dtype, reason = choose_dtype(device, config.dtype)
-    if device.type == "cpu":
+    deadline = None if settings.max_minutes is None else started + 60 * settings.max_minutes
+    compute = Compute.choose(settings.device, settings.dtype)
+    if compute.device.type == "cpu":
         keep_freed_memory()
-    check_cache(config)
-    base = find_base(config)
-    blocks = load_blocks(config, base.tokenizer())
-    config = blocks.settle(config)
+    check_cache(settings)
+    base = find_base(settings)
+    blocks = load_blocks(settings, base.tokenizer())
+    settings = blocks.settle(settings)
     release_memory()  # of tokenization
     why: list[str] = []
-    settle = functools.partial(settle_kv, config, base, blocks, device, dtype, why)
+    settle = functools.partial(settle_kv, settings, base, blocks, compute, why)
     fingerprints = base.fingerprint, blocks.fingerprint()
-    with RunFolder.open(config, *fingerprints, device=device, dtype=dtype, settle=settle) as folder:
+    with RunFolder.open(settings, *fingerprints, compute=compute, settle=settle) as folder:
         if folder.finished:
             folder.check()
             folder.clean()
             say(f"finished already: {folder.report}")
             return folder
-        config = dataclasses.replace(config, kv=folder.record["kv"])
-        say_start(config, folder, base, blocks, device, dtype, reason)
-        plan, lines = plan_for_run(config, base.config, device, dtype)
+        settings = dataclasses.replace(settings, kv=folder.record["kv"])
+        say_start(settings, folder, base, blocks, compute)
+        plan, lines = plan_for_run(settings, base.config, compute)
         for line in [*lines, *why]:
             say(line)
-        passed = base_pass(base, blocks, config, device, dtype, cache_folder(config))
+        passed = base_pass(base, blocks, settings, compute, cache_folder(settings))
         say_base_pass(passed)
-        passed = dataclasses.replace(passed, head_VD=passed.head_VD.to(device))  # once, for all stages
-        run = CascadeRun(config, folder, base, passed, device, dtype, folder.log, deadline, plan.micro_batch_tokens)
+        passed = dataclasses.replace(passed, head_VD=passed.head_VD.to(compute.device))  # once, for all stages
+        run = CascadeRun(settings, folder, base, passed, compute, folder.log, deadline, plan.micro_batch_tokens)
         run.train()
         results = run.results(started)
         results["memory"] = {
             "planned": plan.to_dict(),
-            "measured_peak_bytes": peak_memory_bytes(device),
+            "measured_peak_bytes": compute.peak_memory_bytes(),
         }
         folder.finish(results, run.stages, base, run.heat_map(blocks.ids["val"]))
         say_summary(results, folder)

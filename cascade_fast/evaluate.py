@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.config import RESUME_MAY_CHANGE, ConfigError, make_config, saved_settings
-from cascade_fast.model_cli import add_model_arguments, add_run_argument, answer, load_model
+from cascade_fast.command_line import add_model_arguments, add_run_argument, run_command
+from cascade_fast.input_checks import InputError
+from cascade_fast.settings import RESUME_MAY_CHANGE, make_settings, saved_settings
 
 SPLITS = ("train", "val", "test")
 
@@ -48,40 +49,43 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake in what was asked for."""
-    return answer(_run, build_parser().parse_args(argv))
+    asked = build_parser().parse_args(argv)
+    return run_command(lambda: _run(asked), debug=asked.debug)
 
 
 def _check(asked: argparse.Namespace) -> None:
     for name, least in (("batch_tokens", 1), ("blocks", 1), ("seq_len", 2), ("sweep_points", 2)):
         value = getattr(asked, name)
         if value is not None and value < least:
-            raise ConfigError(f"{name}: {value}; must be at least {least}")
+            raise InputError(f"{name}: {value}; must be at least {least}")
     for name in ("text_columns", "text_template"):
         if getattr(asked, name) is not None and asked.dataset is None:
-            raise ConfigError(f"{name}: {getattr(asked, name)!r}; is of --dataset, which is not given")
+            raise InputError(f"{name}: {getattr(asked, name)!r}; is of --dataset, which is not given")
     for name in ("json", "csv", "sweep_threshold"):
         path = getattr(asked, name)
         if path is not None and not Path(path).absolute().parent.is_dir():
-            raise ConfigError(f"{name}: {path!r}; its folder does not exist")
+            raise InputError(f"{name}: {path!r}; its folder does not exist")
 
 
 def _run(asked: argparse.Namespace) -> int:
     _check(asked)
-    from cascade_fast.evaluation import evaluate_cascade, sweep_threshold
-    from cascade_fast.metrics import say
+    from cascade_fast.model.loading import load_model
+    from cascade_fast.model.measuring import evaluate_cascade, sweep_threshold
+    from cascade_fast.runtime.compute import dtype_name
+    from cascade_fast.runtime.console import say
 
     model, tokenizer = load_model(asked.run, device=asked.device, dtype=asked.dtype, base_path=asked.base_path)
     blocks, source = _blocks(asked, model.config, tokenizer)
     if asked.sweep_threshold is not None and len(model.stages) == 0:
-        raise ConfigError("sweep_threshold: this cascade kept no stage, so there is no threshold to move")
+        raise InputError("sweep_threshold: this cascade kept no stage, so there is no threshold to move")
     seq_len = blocks.shape[1] - 1
-    say(f"{asked.run}: {source}, {len(blocks):,} blocks of {seq_len} tokens, {model.device}, {_plain(model.dtype)}")
+    say(f"{asked.run}: {source}, {len(blocks):,} blocks of {seq_len} tokens, {model.device}, {dtype_name(model.dtype)}")
     how = {"batch_tokens": asked.batch_tokens}
     results = {
         "run": str(asked.run),
         "data": {"source": source, "blocks": len(blocks), "seq_len": seq_len, "tokens": len(blocks) * seq_len},
         "device": str(model.device),
-        "dtype": _plain(model.dtype),
+        "dtype": dtype_name(model.dtype),
         "thresholds": model.config.thresholds,
         **evaluate_cascade(model, blocks, count_flops=not asked.no_flops, **how),
     }
@@ -95,29 +99,25 @@ def _run(asked: argparse.Namespace) -> int:
 
 def _blocks(asked: argparse.Namespace, config: Any, tokenizer: Any) -> tuple[Any, str]:
     """The token blocks (B, S + 1) asked for, and what they are."""
-    from cascade_fast.data import load_blocks, text_blocks
+    from cascade_fast.base.texts import load_blocks, text_blocks
 
     settings = {n: value for n, value in saved_settings(config.settings).items() if n not in RESUME_MAY_CHANGE}
     if asked.dataset is None and not config.settings:
-        raise ConfigError("dataset: not given, and this cascade does not know what it was trained on")
+        raise InputError("dataset: not given, and this cascade does not know what it was trained on")
     if asked.seq_len is not None:
         settings["seq_len"] = asked.seq_len
     if asked.dataset is not None:
         settings |= {n: getattr(asked, n) for n in ("dataset", "text_columns", "text_template")}
-    text, longest = make_config(settings), config.max_position_embeddings
+    text, longest = make_settings(settings), config.max_position_embeddings
     if text.seq_len > longest:
-        raise ConfigError(f"seq_len: {text.seq_len}; the base has {longest} positions")
+        raise InputError(f"seq_len: {text.seq_len}; the base has {longest} positions")
     if asked.dataset is None:
         blocks, source = load_blocks(text, tokenizer).ids[asked.split], f"{text.dataset}, {asked.split}"
     else:
         blocks, source = text_blocks(text, tokenizer, asked.blocks), text.dataset
     if len(blocks) == 0:
-        raise ConfigError(f"split: {asked.split!r}; the run has no such blocks")
+        raise InputError(f"split: {asked.split!r}; the run has no such blocks")
     return blocks[: asked.blocks], source
-
-
-def _plain(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # --- what is said and written ---------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def _plain(dtype: Any) -> str:
 
 def _say(results: dict[str, Any]) -> None:
     """Three tables, each narrow enough for a terminal of 80 columns with two stages."""
-    from cascade_fast.metrics import say_table
+    from cascade_fast.runtime.console import say_table
 
     rows, stages = results["rows"], len(results["thresholds"])
     say_table(
@@ -175,8 +175,8 @@ def _show(value: Any) -> str:
 
 
 def _write(asked: argparse.Namespace, results: dict[str, Any]) -> None:
-    from cascade_fast.files import atomic_write_text
-    from cascade_fast.metrics import say
+    from cascade_fast.runtime.console import say
+    from cascade_fast.runtime.files import atomic_write_text
 
     if asked.csv is not None:
         atomic_write_text(Path(asked.csv), _csv(results["rows"]))
@@ -205,8 +205,8 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 def _write_sweep(path: Path, results: dict[str, Any]) -> None:
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    from cascade_fast.files import atomic_write, atomic_write_text
-    from cascade_fast.metrics import say
+    from cascade_fast.runtime.console import say
+    from cascade_fast.runtime.files import atomic_write, atomic_write_text
 
     atomic_write_text(path, _csv(results["sweep"]))
     figure = Figure(figsize=(6, 4), layout="constrained")

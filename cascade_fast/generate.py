@@ -6,9 +6,9 @@ from collections import Counter
 from itertools import groupby
 from typing import Any
 
-from cascade_fast.config import ConfigError
-from cascade_fast.model_cli import add_model_arguments, add_run_argument, answer, load_model
-from cascade_fast.visible import visible
+from cascade_fast.command_line import add_model_arguments, add_run_argument, run_command
+from cascade_fast.input_checks import InputError
+from cascade_fast.runtime.visible import visible
 
 COLOURS = ("default", "yellow", "magenta", "cyan", "green", "blue", "red")  # of the base, stage 1, stage 2, ...
 
@@ -44,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake in what was asked for."""
-    return answer(_run, build_parser().parse_args(argv))
+    asked = build_parser().parse_args(argv)
+    return run_command(lambda: _run(asked), debug=asked.debug)
 
 
 def _check(asked: argparse.Namespace) -> None:
@@ -56,18 +57,19 @@ def _check(asked: argparse.Namespace) -> None:
         ("raw", not asked.raw or not (asked.show_exits or asked.compare_base), "is for the text alone, not its exits"),
     ):
         if not good:
-            raise ConfigError(f"{name}: {getattr(asked, name)}; {allowed}")
+            raise InputError(f"{name}: {getattr(asked, name)}; {allowed}")
 
 
 def _run(asked: argparse.Namespace) -> int:
     _check(asked)
-    from cascade_fast.continuation import continue_texts
+    from cascade_fast.model.continuation import continue_texts
+    from cascade_fast.model.loading import load_model
 
     model, tokenizer = load_model(asked.run, device=asked.device, dtype=asked.dtype, base_path=asked.base_path)
     prompts = asked.prompts
     if asked.chat:
         if tokenizer.chat_template is None:
-            raise ConfigError("chat: the tokenizer has no chat template; leave --chat out")
+            raise InputError("chat: the tokenizer has no chat template; leave --chat out")
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
         prompts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
     streams = len(prompts) == 1 and not asked.show_exits and not asked.compare_base
@@ -113,7 +115,7 @@ def _show_exits(found: Any, stages: int) -> None:
     colours, those of stage k within ``[k: ...]`` - and a legend with each exit's count and share."""
     from rich.text import Text
 
-    from cascade_fast.metrics import console
+    from cascade_fast.runtime.console import console
 
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     text = Text().append(visible(found.prompt), style="dim")

@@ -19,6 +19,7 @@ from cascade_fast import ops
 from cascade_fast.criteria import Criterion, get_criterion, score_tokens
 from cascade_fast.ops.reference import LARGEST_KEY, sort_key
 from cascade_fast.ops.schema import FLOAT_DTYPES
+from cascade_fast.runtime.compute import dtype_name
 from cascade_fast.selection import select_below
 
 SCOPES = ("batch", "sequence")
@@ -268,7 +269,7 @@ def _on(t: Tensor, device: torch.device) -> Tensor:
 
 
 def _describe(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
+    return f"{tuple(t.shape)} {dtype_name(t.dtype)} on {t.device}"
 
 
 def _check_tokens(name: str, t: Tensor, shape: Sequence[int]) -> None:

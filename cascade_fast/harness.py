@@ -7,8 +7,8 @@ every argument is lm-eval's own.
 import importlib.util
 import sys
 
-from cascade_fast.config import ConfigError
-from cascade_fast.input_checks import one_line
+from cascade_fast.command_line import run_command
+from cascade_fast.input_checks import InputError
 
 MODEL = "cascade"
 
@@ -17,28 +17,27 @@ def register() -> None:
     """Makes ``cascade`` a model of lm-eval; the class is imported when it is asked for.
 
     Raises:
-        ConfigError: lm-eval is not installed.
+        InputError: lm-eval is not installed.
     """
     for package in ("lm_eval", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"harness: needs {package}, which is not installed: pip install lm-eval accelerate")
+            raise InputError(f"harness: needs {package}, which is not installed: pip install lm-eval accelerate")
     from lm_eval.api.registry import model_registry
 
     if MODEL not in model_registry:
-        model_registry.register(MODEL, target="cascade_fast.harness_model:CascadeLM")
+        model_registry.register(MODEL, target="cascade_fast.model.lm_eval:CascadeLM")
 
 
 def main() -> int:
     """Hands the command line over to lm-eval. Exit codes: 0 done, 2 a mistake in what was asked for."""
-    try:
-        register()
-        from lm_eval.__main__ import cli_evaluate
+    return run_command(_evaluate, debug=False)
 
-        cli_evaluate()
-    except ConfigError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+
+def _evaluate() -> None:
+    register()
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
 
 
 if __name__ == "__main__":

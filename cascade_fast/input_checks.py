@@ -12,7 +12,7 @@ from typing import Any
 SHOWN_CHARACTERS = 400  # of a wrong value, in a message
 
 
-class ConfigError(ValueError):
+class InputError(ValueError):
     """A setting that cannot work; the message names the setting, its value and what is allowed."""
 
 
@@ -59,24 +59,24 @@ def in_words(kind: Any) -> str:
 
 
 def check_type(name: str, value: Any, kind: Any) -> None:
-    """Raises ConfigError where ``value`` is not of the annotation ``kind``."""
+    """Raises InputError where ``value`` is not of the annotation ``kind``."""
     if not fits(value, kind):
-        raise ConfigError(f"{name}: {shown(value)}; must be {in_words(kind)}")
+        raise InputError(f"{name}: {shown(value)}; must be {in_words(kind)}")
 
 
 def check_fields(where: str, given: Any, kinds: Mapping[str, Any], optional: Iterable[str] = ()) -> None:
-    """Raises ConfigError unless ``given`` is a map with the names of ``kinds`` and values of those annotations.
+    """Raises InputError unless ``given`` is a map with the names of ``kinds`` and values of those annotations.
 
     ``optional``: names that may be absent. ``where`` begins the message.
     """
     if not isinstance(given, dict):
-        raise ConfigError(f"{where}: {shown(given)}; must be a map")
+        raise InputError(f"{where}: {shown(given)}; must be a map")
     missing = [name for name in kinds if name not in given and name not in optional]
     if missing:
-        raise ConfigError(f"{where}: has no {', '.join(missing)}")
+        raise InputError(f"{where}: has no {', '.join(missing)}")
     for name, value in given.items():
         if name not in kinds:
-            raise ConfigError(f"{where}: {shown(name)}; no such field: must be one of {', '.join(kinds)}")
+            raise InputError(f"{where}: {shown(name)}; no such field: must be one of {', '.join(kinds)}")
         check_type(f"{where}: {name}", value, kinds[name])
 
 
@@ -86,7 +86,7 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{os.fsdecode(error.filename)!r}: {error.strerror}"
-    ours = isinstance(error, ConfigError)
+    ours = isinstance(error, InputError)
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in (text if ours else text[: 2 * SHOWN_CHARACTERS]))
     return text if ours or len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
 
@@ -98,19 +98,19 @@ def template_parts(template: str) -> list[tuple[str, str | None]]:
     """A text template as (text, column that follows it or None). ``{{`` and ``}}`` are braces of the text.
 
     Raises:
-        ConfigError: anything between braces but a column's name, or a brace without its other.
+        InputError: anything between braces but a column's name, or a brace without its other.
     """
     plain = "between braces stands a column's name alone, as in {text}; {{ and }} are braces of the text"
     try:
         found = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ConfigError(f"text_template: {shown(template)}; {error}: {plain}") from None
+        raise InputError(f"text_template: {shown(template)}; {error}: {plain}") from None
     for _, name, spec, conversion in found:
         if name is None:
             continue
         if not name or name.isdigit() or any(c in name for c in "[]{}.") or spec or conversion:
             field = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            raise ConfigError(f"text_template: {{{shown(field)[1:-1]}}} in {shown(template)}; {plain}")
+            raise InputError(f"text_template: {{{shown(field)[1:-1]}}} in {shown(template)}; {plain}")
     return [(literal, name) for literal, name, _, _ in found]
 
 
@@ -121,7 +121,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     """The ``name: value`` lines of a YAML file, a dash in a name as an underscore.
 
     Raises:
-        ConfigError: not to be read, no YAML, not UTF-8, something else than such lines, or a name given twice; with the
+        InputError: not to be read, no YAML, not UTF-8, something else than such lines, or a name given twice; with the
             line.
     """
     import yaml
@@ -132,32 +132,32 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         byte = error.object[error.start]
-        raise ConfigError(f"{where}, line {line}: byte {byte:#04x} is not UTF-8; save the file as UTF-8") from None
+        raise InputError(f"{where}, line {line}: byte {byte:#04x} is not UTF-8; save the file as UTF-8") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise ConfigError(f"{where} cannot be read: {reason}") from None
+        raise InputError(f"{where} cannot be read: {reason}") from None
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return {}
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{where}; must hold 'name: value' lines")
+            raise InputError(f"{where}; must hold 'name: value' lines")
         _check_keys(where, node)
         content = loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{where}{at}: {one_line(ValueError(error.problem or error.context))}") from None
+        raise InputError(f"{where}{at}: {one_line(ValueError(error.problem or error.context))}") from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        raise ConfigError(f"{where}, line {line}: character {error.character!r} is not allowed in YAML") from None
+        raise InputError(f"{where}, line {line}: character {error.character!r} is not allowed in YAML") from None
     except RecursionError:
-        raise ConfigError(f"{where}; lists or maps within one another too deeply") from None
+        raise InputError(f"{where}; lists or maps within one another too deeply") from None
     except (ValueError, TypeError, KeyError) as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, InputError):
             raise
-        raise ConfigError(f"{where}; a value cannot be read: {one_line(error)}") from None  # as 2024-13-45
+        raise InputError(f"{where}; a value cannot be read: {one_line(error)}") from None  # as 2024-13-45
     return {_setting_name(name): value for name, value in content.items()}
 
 
@@ -166,10 +166,10 @@ def _check_keys(where: str, node: Any) -> None:
     for key, _ in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key.value, str):
-            raise ConfigError(f"{where}, line {line}: a list or map as a name; must hold 'name: value' lines")
+            raise InputError(f"{where}, line {line}: a list or map as a name; must hold 'name: value' lines")
         name = _setting_name(key.value)
         if name in lines:
-            raise ConfigError(f"{where}, line {line}: {shown(name)[1:-1]} is given twice, first in line {lines[name]}")
+            raise InputError(f"{where}, line {line}: {shown(name)[1:-1]} is given twice, first in line {lines[name]}")
         lines[name] = line
 
 

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.config import ALL, ConfigError, RunConfig, make_config
-from cascade_fast.input_checks import one_line
-from cascade_fast.train import build_parser
-from cascade_fast.visible import visible
+from cascade_fast.command_line import run_command, settings_parser
+from cascade_fast.input_checks import InputError
+from cascade_fast.runtime.visible import visible
+from cascade_fast.settings import ALL, RunSettings, make_settings
 
 _SMOLLM2 = {
     "model_type": "llama",
@@ -65,16 +65,16 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 
 
 def base_configuration(base: str) -> Any:
-    """transformers' configuration of a built-in name, a local folder or a hub id. Raises ConfigError."""
+    """transformers' configuration of a built-in name, a local folder or a hub id. Raises InputError."""
     from transformers import AutoConfig
 
-    from cascade_fast.base_model import hub_reachable, read_base_config
+    from cascade_fast.base.model import hub_reachable, read_base_config
 
     if base in BUILT_IN:
         return AutoConfig.for_model(**BUILT_IN[base])
     path = Path(base)
     if not path.is_dir() and not hub_reachable():
-        raise ConfigError(
+        raise InputError(
             f"base: {base!r}; must be a folder with a config.json, one of {', '.join(BUILT_IN)}, or a hub id (the hub "
             "cannot be reached)"
         )
@@ -83,7 +83,7 @@ def base_configuration(base: str) -> Any:
 
 def plan_parser() -> argparse.ArgumentParser:
     """The trainer's flags, and the machine's numbers."""
-    parser = build_parser(
+    parser = settings_parser(
         "python -m cascade_fast.plan",
         "Plan a run: memory by phase, whether it fits, the time of an epoch. Needs neither a GPU nor weights: --base "
         f"may be a folder with a config.json, a hub id, or one of {', '.join(BUILT_IN)}. --device cpu, cuda and auto "
@@ -106,29 +106,26 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 it fits, 1 it does not, 2 a mistake in the settings."""
     given = vars(plan_parser().parse_args(argv))
     machine = {name: given.pop(name, None) for name in ("memory_gib", "tflops", "gbs", "ram_gib")}
-    debug, as_json, config_file = given.pop("debug", False), given.pop("json", False), given.pop("config", None)
-    try:
+    debug, as_json, settings_file = given.pop("debug", False), given.pop("json", False), given.pop("config", None)
+
+    def work() -> int:
         for name, value in machine.items():
             if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name}: {value}; must be above 0, and finite")
-        return _print_plan(make_config(given, config_file), machine, as_json)
-    except ConfigError as error:
-        if debug:
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+                raise InputError(f"{name}: {value}; must be above 0, and finite")
+        return _print_plan(make_settings(given, settings_file), machine, as_json)
+
+    return run_command(work, debug=debug)
 
 
-def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bool) -> int:
+def _print_plan(settings: RunSettings, machine: dict[str, float | None], as_json: bool) -> int:
     for name in ("train_blocks", "test_blocks"):
-        if getattr(config, name) == ALL:
-            raise ConfigError(f"{name}: all; a plan does not read the text: must be a number")
+        if getattr(settings, name) == ALL:
+            raise InputError(f"{name}: all; a plan does not read the text: must be a number")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from cascade_fast.base_model import cache_folder
-    from cascade_fast.files import free_disk_bytes
-    from cascade_fast.memory_plan import CONTEXT_BYTES, largest_batch_tokens
-    from cascade_fast.parameter_counts import Shape
-    from cascade_fast.roofline import (
+    from cascade_fast.base.model import cache_folder
+    from cascade_fast.planning.counts import Shape
+    from cascade_fast.planning.memory import CONTEXT_BYTES, largest_batch_tokens
+    from cascade_fast.planning.roofline import (
         base_pass_time,
         epoch_time,
         find_device,
@@ -137,16 +134,18 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
         short_memory,
         with_kv,
     )
+    from cascade_fast.runtime.compute import dtype_name
+    from cascade_fast.runtime.files import free_disk_bytes
 
-    base_config = base_configuration(config.base)
-    device, dtype = find_device(config.device, config.dtype, **machine)
-    free = free_disk_bytes(cache_folder(config)) if device.here else math.inf
-    config, kv_lines = with_kv(config, base_config, device, dtype, free)
-    plan = plan_on(config, base_config, device, dtype)
-    shape = Shape.of(config, base_config)
-    base_time = base_pass_time(config, base_config, device, dtype)
-    epoch = epoch_time(config, base_config, device, dtype, plan.micro_batch_tokens)
-    largest = largest_batch_tokens(config, base_config, device.memory_bytes, dtype=dtype, on_cpu=device.on_cpu)
+    base_config = base_configuration(settings.base)
+    device, dtype = find_device(settings.device, settings.dtype, **machine)
+    free = free_disk_bytes(cache_folder(settings)) if device.here else math.inf
+    settings, kv_lines = with_kv(settings, base_config, device, dtype, free)
+    plan = plan_on(settings, base_config, device, dtype)
+    shape = Shape.of(settings, base_config)
+    base_time = base_pass_time(settings, base_config, device, dtype)
+    epoch = epoch_time(settings, base_config, device, dtype, plan.micro_batch_tokens)
+    largest = largest_batch_tokens(settings, base_config, device.memory_bytes, dtype=dtype, on_cpu=device.on_cpu)
     fits = plan.fits(device.memory_bytes, device.ram_bytes)
     if as_json:
         print(
@@ -160,14 +159,14 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
                     "base_pass_limit": base_time.limit,
                     "epoch_seconds": epoch.seconds,
                     "epoch_limit": epoch.limit,
-                    "kv": config.kv if shape.attends else None,
+                    "kv": settings.kv if shape.attends else None,
                 }
             )
         )
         return 0 if fits else 1
-    print(f"{visible(config.base)}: {shape.base_parameters():,} parameters, {base_config.num_hidden_layers} layers")
+    print(f"{visible(settings.base)}: {shape.base_parameters():,} parameters, {base_config.num_hidden_layers} layers")
     print(f"a stage: {shape.stage.layers} layers, {shape.stage_parameters():,} parameters of its own")
-    print(f"{device.name}, {str(dtype).removeprefix('torch.')}\n")
+    print(f"{device.name}, {dtype_name(dtype)}\n")
     print(f"| {'phase':<16} | {'what':<38} | {'GiB':>7} |")
     print(f"|{'-' * 18}|{'-' * 40}|{'-' * 8}:|")
     for phase in plan.phases:
@@ -187,7 +186,9 @@ def _print_plan(config: RunConfig, machine: dict[str, float | None], as_json: bo
     print(f"{short_memory(plan, device)}{context}")
     if plan.ram:
         print(f"host RAM: {gib(plan.ram_needed)} GiB of {gib(device.ram_bytes)}")
-    print(f"batch: {config.batch_tokens} tokens, {plan.micro_batch_tokens} at once; the largest that fits: {largest:,}")
+    print(
+        f"batch: {settings.batch_tokens} tokens, {plan.micro_batch_tokens} at once; the largest that fits: {largest:,}"
+    )
     for line in kv_lines:
         print(line)
     for what, taken in (("base pass", base_time), ("an epoch of stage 1", epoch)):

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.config import ConfigError, RunConfig, make_config
-from cascade_fast.train import build_parser, exit_code, quiet_libraries
+from cascade_fast.command_line import run_command, settings_parser
+from cascade_fast.input_checks import InputError
+from cascade_fast.settings import RunSettings, make_settings
 
 DESCRIPTION = (
     "Train a cascade for every combination of the values given, and compare them. Takes every flag of the trainer; "
@@ -24,44 +25,45 @@ DESCRIPTION = (
 GRID = ("stage_kind", "layers_per_stage", "criterion", "lr", "hard_ratio")
 
 
-def make_grid(given: dict[str, Any], config_file: str | None = None) -> list[RunConfig]:
+def make_grid(given: dict[str, Any], settings_file: str | None = None) -> list[RunSettings]:
     """The settings of every run. Of the names in :data:`GRID`, ``given`` holds lists.
 
     Raises:
-        ConfigError: an empty or repeated value, or settings that cannot work.
+        InputError: an empty or repeated value, or settings that cannot work.
     """
     given = dict(given)
     for name in GRID:
         if name in given and not given[name]:
-            raise ConfigError(f"{name}: no value; give at least one")
-    base = make_config({n: value[0] if n in GRID else value for n, value in given.items()}, config_file)
+            raise InputError(f"{name}: no value; give at least one")
+    base = make_settings({n: value[0] if n in GRID else value for n, value in given.items()}, settings_file)
     if base.out is None:
-        raise ConfigError("out: not given; must name the folder of the sweep")
+        raise InputError("out: not given; must name the folder of the sweep")
     if base.resume != "never":
-        raise ConfigError(f"resume: {base.resume!r}; leave it out: a sweep always goes on where it was")
+        raise InputError(f"resume: {base.resume!r}; leave it out: a sweep always goes on where it was")
     values = {name: given.pop(name, [getattr(base, name)]) for name in GRID}
-    configs = []
+    grid = []
     for point in itertools.product(*values.values()):
-        config = make_config({**given, **dict(zip(GRID, point, strict=True))}, config_file)
-        configs.append(dataclasses.replace(config, out=str(Path(base.out) / run_name(config)), resume="auto"))
-    for config in configs:
-        if [c.out for c in configs].count(config.out) > 1:
-            raise ConfigError(f"{', '.join(GRID)}: a value is given twice")
-    return configs
+        settings = make_settings({**given, **dict(zip(GRID, point, strict=True))}, settings_file)
+        grid.append(dataclasses.replace(settings, out=str(Path(base.out) / run_name(settings)), resume="auto"))
+    for settings in grid:
+        if [c.out for c in grid].count(settings.out) > 1:
+            raise InputError(f"{', '.join(GRID)}: a value is given twice")
+    return grid
 
 
-def run_name(config: RunConfig) -> str:
+def run_name(settings: RunSettings) -> str:
     """All of :data:`GRID`, so that a run has the same name in a larger sweep."""
-    return f"{config.stage_kind}-L{config.layers_per_stage}-{config.criterion}-lr{config.lr:g}-r{config.hard_ratio:g}"
+    s = settings
+    return f"{s.stage_kind}-L{s.layers_per_stage}-{s.criterion}-lr{s.lr:g}-r{s.hard_ratio:g}"
 
 
-def run_sweep(folder: Path, configs: Sequence[RunConfig]) -> Path:
+def run_sweep(folder: Path, grid: Sequence[RunSettings]) -> Path:
     """Trains what is not there yet, and compares; the path of the report."""
     from cascade_fast import cascade
-    from cascade_fast.comparison import train_all
-    from cascade_fast.metrics import say
+    from cascade_fast.comparison.runs import train_all
+    from cascade_fast.runtime.console import say
 
-    rows = train_all(folder, "sweep", [("", config, cascade.run_cascade) for config in configs])
+    rows = train_all(folder, "sweep", [("", settings, cascade.run_cascade) for settings in grid])
     report = write_comparison(folder, rows)
     say(f"report: {report}")
     return report
@@ -69,7 +71,7 @@ def run_sweep(folder: Path, configs: Sequence[RunConfig]) -> Path:
 
 def write_comparison(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """``report.md``, ``comparison.json``, ``comparison.csv`` and ``sweep.png`` of these runs."""
-    from cascade_fast import comparison
+    from cascade_fast.comparison import runs as comparison
 
     # A line for each criterion and whatever else differs; along a line, the hard ratio.
     vary = [n for n in GRID if n != "hard_ratio" and len({r["settings"][n] for r in rows}) > 1]
@@ -110,21 +112,23 @@ def _label(row: dict[str, Any], names: Sequence[str]) -> str:
 
 
 def sweep_parser() -> argparse.ArgumentParser:
-    return build_parser("python -m cascade_fast.sweep", DESCRIPTION, several=GRID)
+    return settings_parser("python -m cascade_fast.sweep", DESCRIPTION, several=GRID)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes as those of the trainer."""
     given = vars(sweep_parser().parse_args(argv))
-    debug, config_file = given.pop("debug", False), given.pop("config", None)
+    debug, settings_file = given.pop("debug", False), given.pop("config", None)
 
     def work() -> None:
-        configs = make_grid(given, config_file)
-        quiet_libraries()
-        assert configs[0].out is not None
-        run_sweep(Path(configs[0].out).parent, configs)
+        from cascade_fast.runtime.console import quiet_libraries
 
-    return exit_code(work, debug, again="the same command")
+        quiet_libraries()
+        grid = make_grid(given, settings_file)
+        assert grid[0].out is not None
+        run_sweep(Path(grid[0].out).parent, grid)
+
+    return run_command(work, debug=debug, again="the same command")
 
 
 if __name__ == "__main__":

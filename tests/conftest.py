@@ -117,7 +117,7 @@ def tiny_runs(tiny_base, tiny_data, tmp_path_factory) -> dict[str, Path]:
     """Finished runs with two stages each: ``warm`` (entropy, shared head), ``seed`` (cosine, own heads) and ``look``
     (as warm, but second looks)."""
     from cascade_fast.cascade import run_cascade
-    from cascade_fast.config import make_config
+    from cascade_fast.settings import make_settings
 
     folder = tmp_path_factory.mktemp("runs")
     runs = {}
@@ -133,7 +133,7 @@ def tiny_runs(tiny_base, tiny_data, tmp_path_factory) -> dict[str, Path]:
             "num_stages": 2,
             "test_blocks": 12,
         }
-        runs[name] = run_cascade(make_config(settings)).path
+        runs[name] = run_cascade(make_settings(settings)).path
     return runs
 
 

@@ -34,11 +34,12 @@ def main() -> None:
     import torch
     import transformers
 
-    from cascade_fast.roofline import this_machine
+    from cascade_fast.planning.roofline import this_machine
+    from cascade_fast.runtime.compute import Compute
 
     _ = transformers.LlamaForCausalLM, transformers.AutoTokenizer, transformers.DynamicCache, transformers.TextStreamer
     assert torch.get_num_threads() == 1, "children of a process with threads would hang"
-    this_machine(torch.device("cpu"), torch.float32)  # half a second, once
+    this_machine(Compute(torch.device("cpu"), torch.float32))  # half a second, once
     gc.freeze()  # what is imported is not looked through again by every collection in a child
     counter = mmap.mmap(-1, 8)  # shared with the children
     for line in sys.stdin:

@@ -1,8 +1,8 @@
 """Small runs whose numbers are on record: what must stay the same, bit for bit, when code is moved or rewritten.
 
-``python tests/golden_runs.py FILE`` writes the record; ``test_golden.py`` compares with ``golden_runs.json``. Record again
-only where numbers are meant to change, and say so in the log. Only commands are used, so that the same file runs on
-another commit.
+``python tests/golden_runs.py FILE`` writes the record; ``test_golden.py`` compares with ``golden_runs.json``. Record
+again only where numbers are meant to change, and say so in the log. Only commands are used, so that the same file runs
+on another commit.
 """
 
 import contextlib

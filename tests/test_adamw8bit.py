@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from cascade_fast import ops
-from cascade_fast.adamw8bit import AdamW8bit
-from cascade_fast.checkpoint import Checkpoints
-from cascade_fast.config import RunConfig
 from cascade_fast.ops import reference
-from cascade_fast.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from cascade_fast.runtime.checkpoint import Checkpoints
+from cascade_fast.settings import RunSettings
+from cascade_fast.training.adamw8bit import AdamW8bit
+from cascade_fast.training.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors
 
 CPU = torch.device("cpu")
 SHAPES = [(64, 80), (5001,), (17, 3, 111), (4096,), (30, 30), (1,)]  # the last two keep float32 moments
@@ -218,8 +218,8 @@ def test_lists_of_different_lengths_are_refused(backend):
 # --- the optimizer ----------------------------------------------------------------------------------------------------
 
 
-def run_config(name: str) -> RunConfig:
-    return RunConfig(optimizer=name, lr=1e-2)
+def run_config(name: str) -> RunSettings:
+    return RunSettings(optimizer=name, lr=1e-2)
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit"])

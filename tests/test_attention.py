@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from cascade_fast import attention
-from cascade_fast.attention import additive, grouped_attention, rotate
+from cascade_fast.stages import attention
+from cascade_fast.stages.attention import additive, grouped_attention, rotate
 
 B, H, G, Q, S, E = 3, 6, 2, 11, 17, 8
 

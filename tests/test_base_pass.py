@@ -15,22 +15,24 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cascade_fast import base_pass as module
-from cascade_fast.base_model import find_base, hub_reachable
-from cascade_fast.base_pass import base_pass
-from cascade_fast.config import ConfigError, make_config
-from cascade_fast.data import load_blocks
-from cascade_fast.hidden_store import HiddenStore
+from cascade_fast.base import base_pass as module
+from cascade_fast.base.base_pass import base_pass
+from cascade_fast.base.hidden_store import HiddenStore
+from cascade_fast.base.model import find_base, hub_reachable
+from cascade_fast.base.texts import load_blocks
+from cascade_fast.input_checks import InputError
+from cascade_fast.runtime.compute import Compute
 from cascade_fast.selection import NonFiniteScores
+from cascade_fast.settings import make_settings
 
 CPU = torch.device("cpu")
 
 
 def _pass(settings, tmp_path, dtype=torch.float32, **changes):
-    config = make_config({**settings, **changes})
-    base = find_base(config)
-    blocks = load_blocks(config, base.tokenizer())
-    return base_pass(base, blocks, config, CPU, dtype, tmp_path / "cache"), blocks
+    settings = make_settings({**settings, **changes})
+    base = find_base(settings)
+    blocks = load_blocks(settings, base.tokenizer())
+    return base_pass(base, blocks, settings, Compute(CPU, dtype), tmp_path / "cache"), blocks
 
 
 @pytest.mark.parametrize("init", ["identity", "random"])
@@ -90,7 +92,7 @@ def test_values_beyond_float16_are_stored_in_float32(tiny_settings, tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(3e8)
     model.save_pretrained(folder)
-    find_base(make_config(tiny_settings)).tokenizer().save_pretrained(folder)
+    find_base(make_settings(tiny_settings)).tokenizer().save_pretrained(folder)
     passed, _ = _pass({**tiny_settings, "base": str(folder)}, tmp_path)
     assert passed.stores["train"].hidden.dtype == torch.float32
     assert torch.isfinite(passed.stores["train"].hidden).all()
@@ -177,27 +179,27 @@ def test_a_score_that_is_not_finite_names_block_and_position(tiny_settings, tmp_
     ],
 )
 def test_a_base_that_is_not_there(base, said):
-    with pytest.raises(ConfigError, match=said):
-        find_base(make_config({"base": base}))
+    with pytest.raises(InputError, match=said):
+        find_base(make_settings({"base": base}))
     assert not hub_reachable()  # HF_HUB_OFFLINE
 
 
 def test_folders_that_are_no_base(tmp_path, tiny_settings):
-    with pytest.raises(ConfigError, match=r"the folder has no config\.json"):
-        find_base(make_config({"base": str(tmp_path)}))
+    with pytest.raises(InputError, match=r"the folder has no config\.json"):
+        find_base(make_settings({"base": str(tmp_path)}))
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=300)).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ConfigError, match="is a gpt2 model; a cascade needs one of llama, mistral, qwen2, qwen3"):
-        find_base(make_config({"base": str(tmp_path / "gpt2")}))
+    with pytest.raises(InputError, match="is a gpt2 model; a cascade needs one of llama, mistral, qwen2, qwen3"):
+        find_base(make_settings({"base": str(tmp_path / "gpt2")}))
     tiny_llama_config().save_pretrained(tmp_path / "no-weights")
-    with pytest.raises(ConfigError, match=r"no \.safetensors weights"):
-        find_base(make_config({"base": str(tmp_path / "no-weights"), "seq_len": 32}))
-    with pytest.raises(ConfigError, match=r"seq_len: 65; .* has 64 positions"):
-        find_base(make_config({**tiny_settings, "seq_len": 65}))
+    with pytest.raises(InputError, match=r"no \.safetensors weights"):
+        find_base(make_settings({"base": str(tmp_path / "no-weights"), "seq_len": 32}))
+    with pytest.raises(InputError, match=r"seq_len: 65; .* has 64 positions"):
+        find_base(make_settings({**tiny_settings, "seq_len": 65}))
 
 
 def test_the_fingerprint_is_of_the_weights(tmp_path, tiny_base):
     same, other = (save_tiny_base(tmp_path / str(seed), seed=seed) for seed in (0, 1))
-    prints = [find_base(make_config({"base": str(p), "seq_len": 32})).fingerprint for p in (tiny_base, same, other)]
+    prints = [find_base(make_settings({"base": str(p), "seq_len": 32})).fingerprint for p in (tiny_base, same, other)]
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -205,7 +207,7 @@ def test_another_family_runs(tiny_settings, tmp_path):
     settings = {k: v for k, v in tiny_llama_config().to_dict().items() if k not in ("model_type", "architectures")}
     model = Qwen3ForCausalLM(Qwen3Config(**{**settings, "head_dim": 16, "tie_word_embeddings": False}))
     model.save_pretrained(tmp_path / "qwen")
-    find_base(make_config(tiny_settings)).tokenizer().save_pretrained(tmp_path / "qwen")
+    find_base(make_settings(tiny_settings)).tokenizer().save_pretrained(tmp_path / "qwen")
     passed, _ = _pass({**tiny_settings, "base": str(tmp_path / "qwen")}, tmp_path)
     assert torch.equal(passed.head_VD, model.lm_head.weight)
     assert isinstance(passed.stores["train"], HiddenStore)

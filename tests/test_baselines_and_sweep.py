@@ -7,10 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cascade_fast import baselines, cascade, sweep
-from cascade_fast.config import ConfigError, make_config
-from cascade_fast.configuration import CascadeConfig
 from cascade_fast.criteria import random_scores
+from cascade_fast.input_checks import InputError
+from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.selection import hard_count
+from cascade_fast.settings import make_settings
 
 
 @pytest.fixture
@@ -54,9 +55,9 @@ def test_random_scores_are_uniform_and_each_token_s_own():
 @pytest.mark.parametrize("kind", ["append", "second-look"])
 def test_a_run_on_random_tokens(tiny_settings, tmp_path, monkeypatch, kind):
     settings = {**tiny_settings, "stage_kind": kind, "cache_dir": str(tmp_path / "cache"), "accept": "always"}
-    cascade.run_cascade(make_config({**settings, "out": str(tmp_path / "entropy")}))
+    cascade.run_cascade(make_settings({**settings, "out": str(tmp_path / "entropy")}))
     random = {**settings, "criterion": "random"}
-    folder = cascade.run_cascade(make_config({**random, "out": str(tmp_path / "one")})).path
+    folder = cascade.run_cascade(make_settings({**random, "out": str(tmp_path / "one")})).path
     results, entropy = _results(folder), _results(tmp_path / "entropy")
     assert results["final"]["base_pass_reused"]  # the pass of the entropy
     assert results["base"]["val_ppl"] == entropy["base"]["val_ppl"]
@@ -65,17 +66,17 @@ def test_a_run_on_random_tokens(tiny_settings, tmp_path, monkeypatch, kind):
     assert first["threshold"] == pytest.approx(0.6, abs=0.05)
     assert second["train_hard"] == hard_count(0.6, first["train_hard"])
     assert second["threshold"] == pytest.approx(0.6, abs=0.05)  # new noise, not what is left of the old
-    monkeypatch.setattr("cascade_fast.exits.TOKENS_AT_ONCE", 64)  # other batches
+    monkeypatch.setattr("cascade_fast.stages.exits.TOKENS_AT_ONCE", 64)  # other batches
     monkeypatch.setattr(cascade, "TOKENS_AT_ONCE", 64)
-    again = _results(cascade.run_cascade(make_config({**random, "out": str(tmp_path / "two")})).path)
+    again = _results(cascade.run_cascade(make_settings({**random, "out": str(tmp_path / "two")})).path)
     for one, two in zip(results["stages"], again["stages"], strict=True):
         assert [one[n] for n in ("threshold", "val_hard", "exit_share")] == [
             two[n] for n in ("threshold", "val_hard", "exit_share")
         ]
     if kind == "append":
-        with pytest.raises(ConfigError, match="criterion: 'random'; must be one of cosine, entropy"):
+        with pytest.raises(InputError, match="criterion: 'random'; must be one of cosine, entropy"):
             AutoModelForCausalLM.from_pretrained(folder)
-        with pytest.raises(ConfigError, match="criterion: 'random'"):
+        with pytest.raises(InputError, match="criterion: 'random'"):
             CascadeConfig(criterion="random")
 
 
@@ -154,9 +155,9 @@ def test_the_epochs_of_baselines(flags, tmp_path, monkeypatch, asked, file, epoc
     monkeypatch.setattr(baselines, "run_baselines", lambda _folder, trainings: planned.extend(trainings))
     command = [*flags, "--out", str(tmp_path / "out"), "--config", str(tmp_path / "run.yaml"), *asked]
     assert baselines.main([*command, "--only", "cascade", "seed", "--train-blocks", "all"]) == 0
-    assert [t.config.epochs for t in planned if t.method == "cascade"] == epochs
+    assert [t.settings.epochs for t in planned if t.method == "cascade"] == epochs
     (seed,) = (t.config for t in planned if t.method == "seed")  # its epochs are its own; the text is the same
-    assert (seed.epochs, seed.shuffle, seed.train_blocks) == (1, "on", planned[0].config.train_blocks)
+    assert (seed.epochs, seed.shuffle, seed.train_blocks) == (1, "on", planned[0].settings.train_blocks)
 
 
 # --- sweep -----------------------------------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ def test_mistakes_of_a_sweep(flags, tmp_path, capsys, wrong, said):
     assert sweep.main([*flags, "--out", str(out), *wrong]) == 2
     assert said in capsys.readouterr().err
     assert not out.exists()
-    with pytest.raises(ConfigError, match="hard_ratio: no value"):
+    with pytest.raises(InputError, match="hard_ratio: no value"):
         sweep.make_grid({"out": str(out), "hard_ratio": []})
 
 

@@ -13,34 +13,37 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cascade_fast import cascade as module
-from cascade_fast.base_model import find_base
-from cascade_fast.base_pass import base_pass
+from cascade_fast.base.base_pass import base_pass
+from cascade_fast.base.model import find_base
+from cascade_fast.base.texts import load_blocks
 from cascade_fast.cascade import NonFiniteLoss, run_cascade
-from cascade_fast.config import make_config
-from cascade_fast.data import load_blocks
-from cascade_fast.exits import ExitStage, evaluate_exits, run_stage
-from cascade_fast.files import read_json
-from cascade_fast.report import diagnose
+from cascade_fast.reporting.report import diagnose
+from cascade_fast.runtime.compute import Compute
+from cascade_fast.runtime.files import read_json
 from cascade_fast.selection import hard_count
-from cascade_fast.stage import Stage, StageConfig
-from cascade_fast.stage_trainer import StageTraining, epoch_order
+from cascade_fast.settings import make_settings
+from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.stages.exits import ExitStage, evaluate_exits, run_stage
+from cascade_fast.training.stage_trainer import StageTraining, epoch_order
 
 sys.path.append(str(Path(__file__).parent.parent))
 from benchmarks.naive_loop import naive_losses, naive_stage
 
 CPU = torch.device("cpu")
-HOW = {"device": CPU, "dtype": torch.float32}
+HOW = {"compute": Compute(CPU, torch.float32)}
 
 
 def _run(settings, folder, **changes):
-    run = run_cascade(make_config({**settings, "out": str(folder), **changes}))
+    run = run_cascade(make_settings({**settings, "out": str(folder), **changes}))
     return run, read_json(folder / "results.json")
 
 
 def _stores(settings, tmp_path, **changes):
-    config = make_config({**settings, **changes})
-    base = find_base(config)
-    return base, base_pass(base, load_blocks(config, base.tokenizer()), config, CPU, torch.float32, tmp_path / "cache")
+    settings = make_settings({**settings, **changes})
+    base = find_base(settings)
+    return base, base_pass(
+        base, load_blocks(settings, base.tokenizer()), settings, Compute(CPU, torch.float32), tmp_path / "cache"
+    )
 
 
 # --- the algorithm ---------------------------------------------------------------------------------------------------
@@ -52,7 +55,7 @@ def test_a_warm_cascade_helps_and_says_where_everything_is(tiny_settings, tmp_pa
     assert set(results) == {"base", "tokens", "settings", "stages", "final", "compute", "memory"}
     assert set(base) >= {"name", "parameters", "layers", "val_ppl"}
     assert results["tokens"] == {"train": 40 * 32, "val": 12 * 32, "test": 12 * 32}
-    assert results["settings"] == make_config({**tiny_settings, "out": str(tmp_path / "run")}).to_dict()
+    assert results["settings"] == make_settings({**tiny_settings, "out": str(tmp_path / "run")}).to_dict()
     first = results["stages"][0]
     assert set(first) >= {
         "stage", "threshold", "train_hard", "train_total", "val_hard", "added_parameters", "trainable_parameters",
@@ -91,7 +94,7 @@ def test_a_warm_cascade_helps_and_says_where_everything_is(tiny_settings, tmp_pa
 def test_records_tie_the_cascade_together(tiny_settings, tmp_path):
     run, results = _run(tiny_settings, tmp_path / "run", num_stages=1)
     cascade = json.loads((run.path / "cascade.json").read_text())
-    assert cascade["base"]["fingerprint"] == find_base(make_config(tiny_settings)).fingerprint
+    assert cascade["base"]["fingerprint"] == find_base(make_settings(tiny_settings)).fingerprint
     assert [s["threshold"] for s in cascade["stages"]] == [results["stages"][0]["threshold"]]
     stage_config = json.loads((run.path / "stages/1/config.json").read_text())
     assert stage_config["threshold"] == results["stages"][0]["threshold"]
@@ -181,7 +184,7 @@ def test_time_is_up(tiny_settings, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_keeps_the_best_and_says_what_to_try(tiny_settings, tmp_path, monkeypatch):
-    from cascade_fast import stage_trainer
+    from cascade_fast.training import stage_trainer
 
     real, steps = stage_trainer.linear_cross_entropy, []
 
@@ -276,7 +279,7 @@ def test_all_selected_is_dense_training(tiny_settings, tmp_path):
 def test_the_seed_preset_trains_as_the_naive_loop_does(tiny_settings, tmp_path):
     """Its first 20 losses are those of a plain Hugging Face loop, from the same weights and order."""
     settings = {k: v for k, v in tiny_settings.items() if k not in ("lr", "warmup_steps", "batch_tokens", "epochs")}
-    config = make_config(
+    settings = make_settings(
         {
             **settings,
             "preset": "seed",
@@ -287,7 +290,7 @@ def test_the_seed_preset_trains_as_the_naive_loop_does(tiny_settings, tmp_path):
             "epochs": 1,
         }
     )
-    from cascade_fast import stage_trainer
+    from cascade_fast.training import stage_trainer
 
     losses: list[float] = []
     initial: dict[str, torch.Tensor] = {}
@@ -306,17 +309,17 @@ def test_the_seed_preset_trains_as_the_naive_loop_does(tiny_settings, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage_trainer, "linear_cross_entropy", record_loss)
         patch.setattr(module.CascadeRun, "_new_stage", record_stage)
-        run_cascade(config)
+        run_cascade(settings)
 
     model = AutoModelForCausalLM.from_pretrained(tiny_settings["base"], dtype=torch.float32)
-    ids = load_blocks(config, find_base(config).tokenizer()).ids["train"].long()
+    ids = load_blocks(settings, find_base(settings).tokenizer()).ids["train"].long()
     with torch.no_grad():
         states = model(ids[:, :-1], output_hidden_states=True).hidden_states
     first, last = states[0].flatten(0, 1), states[-1].flatten(0, 1)
     cosine = (first * last).sum(-1) / (first.norm(dim=-1) * last.norm(dim=-1) + 1e-8)
     hard = cosine <= torch.quantile(cosine, 0.6)
     order = epoch_order(int(hard.sum()), seed=7, stage=1, epoch=1).split(32)
-    stage = naive_stage(model.config, layers=config.layers_per_stage)
+    stage = naive_stage(model.config, layers=settings.layers_per_stage)
     names = {n if n.startswith("lm_head") else f"model.{n}": t for n, t in initial.items()}
     stage.load_state_dict({**names, "model.embed_tokens.weight": names["lm_head.weight"]})
     expected = naive_losses(stage, last[hard], ids[:, 1:].flatten()[hard], order)

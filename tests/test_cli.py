@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from cascade_fast import baselines, evaluate, plan, sweep, train
-from cascade_fast.files import read_json
-from cascade_fast.metrics import peak_rss_bytes, say_table
+from cascade_fast.runtime.compute import peak_rss_bytes
+from cascade_fast.runtime.console import say_table
+from cascade_fast.runtime.files import read_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,9 +78,9 @@ def test_folders_that_are_no_run_or_a_run_already(capsys, flags, tmp_path):
 
 
 def test_debug_shows_the_traceback(flags):
-    from cascade_fast.config import ConfigError
+    from cascade_fast.input_checks import InputError
 
-    with pytest.raises(ConfigError):
+    with pytest.raises(InputError):
         train.main([*flags, "--hard-ratio", "7", "--debug"])
 
 
@@ -200,7 +201,7 @@ def test_peak_memory_is_the_process_s_own():
     """Not that of whoever started it, which ru_maxrss would be."""
     room = bytearray(400 * 2**20)
     room[:: 2**12] = b"x" * len(room[:: 2**12])  # every page
-    code = "from cascade_fast.metrics import peak_rss_bytes; print(peak_rss_bytes())"
+    code = "from cascade_fast.runtime.console import peak_rss_bytes; print(peak_rss_bytes())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 2**20 < int(run.stdout) < 300 * 2**20
     assert peak_rss_bytes() > len(room)
@@ -220,7 +221,7 @@ def test_samples_that_cannot_be_made_cost_nothing_else(capsys, flags, tmp_path, 
     def no_memory(*_args, **_settings):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("cascade_fast.samples.load_model", no_memory)
+    monkeypatch.setattr("cascade_fast.reporting.samples.load_model", no_memory)
     code, out, _ = _main(capsys, *flags, "--out", str(tmp_path / "run"), "--num-stages", "1")
     assert code == 0
     assert "sample text: none, MemoryError: no room" in out

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from cascade_fast.comparison import (
+from cascade_fast.comparison.runs import (
     base_row,
     best_within,
     equal_cost_table,
@@ -15,7 +15,7 @@ from cascade_fast.comparison import (
     verdict,
     write_tables,
 )
-from cascade_fast.config import ConfigError
+from cascade_fast.input_checks import InputError
 
 
 def _row(name, seconds, tokens, ppl):
@@ -98,12 +98,12 @@ def test_tables_and_plot(tiny_runs, tmp_path):
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     open_folder(tmp_path / "new", "sweep")
     open_folder(tmp_path / "new", "sweep")
-    with pytest.raises(ConfigError, match="exists and is not the folder of a baselines comparison"):
+    with pytest.raises(InputError, match="exists and is not the folder of a baselines comparison"):
         open_folder(tmp_path / "new", "baselines")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("meow")
     (tmp_path / "file").write_text("")
     for name in ("photos", "file"):
-        with pytest.raises(ConfigError, match="exists and is not the folder of a sweep comparison"):
+        with pytest.raises(InputError, match="exists and is not the folder of a sweep comparison"):
             open_folder(tmp_path / name, "sweep")
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.jpg"]

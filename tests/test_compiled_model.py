@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import text_ids
 
-from cascade_fast.attention import additive, grouped_attention
-from cascade_fast.modeling import CascadeForCausalLM
+from cascade_fast.model.modeling import CascadeForCausalLM
+from cascade_fast.stages.attention import additive, grouped_attention
 
 slow = pytest.mark.slow  # half a minute or more for one that compiles twice
 

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
-from cascade_fast.config import ALL, PRESETS, ConfigError, RunConfig, make_config, saved_settings
-from cascade_fast.input_checks import OTHER_NAMES, template_parts
+from cascade_fast.input_checks import OTHER_NAMES, InputError, template_parts
+from cascade_fast.settings import ALL, PRESETS, RunSettings, make_settings, saved_settings
 from cascade_fast.train import build_parser
 
 
 def test_seed_preset_is_the_original_experiment():
-    seed = make_config({"preset": "seed"})
+    seed = make_settings({"preset": "seed"})
     assert (seed.hard_ratio, seed.layers_per_stage, seed.num_stages, seed.epochs) == (0.9, 8, 5, 10)
     assert (seed.batch_tokens, seed.lr, seed.patience) == (32, 1e-4, 1)
     assert (seed.train_blocks, seed.val_blocks, seed.seq_len) == (1000, 100, 128)
@@ -23,20 +23,20 @@ def test_seed_preset_is_the_original_experiment():
 
 
 def test_the_second_look_preset_takes_flags_like_any_other():
-    config = make_config({"preset": "second-look", "layers_per_stage": 4})
-    assert (config.stage_kind, config.num_stages, config.layers_per_stage) == ("second-look", 1, 4)
-    assert (config.criterion, config.hard_ratio) == (make_config({}).criterion, make_config({}).hard_ratio)
+    settings = make_settings({"preset": "second-look", "layers_per_stage": 4})
+    assert (settings.stage_kind, settings.num_stages, settings.layers_per_stage) == ("second-look", 1, 4)
+    assert (settings.criterion, settings.hard_ratio) == (make_settings({}).criterion, make_settings({}).hard_ratio)
 
 
 def test_flags_override_file_overrides_preset(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("preset: seed\nhard-ratio: 0.5\nlr: 1e-3\ntext_columns: text\nmax_minutes: null\n")
-    config = make_config({"hard_ratio": "0.7"}, str(file))
-    assert config.hard_ratio == 0.7
-    assert config.lr == 1e-3  # YAML reads 1e-3 as text
-    assert config.text_columns == ("text",)
-    assert config.epochs == 10  # the seed's
-    assert config.max_minutes is None
+    settings = make_settings({"hard_ratio": "0.7"}, str(file))
+    assert settings.hard_ratio == 0.7
+    assert settings.lr == 1e-3  # YAML reads 1e-3 as text
+    assert settings.text_columns == ("text",)
+    assert settings.epochs == 10  # the seed's
+    assert settings.max_minutes is None
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_flags_override_file_overrides_preset(tmp_path):
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(name, value, said):
-    with pytest.raises(ConfigError, match=said):
-        make_config({name: value})
+    with pytest.raises(InputError, match=said):
+        make_settings({name: value})
 
 
 def test_columns_and_template_together_are_refused():
-    with pytest.raises(ConfigError, match="text_columns and text_template"):
-        make_config({"text_columns": ["a"], "text_template": "{a}"})
+    with pytest.raises(InputError, match="text_columns and text_template"):
+        make_settings({"text_columns": ["a"], "text_template": "{a}"})
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_an_unreadable_config_file_is_named_with_the_line(tmp_path, content, sai
     file = tmp_path / "run.yaml"
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ConfigError) as raised:
-        make_config({}, str(file))
+    with pytest.raises(InputError) as raised:
+        make_settings({}, str(file))
     assert str(raised.value).startswith(f"config: {str(file)!r}{said}")
     assert "\n" not in str(raised.value)
 
@@ -115,13 +115,13 @@ def test_an_unreadable_config_file_is_named_with_the_line(tmp_path, content, sai
 def test_what_yaml_reads_as_something_else(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("\ufeffshuffle: off\ntext_columns: [a, b]\ntrain-blocks: all\n", encoding="utf-8")
-    config = make_config({}, str(file))
-    assert (config.shuffle, config.text_columns, config.train_blocks) == ("off", ("a", "b"), ALL)
+    settings = make_settings({}, str(file))
+    assert (settings.shuffle, settings.text_columns, settings.train_blocks) == ("off", ("a", "b"), ALL)
     file.write_text("base: &b [x, x]\n")
-    with pytest.raises(ConfigError, match="base: a list; must be text"):
-        make_config({}, str(file))
+    with pytest.raises(InputError, match="base: a list; must be text"):
+        make_settings({}, str(file))
     file.write_text("")
-    assert make_config({}, str(file)) == RunConfig()
+    assert make_settings({}, str(file)) == RunSettings()
 
 
 @pytest.mark.parametrize(
@@ -133,52 +133,52 @@ def test_what_yaml_reads_as_something_else(tmp_path):
     ],
 )  # fmt: skip
 def test_a_template_takes_names_of_columns_alone(template):
-    with pytest.raises(ConfigError, match=r"^text_template: .*between braces stands a column's name alone") as raised:
-        make_config({"text_template": template})
+    with pytest.raises(InputError, match=r"^text_template: .*between braces stands a column's name alone") as raised:
+        make_settings({"text_template": template})
     assert template.strip("a d") in str(raised.value)
 
 
 def test_the_parts_of_a_template():
     assert template_parts("{{{a}}}: {b c}") == [("{", None), ("", "a"), ("}", None), (": ", "b c")]
-    assert make_config({"text_template": "Q: {question}\n"}).text_template == "Q: {question}\n"
+    assert make_settings({"text_template": "Q: {question}\n"}).text_template == "Q: {question}\n"
 
 
 def test_other_trainers_names_are_known():
     for theirs, ours in OTHER_NAMES.items():
-        assert theirs not in RunConfig.__dataclass_fields__
-        with pytest.raises(ConfigError, match=f"^{theirs}: no such setting; did you mean {ours} \\("):
-            make_config({theirs: 1})
+        assert theirs not in RunSettings.__dataclass_fields__
+        with pytest.raises(InputError, match=f"^{theirs}: no such setting; did you mean {ours} \\("):
+            make_settings({theirs: 1})
 
 
 def test_values_of_the_wrong_type_are_refused_in_python_too():
     for wrong in ({"epochs": "2"}, {"lr": None}, {"epochs": True}, {"text_columns": ["a"]}, {"out": 3}):
-        with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: .*; must be"):
-            RunConfig(**wrong)
-    assert RunConfig(lr=1).lr == 1
+        with pytest.raises(InputError, match=f"{next(iter(wrong))}: .*; must be"):
+            RunSettings(**wrong)
+    assert RunSettings(lr=1).lr == 1
 
 
 def test_all_is_one_split_s():
-    config = make_config({"train_blocks": "all"})
-    assert (config.train_blocks, config.to_dict()["train_blocks"]) == (ALL, "all")
-    with pytest.raises(ConfigError, match="train_blocks, test_blocks: all; only one of them"):
-        make_config({"train_blocks": "all", "test_blocks": "all"})
+    settings = make_settings({"train_blocks": "all"})
+    assert (settings.train_blocks, settings.to_dict()["train_blocks"]) == (ALL, "all")
+    with pytest.raises(InputError, match="train_blocks, test_blocks: all; only one of them"):
+        make_settings({"train_blocks": "all", "test_blocks": "all"})
 
 
 def test_runs_from_before_shuffle_read_in_order():
-    before = {name: value for name, value in make_config({}).to_dict().items() if name != "shuffle"}
-    assert make_config(saved_settings(before)).shuffle == "off"
-    assert make_config(saved_settings(make_config({}).to_dict())).shuffle == "on"
-    assert (make_config({}).shuffle, make_config({"preset": "seed"}).shuffle) == ("on", "off")
+    before = {name: value for name, value in make_settings({}).to_dict().items() if name != "shuffle"}
+    assert make_settings(saved_settings(before)).shuffle == "off"
+    assert make_settings(saved_settings(make_settings({}).to_dict())).shuffle == "on"
+    assert (make_settings({}).shuffle, make_settings({"preset": "seed"}).shuffle) == ("on", "off")
 
 
 def test_settings_survive_json():
     for preset in PRESETS:
-        config = make_config({"preset": preset, "text_columns": ["a", "b"], "test_blocks": "all"})
-        assert make_config(config.to_dict()) == config
+        settings = make_settings({"preset": preset, "text_columns": ["a", "b"], "test_blocks": "all"})
+        assert make_settings(settings.to_dict()) == settings
 
 
 def test_every_setting_is_a_flag_with_a_help_sentence():
     actions = {action.dest: action for action in build_parser()._actions}
-    for f in dataclasses.fields(RunConfig):
+    for f in dataclasses.fields(RunSettings):
         assert f.name in actions
         assert len(actions[f.name].help) > 15

@@ -6,15 +6,16 @@ import json
 import pytest
 from conftest import byte_tokenizer
 
-from cascade_fast.config import ALL, ConfigError, make_config
-from cascade_fast.data import cut_blocks, load_blocks, load_texts, pydoc_texts, text_blocks
+from cascade_fast.base.texts import cut_blocks, load_blocks, load_texts, pydoc_texts, text_blocks
+from cascade_fast.input_checks import InputError
+from cascade_fast.settings import ALL, make_settings
 
 TOKENIZER = byte_tokenizer()
 
 
 def _config(**settings):
     defaults = {"seq_len": 8, "train_blocks": 2, "val_blocks": 1, "test_blocks": 1, "shuffle": "off"}
-    return make_config({**defaults, **settings})
+    return make_settings({**defaults, **settings})
 
 
 def _texts(*lengths):
@@ -50,10 +51,10 @@ def test_no_text_is_shared_between_splits():
 
 
 def test_test_blocks_default_to_as_many_as_validation_or_what_is_left():
-    config = make_config({"seq_len": 8, "train_blocks": 1, "val_blocks": 2})
-    assert len(cut_blocks(_texts(9, 17, 17, 9), TOKENIZER, config).ids["test"]) == 2
-    assert len(cut_blocks(_texts(9, 17, 9), TOKENIZER, config).ids["test"]) == 1
-    assert len(cut_blocks(_texts(9, 17), TOKENIZER, config).ids["test"]) == 0
+    settings = make_settings({"seq_len": 8, "train_blocks": 1, "val_blocks": 2})
+    assert len(cut_blocks(_texts(9, 17, 17, 9), TOKENIZER, settings).ids["test"]) == 2
+    assert len(cut_blocks(_texts(9, 17, 9), TOKENIZER, settings).ids["test"]) == 1
+    assert len(cut_blocks(_texts(9, 17), TOKENIZER, settings).ids["test"]) == 0
 
 
 def test_reading_stops_when_there_is_enough():
@@ -69,12 +70,12 @@ def test_reading_stops_when_there_is_enough():
 
 
 def test_too_few_blocks_says_how_many_there_are():
-    with pytest.raises(ConfigError, match=r"2 train \+ 1 val \+ 1 test blocks asked, but 'pydoc' has 3 of 8 tokens"):
+    with pytest.raises(InputError, match=r"2 train \+ 1 val \+ 1 test blocks asked, but 'pydoc' has 3 of 8 tokens"):
         cut_blocks(_texts(17, 9), TOKENIZER, _config())
 
 
 def test_texts_too_short_for_one_block():
-    with pytest.raises(ConfigError, match=r"shorter than one block of seq_len \+ 1 = 9 tokens \(the longest has 8\)"):
+    with pytest.raises(InputError, match=r"shorter than one block of seq_len \+ 1 = 9 tokens \(the longest has 8\)"):
         cut_blocks(_texts(8, 3), TOKENIZER, _config())
 
 
@@ -140,7 +141,7 @@ def test_text_files_are_a_text_each_and_a_folder_is_read_in_order(tmp_path):
 def test_columns_that_are_not_there(tmp_path, settings, said):
     path = tmp_path / "rows.json"
     _write(path, "json")
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(InputError, match=said):
         load_blocks(_config(dataset=str(path), **settings), TOKENIZER)
 
 
@@ -162,9 +163,9 @@ def test_datasets_that_are_not_there(tmp_path):
         str(tmp_path / "unknown.csv"): "text_columns: not given",
         "someone/some-dataset": "not to be had from the Hugging Face Hub",
     }.items():
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(InputError, match=said):
             load_blocks(_config(dataset=name), TOKENIZER)
-    with pytest.raises(ConfigError, match="pydoc has no columns"):
+    with pytest.raises(InputError, match="pydoc has no columns"):
         load_blocks(_config(dataset="pydoc", text_columns=["a"]), TOKENIZER)
 
 
@@ -183,7 +184,7 @@ def _one(path, text):
 
 
 def _read(dataset):
-    return list(load_texts(make_config({"dataset": str(dataset), "shuffle": "off"})))
+    return list(load_texts(make_settings({"dataset": str(dataset), "shuffle": "off"})))
 
 
 def test_names_with_signs_of_patterns_are_names(tmp_path, monkeypatch):
@@ -203,7 +204,7 @@ def test_names_that_nothing_escapes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WHERE", "elsewhere")
     for name in ("a::b", "zip:::x", "$WHERE"):
         _one(tmp_path / f"{name}.jsonl", "x")
-        with pytest.raises(ConfigError, match=r"a path with '::' or a variable in it cannot be read: rename it"):
+        with pytest.raises(InputError, match=r"a path with '::' or a variable in it cannot be read: rename it"):
             _read(tmp_path / f"{name}.jsonl")
     _one(tmp_path / "$NOWHERE.jsonl", "x")
     assert _read(tmp_path / "$NOWHERE.jsonl") == ["x"]
@@ -215,7 +216,7 @@ def test_names_that_nothing_escapes_are_refused(tmp_path, monkeypatch):
 def test_what_is_no_name_reads_nothing_of_the_current_folder(tmp_path, monkeypatch, name):
     _one(tmp_path / "x.json", "decoy")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="no such file or folder, and no name of a dataset on the hub"):
+    with pytest.raises(InputError, match="no such file or folder, and no name of a dataset on the hub"):
         _read(name)
 
 
@@ -261,7 +262,7 @@ def test_a_folder_s_hidden_and_empty_files_are_left_out(tmp_path):
 def test_a_file_that_cannot_be_read_is_said_in_one_line(tmp_path, capfd, name, content, said):
     file = tmp_path / name
     file.write_bytes(content)
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(InputError) as raised:
         _read(file)
     assert str(raised.value).startswith(f"dataset: {str(file)!r}{said}")
     assert "\n" not in str(raised.value)
@@ -271,9 +272,7 @@ def test_a_file_that_cannot_be_read_is_said_in_one_line(tmp_path, capfd, name, c
 def test_a_folder_whose_files_differ(tmp_path):
     _one(tmp_path / "a.jsonl", "a")
     (tmp_path / "b.jsonl").write_text('{"title": "b"}\n')
-    with pytest.raises(
-        ConfigError, match="cannot be read as json: the files, or parts of one, differ in their columns"
-    ):
+    with pytest.raises(InputError, match="cannot be read as json: the files, or parts of one, differ in their columns"):
         _read(tmp_path)
 
 
@@ -312,16 +311,16 @@ def test_the_order_is_fixed_and_not_the_seed_s(sorted_data):
     texts = [f"{i:04d}" for i in range(200)]
     sorted_data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     one, two = (
-        list(load_texts(make_config({"dataset": str(sorted_data), "seed": seed}))) for seed in (1, 2)
+        list(load_texts(make_settings({"dataset": str(sorted_data), "seed": seed}))) for seed in (1, 2)
     )  # fmt: skip
     assert one == two != texts
     assert sorted(one) == texts
     assert one[:6] == ["0018", "0170", "0107", "0098", "0177", "0182"]  # of numpy's frozen generator, in every release
     pydoc = pydoc_texts()
-    shuffled = load_texts(make_config({}))
+    shuffled = load_texts(make_settings({}))
     assert shuffled != pydoc
     assert sorted(shuffled) == sorted(pydoc)
-    in_order = text_blocks(make_config({"dataset": str(sorted_data), "seq_len": 2}), TOKENIZER, limit=3)
+    in_order = text_blocks(make_settings({"dataset": str(sorted_data), "seq_len": 2}), TOKENIZER, limit=3)
     assert [TOKENIZER.decode(row) for row in in_order] == ["000", "000", "000"]  # another text is read as it stands
 
 
@@ -338,7 +337,7 @@ def test_all_to_train_on_is_what_validation_and_test_leave():
         assert again.fingerprint() == blocks.fingerprint()
         owners = [set(_owners(ids)) for ids in blocks.ids.values()]
         assert not owners[0] & (owners[1] | owners[2])
-    default = cut_blocks(texts, TOKENIZER, make_config({"seq_len": 8, "train_blocks": "all", "val_blocks": 2}))
+    default = cut_blocks(texts, TOKENIZER, make_settings({"seq_len": 8, "train_blocks": "all", "val_blocks": 2}))
     assert [len(ids) for ids in default.ids.values()] == [6, 2, 2]
 
 
@@ -347,13 +346,11 @@ def test_all_to_test_on_is_what_is_left():
     blocks = cut_blocks(_texts(25, 17, 9, 25), TOKENIZER, asked)
     assert [len(ids) for ids in blocks.ids.values()] == [3, 1, 4]
     assert (asked.test_blocks, blocks.settle(asked).test_blocks) == (ALL, 4)
-    with pytest.raises(ConfigError, match="test_blocks: all; 'pydoc' has 5 blocks, train and val leave none"):
+    with pytest.raises(InputError, match="test_blocks: all; 'pydoc' has 5 blocks, train and val leave none"):
         cut_blocks(_texts(25, 17), TOKENIZER, asked)
-    with pytest.raises(
-        ConfigError, match=r"train_blocks: all; 'pydoc' has 3 blocks of 8 tokens: 1 val \+ 1 test leave"
-    ):
+    with pytest.raises(InputError, match=r"train_blocks: all; 'pydoc' has 3 blocks of 8 tokens: 1 val \+ 1 test leave"):
         cut_blocks(_texts(17, 9), TOKENIZER, _config(train_blocks="all"))
-    with pytest.raises(ConfigError, match="shorter than one block"):
+    with pytest.raises(InputError, match="shorter than one block"):
         cut_blocks(_texts(3), TOKENIZER, _config(train_blocks="all"))
 
 

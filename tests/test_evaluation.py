@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from cascade_fast import evaluate
-from cascade_fast.base_model import find_base
-from cascade_fast.config import make_config
-from cascade_fast.data import load_blocks, text_blocks
-from cascade_fast.evaluation import bootstrap_difference, evaluate_cascade, measure, sweep_threshold
-from cascade_fast.modeling import CascadeForCausalLM
+from cascade_fast.base.model import find_base
+from cascade_fast.base.texts import load_blocks, text_blocks
+from cascade_fast.model.measuring import bootstrap_difference, evaluate_cascade, measure, sweep_threshold
+from cascade_fast.model.modeling import CascadeForCausalLM
+from cascade_fast.settings import make_settings
 
 
 @pytest.fixture(params=["warm", "seed", "look"])
@@ -24,8 +24,8 @@ def run(request, tiny_runs):
 
 
 def _loaded(run, split="val"):
-    config = make_config(json.loads((run / "config.json").read_text())["settings"])
-    blocks = load_blocks(config, find_base(config).tokenizer()).ids[split]
+    settings = make_settings(json.loads((run / "config.json").read_text())["settings"])
+    blocks = load_blocks(settings, find_base(settings).tokenizer()).ids[split]
     return CascadeForCausalLM.from_pretrained(run).requires_grad_(False), blocks
 
 
@@ -134,13 +134,13 @@ def test_the_sweep_goes_from_the_base_to_every_token(run):
 
 
 def test_all_blocks_of_a_text(tiny_settings):
-    config = make_config({**tiny_settings, "seq_len": 50})
-    tokenizer = find_base(config).tokenizer()
-    blocks = text_blocks(config, tokenizer)
-    texts = [json.loads(line)["text"] for line in Path(config.dataset).read_text().splitlines()]
+    settings = make_settings({**tiny_settings, "seq_len": 50})
+    tokenizer = find_base(settings).tokenizer()
+    blocks = text_blocks(settings, tokenizer)
+    texts = [json.loads(line)["text"] for line in Path(settings.dataset).read_text().splitlines()]
     assert blocks.shape == (sum((len(tokenizer(text)["input_ids"]) - 1) // 50 for text in texts), 51)
-    assert torch.equal(text_blocks(config, tokenizer, limit=7), blocks[:7])
-    splits = load_blocks(dataclasses.replace(config, shuffle="off"), tokenizer).ids
+    assert torch.equal(text_blocks(settings, tokenizer, limit=7), blocks[:7])
+    splits = load_blocks(dataclasses.replace(settings, shuffle="off"), tokenizer).ids
     assert torch.equal(blocks[:39], splits["train"][:39])
 
 
@@ -209,7 +209,7 @@ def test_a_mistake_is_one_line(tiny_runs, capsys, wrong, said):
 def test_a_cascade_that_kept_no_stage(tiny_settings, tmp_path, capsys):
     from cascade_fast.cascade import run_cascade
 
-    run_cascade(make_config({**tiny_settings, "out": str(tmp_path / "run"), "min_improvement": 0.9}))
+    run_cascade(make_settings({**tiny_settings, "out": str(tmp_path / "run"), "min_improvement": 0.9}))
     capsys.readouterr()
     assert _main(capsys, tmp_path / "run", "--json", tmp_path / "all.json", "--device", "cpu")[0] == 0
     found = json.loads(Path(tmp_path / "all.json").read_text())

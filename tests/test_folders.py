@@ -10,9 +10,9 @@ import sys
 import pytest
 from run_faults import is_one_line, small_run
 
-from cascade_fast import base_pass as base_pass_module
-from cascade_fast import files
-from cascade_fast.files import LockHeld, acquire_lock, atomic_write_text, clear_temporaries, save_tensors
+from cascade_fast.base import base_pass as base_pass_module
+from cascade_fast.runtime import files
+from cascade_fast.runtime.files import LockHeld, acquire_lock, atomic_write_text, clear_temporaries, save_tensors
 
 
 def _refused(server, base, tmp_path, **changes) -> str:

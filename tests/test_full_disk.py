@@ -9,11 +9,12 @@ import pytest
 import torch
 from run_faults import differences, epochs_told, is_one_line, small_run
 
-from cascade_fast import files, run_plan
-from cascade_fast.config import ConfigError
-from cascade_fast.files import DiskFull
-from cascade_fast.hidden_store import HiddenStore
-from cascade_fast.memory_plan import BASE_PASS_DISK
+from cascade_fast.base.hidden_store import HiddenStore
+from cascade_fast.input_checks import InputError
+from cascade_fast.planning import run_plan
+from cascade_fast.planning.memory import BASE_PASS_DISK
+from cascade_fast.runtime import files
+from cascade_fast.runtime.files import DiskFull
 
 KINDS = ("append", "second-look")
 NO_MOUNT = "a small file system cannot be mounted here (needs root)"
@@ -93,7 +94,7 @@ def test_the_plan_is_compared_with_what_is_free(tmp_path, monkeypatch):
     monkeypatch.setattr(run_plan, "free_disk_bytes", lambda _path: 5.0 * 2**20)
     run_plan.check_disk(planned, **where)
     monkeypatch.setattr(run_plan, "free_disk_bytes", lambda _path: 5.0 * 2**20 - 1)
-    with pytest.raises(ConfigError, match=r"needs 5\.0 MiB more on the disk of .*, where 5\.0 MiB are free"):
+    with pytest.raises(InputError, match=r"needs 5\.0 MiB more on the disk of .*, where 5\.0 MiB are free"):
         run_plan.check_disk(planned, **where)
     where["base_pass"].mkdir(parents=True)
     (where["base_pass"] / "hidden.bin").write_bytes(bytes(2**20))  # written already

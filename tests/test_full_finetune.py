@@ -7,17 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from cascade_fast import full_finetune as module
-from cascade_fast.base_model import find_base
-from cascade_fast.config import ConfigError, make_config
-from cascade_fast.data import load_blocks
-from cascade_fast.full_finetune import FullFinetune, full_finetune
+from cascade_fast.base.model import find_base
+from cascade_fast.base.texts import load_blocks
+from cascade_fast.input_checks import InputError
+from cascade_fast.runtime.compute import Compute
+from cascade_fast.settings import make_settings
+from cascade_fast.training import full_finetune as module
+from cascade_fast.training.full_finetune import FullFinetune, full_finetune
 
 CPU = torch.device("cpu")
 
 
 def _config(settings, out, **changes):
-    return make_config({**settings, "out": str(out), "lr": 1e-3, **changes})
+    return make_settings({**settings, "out": str(out), "lr": 1e-3, **changes})
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -30,7 +32,7 @@ def test_a_step_is_torch_s_own(tiny_settings, tmp_path, tied):
     ours = base.load(CPU, torch.float32).requires_grad_(True)
     plain = base.load(CPU, torch.float32).requires_grad_(True)
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
-    trainer = FullFinetune(ours, config, device=CPU, dtype=torch.float32, folder=tmp_path, started=0.0)
+    trainer = FullFinetune(ours, config, compute=Compute(CPU, torch.float32), folder=tmp_path, started=0.0)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=config.weight_decay)
     for lr in (1e-3, 5e-4):
         for group in optimizer.param_groups:
@@ -64,7 +66,7 @@ def test_a_run_helps_and_says_what_it_did(tiny_settings, tmp_path):
     before = (folder / "results.json").stat().st_mtime_ns
     full_finetune(config)
     assert (folder / "results.json").stat().st_mtime_ns == before
-    with pytest.raises(ConfigError, match=r"holds another run: lr was 0\.001, is 0\.002"):
+    with pytest.raises(InputError, match=r"holds another run: lr was 0\.001, is 0\.002"):
         full_finetune(_config(tiny_settings, folder, lr=2e-3))
 
 
@@ -90,9 +92,9 @@ def test_a_loss_that_is_not_finite_leaves_the_best_before_it(tiny_settings, tmp_
 
 
 def test_what_it_cannot_do(tiny_settings, tmp_path):
-    with pytest.raises(ConfigError, match="base_quantization: 'nf4'; must be none"):
+    with pytest.raises(InputError, match="base_quantization: 'nf4'; must be none"):
         full_finetune(_config(tiny_settings, tmp_path / "full", base_quantization="nf4"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "cat.jpg").write_text("meow")
-    with pytest.raises(ConfigError, match="exists and is not the folder of a full fine-tune"):
+    with pytest.raises(InputError, match="exists and is not the folder of a full fine-tune"):
         full_finetune(_config(tiny_settings, tmp_path / "other"))

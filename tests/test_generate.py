@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, TextStreamer
 
 from cascade_fast import evaluate
 from cascade_fast import generate as module
-from cascade_fast.continuation import continue_texts, recorded_exits
-from cascade_fast.files import read_json, write_json
-from cascade_fast.modeling import CascadeForCausalLM
-from cascade_fast.visible import visible
+from cascade_fast.model.continuation import continue_texts, recorded_exits
+from cascade_fast.model.modeling import CascadeForCausalLM
+from cascade_fast.runtime.files import read_json, write_json
+from cascade_fast.runtime.visible import visible
 
 PROMPTS = ["The expression ", "If a class", "In", "is called when the instance is"]
 
@@ -217,7 +217,7 @@ def test_a_terminal_has_colours_and_a_dumb_one_marks(tiny_runs, monkeypatch, cap
         terminal = Console(
             force_terminal=True, color_system="standard" if colours else None, highlight=False, soft_wrap=True
         )
-        monkeypatch.setattr("cascade_fast.metrics.console", terminal)
+        monkeypatch.setattr("cascade_fast.runtime.console.console", terminal)
         out = _main(capsys, *asked)[1]
         assert ("\x1b[33m" in out) is colours
         assert ("[1:" in out) is not colours

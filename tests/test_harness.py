@@ -13,8 +13,9 @@ import torch
 from conftest import save_tiny_base
 
 from cascade_fast import harness
-from cascade_fast.config import ConfigError, make_config
-from cascade_fast.modeling import CascadeForCausalLM
+from cascade_fast.input_checks import InputError
+from cascade_fast.model.modeling import CascadeForCausalLM
+from cascade_fast.settings import make_settings
 
 EXAMPLE = Path(__file__).parent.parent / "examples/lm_eval"
 # lm_eval is in the extra `dev`: without it these tests fail, they are not skipped.
@@ -43,7 +44,7 @@ def run(tiny_data, tmp_path_factory) -> Path:
         "device": "cpu",
         "accept": "always",
     }
-    return run_cascade(make_config(settings)).path
+    return run_cascade(make_settings(settings)).path
 
 
 def _requests(kind: str, *arguments: tuple):
@@ -103,7 +104,7 @@ def test_the_exits_differ_and_generation_uses_them(run):
 
 @pytest.mark.parametrize(("option", "value"), [("exits", "some"), ("exits", 3), ("exits", -1), ("dtype", "int8")])
 def test_bad_options_are_named(run, option, value):
-    with pytest.raises(ConfigError, match=f"{option}: .*must be"):
+    with pytest.raises(InputError, match=f"{option}: .*must be"):
         _lm(run, **{option: value})
 
 

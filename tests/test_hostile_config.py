@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig
 
 from cascade_fast import evaluate, generate
-from cascade_fast.config import ConfigError
-from cascade_fast.configuration import CascadeConfig
-from cascade_fast.files import read_json
-from cascade_fast.modeling import CascadeForCausalLM
+from cascade_fast.input_checks import InputError
+from cascade_fast.model.configuration import CascadeConfig
+from cascade_fast.model.modeling import CascadeForCausalLM
+from cascade_fast.runtime.files import read_json
 
 WRONG = [
     None,
@@ -78,7 +78,7 @@ def test_a_wrong_value_anywhere_is_one_line(fields, kind):
         for wrong in [ABSENT, *WRONG]:
             try:
                 config = CascadeConfig.from_dict(_changed(fields[kind], place, wrong))
-            except ConfigError as error:  # nothing else may come
+            except InputError as error:  # nothing else may come
                 refused += 1
                 message = str(error)
                 assert message.startswith("config.json: "), place
@@ -181,7 +181,7 @@ def test_the_base_is_what_its_fingerprint_says_whatever_the_file_does(fields, ti
     for stage in changed["stages"]:
         stage["rms_norm_eps"] = 1e-2
     (tmp_path / "config.json").write_text(json.dumps(changed))
-    with pytest.raises(ConfigError, match=r"stages: stage 1: rms_norm_eps 0\.01; must be 1e-06, as the base has it"):
+    with pytest.raises(InputError, match=r"stages: stage 1: rms_norm_eps 0\.01; must be 1e-06, as the base has it"):
         CascadeForCausalLM.from_pretrained(tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_weights_that_are_not_those_of_the_configuration(tiny_runs, tmp_path, ki
     def refused(said, state=weights, stages=config["stages"]):
         save_file(state, file, metadata={"format": "pt"})
         (tmp_path / "config.json").write_text(json.dumps({**config, "stages": stages}))
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(InputError, match=said):
             CascadeForCausalLM.from_pretrained(tmp_path)
 
     refused(rf"1 differ, as {name}", {n: w for n, w in weights.items() if n != name})
@@ -210,11 +210,11 @@ def test_weights_that_are_not_those_of_the_configuration(tiny_runs, tmp_path, ki
     model, info = CascadeForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert (len(model.stages), list(info["missing_keys"])) == (2, [])
     file.write_bytes(file.read_bytes()[:2000])
-    with pytest.raises(ConfigError, match="cannot be loaded: "):
+    with pytest.raises(InputError, match="cannot be loaded: "):
         CascadeForCausalLM.from_pretrained(tmp_path)
 
 
 def test_auto_config_says_the_same(fields, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(_changed(fields["warm"], ("stages",), 3)))
-    with pytest.raises(ConfigError, match=r"config\.json: stages: 3; must be a list"):
+    with pytest.raises(InputError, match=r"config\.json: stages: 3; must be a list"):
         AutoConfig.from_pretrained(tmp_path)

@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from cascade_fast.cascade import run_cascade
-from cascade_fast.config import make_config
-from cascade_fast.ledger import compute_ledger, seed_flops, stage_work
-from cascade_fast.parameter_counts import Shape
-from cascade_fast.roofline import base_flops, training_flops
+from cascade_fast.planning.counts import Shape
+from cascade_fast.planning.ledger import compute_ledger, seed_flops, stage_work
+from cascade_fast.planning.roofline import base_flops, training_flops
+from cascade_fast.settings import make_settings
 
 
 @pytest.mark.parametrize("preset", ["warm", "seed"])
@@ -26,7 +26,7 @@ def test_flops_of_a_step_are_those_counted(tmp_path, preset):
 
 def test_flops_of_the_original_recipe_are_those_of_transformers_layers():
     base = tiny_llama_config(tie_word_embeddings=False)
-    config = make_config({"layers_per_stage": base.num_hidden_layers})
+    settings = make_settings({"layers_per_stage": base.num_hidden_layers})
     model = LlamaForCausalLM(base).train()
     hidden_N1D = torch.randn(8, 1, base.hidden_size, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
@@ -35,25 +35,28 @@ def test_flops_of_the_original_recipe_are_those_of_transformers_layers():
     forward = counter.get_total_flops() / 4  # two forward passes and a backward pass of two
     inner = base.num_attention_heads * base.head_dim
     attention = base.num_hidden_layers * 4 * inner  # of one key: the ledger leaves it out
-    assert 8 * seed_flops(config, base) / 3 == pytest.approx(forward, abs=8 * attention)
+    assert 8 * seed_flops(settings, base) / 3 == pytest.approx(forward, abs=8 * attention)
 
 
 def test_flops_of_the_base_are_those_counted():
     base = tiny_llama_config()
-    config = make_config({"seq_len": 32})
+    settings = make_settings({"seq_len": 32})
     model = LlamaForCausalLM(base).eval()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(torch.zeros(2, 32, dtype=torch.long))
     attention = base.num_hidden_layers * 4 * 32 * base.num_attention_heads * base.head_dim
     products = counter.get_total_flops()  # torch's counter does not know the CPU's attention
-    shape = Shape.of(config, base)
+    shape = Shape.of(settings, base)
     assert 64 * (base_flops(shape, 32, with_logits=True) - attention) == products
     without = base_flops(shape, 32, with_logits=True) - base_flops(shape, 32, with_logits=False)
     assert without == 2 * base.vocab_size * base.hidden_size
 
 
 def test_the_ledger_adds_up():
-    base, config = tiny_llama_config(), make_config({"layers_per_stage": 2, "batch_tokens": 32, "criterion": "cosine"})
+    base, config = (
+        tiny_llama_config(),
+        make_settings({"layers_per_stage": 2, "batch_tokens": 32, "criterion": "cosine"}),
+    )
     epochs = [{"tokens": 600, "seconds": 2.0}, {"tokens": 600, "seconds": 1.0}]
     stages = [{"compute": stage_work(config, base, epochs, 1e9), "epochs": epochs}]
     ledger = compute_ledger(
@@ -74,7 +77,7 @@ def test_the_ledger_adds_up():
 
 
 def test_a_run_leaves_its_ledger(tiny_settings, tmp_path):
-    run = run_cascade(make_config({**tiny_settings, "out": str(tmp_path / "run")}))
+    run = run_cascade(make_settings({**tiny_settings, "out": str(tmp_path / "run")}))
     results = json.loads((run.path / "results.json").read_text())
     stage = results["stages"][0]
     trained = sum(e["tokens"] for e in stage["epochs"])

@@ -14,10 +14,11 @@ from conftest import text_ids
 from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM
 
-from cascade_fast.config import ConfigError, make_config
-from cascade_fast.configuration import CascadeConfig
-from cascade_fast.model_card import base_license, render_card
-from cascade_fast.modeling import CascadeForCausalLM
+from cascade_fast.input_checks import InputError
+from cascade_fast.model.card import base_license, render_card
+from cascade_fast.model.configuration import CascadeConfig
+from cascade_fast.model.modeling import CascadeForCausalLM
+from cascade_fast.settings import make_settings
 
 SHOWN = {ord("\n"): "\\n", 0x1B: "\\x1b", 0x202E: "\\u202e"}  # how control characters are shown
 DTYPES = (torch.float32, torch.bfloat16)
@@ -40,7 +41,7 @@ def _settings(run):
     [
         "import cascade_fast; from transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM; import cascade_fast",
-        "import cascade_fast.modeling; from transformers import AutoModelForCausalLM",
+        "import cascade_fast.model.modeling; from transformers import AutoModelForCausalLM",
     ],
 )
 def test_the_auto_classes_know_the_cascade_after_one_import(tiny_runs, imports):
@@ -90,7 +91,7 @@ def test_a_self_contained_folder_needs_nothing_else(tiny_runs, tmp_path, monkeyp
     model = CascadeForCausalLM.from_pretrained(tiny_runs["warm"])
     model.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
     assert len(list((tmp_path / "saved").glob("model-*.safetensors"))) > 1
-    monkeypatch.setattr("cascade_fast.modeling.find_base_of", None)
+    monkeypatch.setattr("cascade_fast.model.modeling.find_base_of", None)
     other = CascadeForCausalLM.from_pretrained(tmp_path / "saved")
     ids = text_ids()
     assert torch.equal(model(ids).logits, other(ids).logits)
@@ -109,9 +110,9 @@ def test_the_base_is_checked_by_its_fingerprint(tiny_runs, tmp_path):
     assert torch.equal(moved(ids).logits, CascadeForCausalLM.from_pretrained(run)(ids).logits)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    with pytest.raises(ConfigError, match=r"is another model than the one the stages were trained on: fingerprint \w+"):
+    with pytest.raises(InputError, match=r"is another model than the one the stages were trained on: fingerprint \w+"):
         AutoModelForCausalLM.from_pretrained(run, base_path=str(other))
-    with pytest.raises(ConfigError, match="If it lies elsewhere now, pass base_path"):
+    with pytest.raises(InputError, match="If it lies elsewhere now, pass base_path"):
         CascadeForCausalLM.from_pretrained(run, base_path=str(tmp_path / "gone"))
 
 
@@ -121,13 +122,13 @@ def test_what_is_no_finished_cascade_is_refused(tiny_runs, tmp_path):
     config = json.loads((tiny_runs["warm"] / "config.json").read_text())
     record = {k: config[k] for k in ("settings", "fingerprints", "versions", "machine")}
     (unfinished / "config.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match="a training run has it once it is finished"):
+    with pytest.raises(InputError, match="a training run has it once it is finished"):
         CascadeForCausalLM.from_pretrained(unfinished)
     (unfinished / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"stages/1/model.safetensors' is missing, but config.json names 2 stage"):
+    with pytest.raises(InputError, match=r"stages/1/model.safetensors' is missing, but config.json names 2 stage"):
         CascadeForCausalLM.from_pretrained(unfinished)
     nameless = CascadeForCausalLM(CascadeConfig(base_config=config["base_config"]))
-    with pytest.raises(ConfigError, match="self_contained: False; needs to know"):
+    with pytest.raises(InputError, match="self_contained: False; needs to know"):
         nameless.save_pretrained(tmp_path / "out", self_contained=False)
 
 
@@ -227,7 +228,7 @@ def test_push_to_hub_uploads_the_whole_folder(tiny_runs, monkeypatch):
 def test_a_run_that_kept_no_stage_is_its_base(tiny_settings, tmp_path):
     from cascade_fast.cascade import run_cascade
 
-    run_cascade(make_config({**tiny_settings, "out": str(tmp_path / "run"), "min_improvement": 0.9}))
+    run_cascade(make_settings({**tiny_settings, "out": str(tmp_path / "run"), "min_improvement": 0.9}))
     model = CascadeForCausalLM.from_pretrained(tmp_path / "run")
     ids = text_ids()
     assert len(model.stages) == 0

@@ -10,15 +10,17 @@ from test_stage import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from cascade_fast.base_model import find_base
-from cascade_fast.base_pass import base_pass
-from cascade_fast.cache_name import cache_of, with_cache
-from cascade_fast.config import ConfigError, make_config
-from cascade_fast.configuration import CascadeConfig
-from cascade_fast.data import load_blocks
-from cascade_fast.exits import ExitStage, evaluate_exits
-from cascade_fast.modeling import CascadeForCausalLM
-from cascade_fast.stage import StageConfig
+from cascade_fast.base.base_pass import base_pass
+from cascade_fast.base.cache_name import cache_of, with_cache
+from cascade_fast.base.model import find_base
+from cascade_fast.base.texts import load_blocks
+from cascade_fast.input_checks import InputError
+from cascade_fast.model.configuration import CascadeConfig
+from cascade_fast.model.modeling import CascadeForCausalLM
+from cascade_fast.runtime.compute import Compute
+from cascade_fast.settings import make_settings
+from cascade_fast.stages.append import StageConfig
+from cascade_fast.stages.exits import ExitStage, evaluate_exits
 
 CPU = torch.device("cpu")
 CLOSED, OPEN = [-math.inf] * 2, [math.inf] * 2
@@ -50,8 +52,8 @@ def _settings(run):
 
 
 def _blocks(run, split="val"):
-    config = make_config(_settings(run))
-    return load_blocks(config, find_base(config).tokenizer()).ids[split].long()
+    settings = make_settings(_settings(run))
+    return load_blocks(settings, find_base(settings).tokenizer()).ids[split].long()
 
 
 def _calls(module):
@@ -81,9 +83,9 @@ def test_the_loss_over_a_run_s_blocks_is_the_run_s(run, model, split):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_token_has_the_loss_and_exit_of_evaluate_exits(tiny_runs, name, dtype, tmp_path):
     run = tiny_runs[name]
-    config = make_config(_settings(run))
-    base = find_base(config)
-    passed = base_pass(base, load_blocks(config, base.tokenizer()), config, CPU, dtype, tmp_path)
+    settings = make_settings(_settings(run))
+    base = find_base(settings)
+    passed = base_pass(base, load_blocks(settings, base.tokenizer()), settings, Compute(CPU, dtype), tmp_path)
     model = CascadeForCausalLM.from_pretrained(run, dtype=dtype)
     entries = [
         ExitStage.load(
@@ -91,7 +93,7 @@ def test_every_token_has_the_loss_and_exit_of_evaluate_exits(tiny_runs, name, dt
         )
         for n in (1, 2)
     ]
-    expected = evaluate_exits(entries, passed.stores["val"], criterion=config.criterion, device=CPU, dtype=dtype)
+    expected = evaluate_exits(entries, passed.stores["val"], criterion=settings.criterion, compute=Compute(CPU, dtype))
     blocks = _blocks(run)
     with torch.no_grad():
         output = model(blocks[:, :-1], output_exits=True)
@@ -309,16 +311,16 @@ def test_scores_are_those_of_the_doors_a_token_came_to(model):
 
 
 def test_mistakes_are_named(model):
-    with pytest.raises(ConfigError, match=r"thresholds: \[0.0\]; must be 2 numbers"):
+    with pytest.raises(InputError, match=r"thresholds: \[0.0\]; must be 2 numbers"):
         model(text_ids(), thresholds=[0.0])
-    with pytest.raises(ConfigError, match="thresholds"):
+    with pytest.raises(InputError, match="thresholds"):
         model(text_ids(), thresholds=[0.0, math.nan])
     with pytest.raises(ValueError, match="exactly one"):
         model()
     stages = [{**model.config.stages[0], "kind": "sideways"}]
-    with pytest.raises(ConfigError, match="stage 1 is of kind 'sideways'; must be one of append, second-look"):
+    with pytest.raises(InputError, match="stage 1 is of kind 'sideways'; must be one of append, second-look"):
         CascadeConfig(base_config=model.config.base_config, stages=stages)
-    with pytest.raises(ConfigError, match="criterion: 'mood'"):
+    with pytest.raises(InputError, match="criterion: 'mood'"):
         CascadeConfig(criterion="mood")
 
 

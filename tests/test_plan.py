@@ -13,20 +13,21 @@ from conftest import tiny_llama_config
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from cascade_fast.cascade import run_cascade
-from cascade_fast.config import ConfigError, make_config
-from cascade_fast.memory_plan import (
+from cascade_fast.input_checks import InputError
+from cascade_fast.plan import BUILT_IN, base_configuration, main
+from cascade_fast.planning.counts import Shape, base_weight_bytes, optimizer_bytes, saved_activation_bytes
+from cascade_fast.planning.memory import (
     CONTEXT_BYTES,
     GIB,
     largest_batch_tokens,
     memory_plan,
     micro_batch_tokens,
 )
-from cascade_fast.parameter_counts import Shape, base_weight_bytes, optimizer_bytes, saved_activation_bytes
-from cascade_fast.plan import BUILT_IN, base_configuration, main
-from cascade_fast.roofline import DEVICES, base_pass_time, epoch_time, find_device, training_flops
-from cascade_fast.second_look import SecondLookConfig, SecondLookStage
-from cascade_fast.second_look_plan import choose_kv
-from cascade_fast.stage import Stage, StageConfig
+from cascade_fast.planning.roofline import DEVICES, base_pass_time, epoch_time, find_device, training_flops
+from cascade_fast.settings import make_settings
+from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage
+from cascade_fast.stages.second_look_sizes import choose_kv
 
 SIZES = dict(
     vocab_size=200,
@@ -43,8 +44,8 @@ BASES = {
     "qwen2": Qwen2Config(**{**SIZES, "head_dim": 16}, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES, tie_word_embeddings=False),
 }
-WARM, SEED = make_config({}), make_config({"preset": "seed"})
-LOOK = make_config({"stage_kind": "second-look"})
+WARM, SEED = make_settings({}), make_settings({"preset": "seed"})
+LOOK = make_settings({"stage_kind": "second-look"})
 SMALL = base_configuration("smollm2-135m")
 
 
@@ -171,8 +172,8 @@ def test_activations_are_what_autograd_saves(dtype):
 
 def test_the_peak_is_the_largest_phase_and_logits_are_a_chunk_whatever_the_batch():
     def plan(**settings):
-        config = make_config(settings)
-        return memory_plan(config, SMALL, dtype=torch.float16, on_cpu=False)
+        settings = make_settings(settings)
+        return memory_plan(settings, SMALL, dtype=torch.float16, on_cpu=False)
 
     small, large = plan(batch_tokens=512), plan(batch_tokens=2**14)
     assert small.worst.peak == max(phase.peak for phase in small.phases)
@@ -190,44 +191,44 @@ def test_a_gpu_shares_memory_between_activations_and_gradients_and_the_cpu_adds_
 
 
 def test_micro_batch_is_the_largest_equal_part_that_fits():
-    config = make_config({"batch_tokens": 2**16, "num_stages": 1})
+    settings = make_settings({"batch_tokens": 2**16, "num_stages": 1})
 
     def needed(micro: int) -> float:
-        fixed = make_config({"batch_tokens": 2**16, "num_stages": 1, "micro_batch_tokens": micro})
+        fixed = make_settings({"batch_tokens": 2**16, "num_stages": 1, "micro_batch_tokens": micro})
         plan = memory_plan(fixed, SMALL, dtype=torch.float16, on_cpu=False)
         return plan.phases[1].needed + CONTEXT_BYTES
 
     for memory in (2 * GIB, 4 * GIB, 64 * GIB):
-        micro = micro_batch_tokens(config, SMALL, memory, dtype=torch.float16)
+        micro = micro_batch_tokens(settings, SMALL, memory, dtype=torch.float16)
         parts = -(-(2**16) // micro)
         assert micro == -(-(2**16) // parts)
         assert needed(micro) <= memory
         assert parts == 1 or needed(-(-(2**16) // (parts - 1))) > memory
-    bound = make_config({"batch_tokens": 512, "micro_batch_tokens": 100})
+    bound = make_settings({"batch_tokens": 512, "micro_batch_tokens": 100})
     assert micro_batch_tokens(bound, SMALL, 64 * GIB, dtype=torch.float16) == 86  # ceil(512 / 6)
-    assert micro_batch_tokens(config, SMALL, 1, dtype=torch.float16) == 2**16  # nothing fits: parts do not help
+    assert micro_batch_tokens(settings, SMALL, 1, dtype=torch.float16) == 2**16  # nothing fits: parts do not help
 
 
 def test_the_largest_batch_fits_and_one_token_more_does_not():
     memory = 3 * GIB
     batch = largest_batch_tokens(WARM, SMALL, memory, dtype=torch.float16, on_cpu=False)
     for tokens, fits in ((batch, True), (batch + 1, False)):
-        config = make_config({"batch_tokens": tokens, "micro_batch_tokens": tokens})
-        phase = memory_plan(config, SMALL, dtype=torch.float16, on_cpu=False).phases[1]
+        settings = make_settings({"batch_tokens": tokens, "micro_batch_tokens": tokens})
+        phase = memory_plan(settings, SMALL, dtype=torch.float16, on_cpu=False).phases[1]
         assert (phase.needed + CONTEXT_BYTES <= memory) is fits
 
 
 def test_micro_batch_tokens_below_one_is_refused():
-    with pytest.raises(ConfigError, match="micro_batch_tokens: 0; must be at least 1"):
-        make_config({"micro_batch_tokens": 0})
+    with pytest.raises(InputError, match="micro_batch_tokens: 0; must be at least 1"):
+        make_settings({"micro_batch_tokens": 0})
 
 
 def test_the_roofline_names_its_limit():
     t4 = DEVICES["t4"]
-    one_token = make_config({"preset": "seed"})
+    one_token = make_settings({"preset": "seed"})
     time = epoch_time(one_token, SMALL, t4, torch.float32, 32)
     assert time.seconds == max(time.flops, time.bytes, time.launches)
-    large = make_config({"batch_tokens": 2**14, "train_blocks": 4000})
+    large = make_settings({"batch_tokens": 2**14, "train_blocks": 4000})
     assert base_pass_time(large, base_configuration("llama-3-8b"), t4, torch.float16).limit == "FLOPs"
     steps = -(-115_200 // 32)
     assert time.bytes > steps * 28 * 56e6 * 0.8 / t4.bytes_per_second  # AdamW alone moves 28 bytes a parameter
@@ -240,7 +241,7 @@ def test_this_machine_is_probed_unless_its_rates_are_given():
     assert probed.on_cpu
     assert probed.rate(torch.float32) > 1e8
     assert probed.bytes_per_second > 1e8
-    with pytest.raises(ConfigError, match=r"device: 'abacus'.*or one of t4, l4, a100"):
+    with pytest.raises(InputError, match=r"device: 'abacus'.*or one of t4, l4, a100"):
         find_device("abacus", "auto")
 
 
@@ -344,7 +345,7 @@ def test_mistakes_are_named(arguments, said, capsys):
 
 
 def test_a_run_says_its_plan_first_and_records_planned_and_measured(tiny_settings, tmp_path, capsys):
-    run = run_cascade(make_config({**tiny_settings, "out": str(tmp_path / "run"), "num_stages": 1}))
+    run = run_cascade(make_settings({**tiny_settings, "out": str(tmp_path / "run"), "num_stages": 1}))
     memory = json.loads((run.path / "results.json").read_text())["memory"]
     assert memory["planned"]["peak_bytes"] == max(memory["planned"]["phases"].values())
     assert memory["measured_peak_bytes"] > 0
@@ -383,8 +384,8 @@ def test_trimming_gives_freed_pages_back():
     """In a process of its own, told to keep what it frees: 256 MiB of freed blocks below one that lives."""
     script = """
 import torch
-from cascade_fast.hardware import keep_freed_memory, trim_host_memory
-from cascade_fast.memory_plan import resident_bytes
+from cascade_fast.runtime.compute import keep_freed_memory, trim_host_memory
+from cascade_fast.runtime.compute import resident_bytes
 assert keep_freed_memory()
 blocks = [torch.ones(2**18) for _ in range(257)]
 lives = blocks.pop()

@@ -9,14 +9,16 @@ import torch
 from conftest import byte_tokenizer, tiny_llama_config
 from transformers import LlamaForCausalLM
 
-from cascade_fast.base_model import find_base, read_weights
-from cascade_fast.base_pass import base_pass
+from cascade_fast.base.base_pass import base_pass
+from cascade_fast.base.model import find_base, read_weights
+from cascade_fast.base.texts import load_blocks
 from cascade_fast.cascade import run_cascade
-from cascade_fast.config import ConfigError, make_config
-from cascade_fast.data import load_blocks
-from cascade_fast.evaluation import measure
-from cascade_fast.files import read_json
-from cascade_fast.modeling import CascadeForCausalLM
+from cascade_fast.input_checks import InputError
+from cascade_fast.model.measuring import measure
+from cascade_fast.model.modeling import CascadeForCausalLM
+from cascade_fast.runtime.compute import Compute
+from cascade_fast.runtime.files import read_json
+from cascade_fast.settings import make_settings
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -43,7 +45,7 @@ def settings(base_folder, tiny_settings):
 @needs_bitsandbytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layers_are_4_bit_and_embeddings_norms_and_head_are_not(settings, dtype):
-    base = find_base(make_config(settings))
+    base = find_base(make_settings(settings))
     model = base.load(CPU, dtype)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
@@ -58,8 +60,8 @@ def test_layers_are_4_bit_and_embeddings_norms_and_head_are_not(settings, dtype)
 @needs_bitsandbytes
 def test_the_4_bit_base_is_near_the_one_it_was_made_from(settings):
     ids = torch.arange(32)[None]
-    exact = find_base(make_config({**settings, "base_quantization": "none"})).load(CPU, torch.float32)
-    quantised = find_base(make_config(settings)).load(CPU, torch.float32)
+    exact = find_base(make_settings({**settings, "base_quantization": "none"})).load(CPU, torch.float32)
+    quantised = find_base(make_settings(settings)).load(CPU, torch.float32)
     with torch.inference_mode():
         a, b = exact(ids).logits, quantised(ids).logits
     assert not torch.equal(a, b)
@@ -70,10 +72,10 @@ def test_the_4_bit_base_is_near_the_one_it_was_made_from(settings):
 def test_the_fingerprint_of_the_base_pass_tells_the_two_apart_and_the_head_is_shared_unquantised(settings, tmp_path):
     passes = {}
     for quantization in ("none", "nf4"):
-        config = make_config({**settings, "base_quantization": quantization})
-        base = find_base(config)
-        blocks = load_blocks(config, base.tokenizer())
-        passes[quantization] = base_pass(base, blocks, config, CPU, torch.float32, tmp_path)
+        settings = make_settings({**settings, "base_quantization": quantization})
+        base = find_base(settings)
+        blocks = load_blocks(settings, base.tokenizer())
+        passes[quantization] = base_pass(base, blocks, settings, Compute(CPU, torch.float32), tmp_path)
     plain, nf4 = passes["none"], passes["nf4"]
     assert not nf4.reused
     assert nf4.stores["train"].meta["fingerprint"] != plain.stores["train"].meta["fingerprint"]
@@ -84,7 +86,7 @@ def test_the_fingerprint_of_the_base_pass_tells_the_two_apart_and_the_head_is_sh
 
 @needs_bitsandbytes
 def test_a_whole_run_on_a_4_bit_base(settings, tmp_path):
-    run = run_cascade(make_config({**settings, "accept": "always", "out": str(tmp_path / "run")}))
+    run = run_cascade(make_settings({**settings, "accept": "always", "out": str(tmp_path / "run")}))
     results = json.loads((run.path / "results.json").read_text())
     assert results["settings"]["base_quantization"] == "nf4"
     assert json.loads((run.path / "cascade.json").read_text())["base"]["quantization"] == "nf4"
@@ -92,12 +94,12 @@ def test_a_whole_run_on_a_4_bit_base(settings, tmp_path):
     # The folder loads as a model on that base, whose numbers are the run's.
     model = CascadeForCausalLM.from_pretrained(run.path)
     assert model.base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
-    config = make_config(results["settings"])
-    blocks = load_blocks(config, find_base(config).tokenizer()).ids["val"]
+    settings = make_settings(results["settings"])
+    blocks = load_blocks(settings, find_base(settings).tokenizer()).ids["val"]
     closed, trained = (measure(model, blocks, doors) for doors in ([-math.inf], model.config.thresholds))
     assert closed.perplexity == pytest.approx(results["base"]["val_ppl"], rel=1e-5)
     assert trained.perplexity == pytest.approx(results["stages"][0]["all_token_val_ppl"], rel=1e-5)
-    with pytest.raises(ConfigError, match=r"self_contained: True; .* in 4 bit \(base_quantization nf4\)"):
+    with pytest.raises(InputError, match=r"self_contained: True; .* in 4 bit \(base_quantization nf4\)"):
         model.save_pretrained(tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
     model.save_pretrained(tmp_path / "thin", self_contained=False)
@@ -110,7 +112,7 @@ def test_a_whole_run_on_a_4_bit_base(settings, tmp_path):
 
 @needs_bitsandbytes
 def test_a_run_of_before_remembers_its_quantisation_in_its_settings(settings, tmp_path, monkeypatch):
-    run = run_cascade(make_config({**settings, "accept": "always", "out": str(tmp_path / "run")}))
+    run = run_cascade(make_settings({**settings, "accept": "always", "out": str(tmp_path / "run")}))
     config = read_json(run.path / "config.json")  # without its checksum
     del config["base"]["quantization"]
     (run.path / "config.json").write_text(json.dumps(config))
@@ -118,15 +120,15 @@ def test_a_run_of_before_remembers_its_quantisation_in_its_settings(settings, tm
     assert model.base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
-    with pytest.raises(ConfigError, match="base_quantization: 'nf4'; needs bitsandbytes: pip install bitsandbytes"):
+    with pytest.raises(InputError, match="base_quantization: 'nf4'; needs bitsandbytes: pip install bitsandbytes"):
         CascadeForCausalLM.from_pretrained(run.path)
 
 
 def test_a_missing_bitsandbytes_is_said_before_any_work(settings, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
-    with pytest.raises(ConfigError, match="base_quantization: 'nf4'; needs bitsandbytes: pip install bitsandbytes"):
-        find_base(make_config(settings))
+    with pytest.raises(InputError, match="base_quantization: 'nf4'; needs bitsandbytes: pip install bitsandbytes"):
+        find_base(make_settings(settings))
 
 
 def test_weights_of_several_files_are_read_and_converted(tmp_path):

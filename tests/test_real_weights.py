@@ -6,17 +6,17 @@ import os
 import pytest
 import torch
 
-from cascade_fast.base_model import SMOLLM2_HUB_ID, _from_hub, _packaged_gguf, cache_folder, find_base
-from cascade_fast.base_pass import base_pass
+from cascade_fast.base.base_pass import base_pass
+from cascade_fast.base.model import SMOLLM2_HUB_ID, _from_hub, _packaged_gguf, cache_folder, find_base
+from cascade_fast.base.texts import load_blocks
 from cascade_fast.cascade import run_cascade
-from cascade_fast.config import make_config
-from cascade_fast.data import load_blocks
-from cascade_fast.evaluation import measure
-from cascade_fast.exits import ExitStage, evaluate_exits
-from cascade_fast.hardware import choose_dtype
-from cascade_fast.modeling import CascadeForCausalLM
+from cascade_fast.model.measuring import measure
+from cascade_fast.model.modeling import CascadeForCausalLM
+from cascade_fast.runtime.compute import Compute, choose_dtype
 from cascade_fast.selection import select_hardest
-from cascade_fast.stage import Stage, StageConfig
+from cascade_fast.settings import make_settings
+from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.stages.exits import ExitStage, evaluate_exits
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -37,11 +37,11 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def passed(cache):
-    config = make_config({**SETTINGS, "cache_dir": cache, "criterion": "cosine"})
-    base = find_base(config)
+    settings = make_settings({**SETTINGS, "cache_dir": cache, "criterion": "cosine"})
+    base = find_base(settings)
     dtype, _ = choose_dtype(CPU, "auto")
-    blocks = load_blocks(config, base.tokenizer())
-    return base, base_pass(base, blocks, config, CPU, dtype, cache_folder(config))
+    blocks = load_blocks(settings, base.tokenizer())
+    return base, base_pass(base, blocks, settings, Compute(CPU, dtype), cache_folder(settings))
 
 
 def test_the_base_is_the_original_s(passed):
@@ -69,13 +69,15 @@ def test_stages_have_the_original_s_size(passed):
 def test_a_warm_cascade_begins_as_the_base(cache, compute):
     """Every token through an untrained stage: the base's losses, to the rounding of the dtype."""
     few = {"train_blocks": 1, "val_blocks": 2, "test_blocks": 0, "store_dtype": "float32"}
-    config = make_config({**SETTINGS, **few, "cache_dir": cache})
-    base, (dtype, _) = find_base(config), choose_dtype(CPU, compute)
-    result = base_pass(base, load_blocks(config, base.tokenizer()), config, CPU, dtype, cache_folder(config))
+    settings = make_settings({**SETTINGS, **few, "cache_dir": cache})
+    base, (dtype, _) = find_base(settings), choose_dtype(CPU, compute)
+    result = base_pass(
+        base, load_blocks(settings, base.tokenizer()), settings, Compute(CPU, dtype), cache_folder(settings)
+    )
     shape = StageConfig.from_base(base.config, layers=2, init="identity", head="shared", reads="residual")
     entry = ExitStage(Stage(shape, head_VD=result.head_VD, norm_D=result.norm_D).eval(), torch.inf)
     val = result.stores["val"]
-    evaluation = evaluate_exits([entry], val, criterion="entropy", device=CPU, dtype=dtype)
+    evaluation = evaluate_exits([entry], val, criterion="entropy", compute=Compute(CPU, dtype))
     assert evaluation.shares(1)["stage_1"] == 1.0
     if dtype == torch.float32:
         torch.testing.assert_close(evaluation.loss_N, val["loss"], rtol=1e-4, atol=1e-4)
@@ -94,14 +96,14 @@ def test_a_run_from_end_to_end(cache, tmp_path, kind):
         "epochs": 1,
         "batch_tokens": 256,
     }
-    run = run_cascade(make_config({**settings, "out": str(tmp_path / "run")}))
+    run = run_cascade(make_settings({**settings, "out": str(tmp_path / "run")}))
     results = json.loads((run.path / "results.json").read_text())
     assert results["stages"][0]["train_hard"] == 461  # floor(0.6 * 767) + 1
     assert results["base"]["parameters"] == 134_515_008
     assert results["stages"][0]["all_token_val_ppl"] < results["base"]["val_ppl"] * 1.02
     # The folder loads as a model, whose numbers are the run's.
     model = CascadeForCausalLM.from_pretrained(run.path)
-    config = make_config(results["settings"])
-    blocks = load_blocks(config, find_base(config).tokenizer()).ids["val"]
+    settings = make_settings(results["settings"])
+    blocks = load_blocks(settings, find_base(settings).tokenizer()).ids["val"]
     measured = measure(model, blocks, model.config.thresholds)
     assert measured.perplexity == pytest.approx(results["final"]["all_token_val_ppl"], rel=2e-3)

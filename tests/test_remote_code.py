@@ -12,9 +12,10 @@ from conftest import save_tiny_base
 from transformers import AutoModelForCausalLM
 
 from cascade_fast import generate, plan, train
-from cascade_fast.base_model import find_base
-from cascade_fast.config import ConfigError, make_config
-from cascade_fast.modeling import CascadeForCausalLM
+from cascade_fast.base.model import find_base
+from cascade_fast.input_checks import InputError
+from cascade_fast.model.modeling import CascadeForCausalLM
+from cascade_fast.settings import make_settings
 
 MAP = {name: "evil.Evil" for name in ("AutoConfig", "AutoModelForCausalLM")}
 TOKENIZER_MAP = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
@@ -49,7 +50,7 @@ def repository(tiny_base, tmp_path):
 
 
 def _base(folder):
-    return find_base(make_config({"base": str(folder), "seq_len": 8}))
+    return find_base(make_settings({"base": str(folder), "seq_len": 8}))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_a_base_that_needs_code_is_refused(repository, tmp_path, capsys, config,
 )
 def test_a_tokenizer_that_needs_code_is_refused(repository, fields):
     with pytest.raises(
-        ConfigError, match=r"; a tokenizer of class \w+ needs code of its repository, which is never run"
+        InputError, match=r"; a tokenizer of class \w+ needs code of its repository, which is never run"
     ):
         _base(repository(tokenizer=fields)).tokenizer()
 
@@ -142,7 +143,7 @@ def test_a_cascade_in_a_pickle_is_refused(tiny_runs, tmp_path, capsys, hostile):
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
     said = "has no model.safetensors: weights are only ever read from safetensors or GGUF"
     for options in ({}, {"use_safetensors": False}):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(InputError, match=said):
             CascadeForCausalLM.from_pretrained(folder, **options)
     assert generate.main([str(folder), "a"]) == 2
     assert capsys.readouterr().err == f"error: cascade: {str(folder)!r}; {said}\n"
@@ -153,6 +154,6 @@ def test_a_base_in_a_pickle_is_refused(tmp_path):
     folder = save_tiny_base(tmp_path / "base")
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
-    with pytest.raises(ConfigError, match=r"no .safetensors weights in "):
+    with pytest.raises(InputError, match=r"no .safetensors weights in "):
         _base(folder)
     assert not (tmp_path / "ran").exists()

@@ -13,15 +13,16 @@ import torch
 from conftest import byte_tokenizer
 from transformers import AutoTokenizer
 
-from cascade_fast import report
-from cascade_fast.exits import ExitEvaluation
-from cascade_fast.files import read_json, write_json
-from cascade_fast.heat_map import MAX_TOKENS, heat_map, token_texts, write_heat_map
-from cascade_fast.modeling import CascadeForCausalLM
-from cascade_fast.report_html import render_page
-from cascade_fast.report_plots import write_plots
-from cascade_fast.samples import make_samples, sample_prompts
-from cascade_fast.visible import visible
+from cascade_fast.base.texts import token_texts
+from cascade_fast.model.modeling import CascadeForCausalLM
+from cascade_fast.reporting import report
+from cascade_fast.reporting.heat_map import MAX_TOKENS, heat_map, write_heat_map
+from cascade_fast.reporting.html import render_page
+from cascade_fast.reporting.plots import write_plots
+from cascade_fast.reporting.samples import make_samples, sample_prompts
+from cascade_fast.runtime.files import read_json, write_json
+from cascade_fast.runtime.visible import visible
+from cascade_fast.stages.exits import ExitEvaluation
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",

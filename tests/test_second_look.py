@@ -12,23 +12,25 @@ from test_stage import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 
-from cascade_fast import stage_trainer
-from cascade_fast.base_model import find_base
-from cascade_fast.base_pass import base_pass
-from cascade_fast.cache_name import cache_of, with_cache
+from cascade_fast.base.base_pass import base_pass
+from cascade_fast.base.cache_name import cache_of, with_cache
+from cascade_fast.base.hidden_store import HiddenStore
+from cascade_fast.base.model import find_base
+from cascade_fast.base.texts import load_blocks
 from cascade_fast.cascade import run_cascade
-from cascade_fast.config import ConfigError, make_config
-from cascade_fast.data import load_blocks
-from cascade_fast.exits import ExitStage, advance, evaluate_exits
-from cascade_fast.files import read_json, write_json
-from cascade_fast.hidden_store import HiddenStore
-from cascade_fast.second_look import SecondLookConfig, SecondLookStage, check_second_look
+from cascade_fast.input_checks import InputError
+from cascade_fast.runtime.compute import Compute
+from cascade_fast.runtime.files import read_json, write_json
 from cascade_fast.selection import select_hardest
-from cascade_fast.stage_tokens import SequenceTokens
-from cascade_fast.stage_trainer import epoch_order, validation_loss
+from cascade_fast.settings import make_settings
+from cascade_fast.stages.exits import ExitStage, advance, evaluate_exits
+from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage, check_second_look
+from cascade_fast.stages.tokens import SequenceTokens
+from cascade_fast.training import stage_trainer
+from cascade_fast.training.stage_trainer import epoch_order, validation_loss
 
 CPU = torch.device("cpu")
-HOW = {"criterion": "entropy", "device": CPU, "dtype": torch.float32}
+HOW = {"criterion": "entropy", "compute": Compute(CPU, torch.float32)}
 LAYERS = 2
 
 
@@ -38,10 +40,10 @@ def look_settings(tiny_settings):
 
 
 def _passed(settings, tmp_path, **changes):
-    config = make_config({**settings, **changes})
-    base = find_base(config)
-    blocks = load_blocks(config, base.tokenizer())
-    return base, blocks, base_pass(base, blocks, config, CPU, torch.float32, tmp_path / "cache")
+    settings = make_settings({**settings, **changes})
+    base = find_base(settings)
+    blocks = load_blocks(settings, base.tokenizer())
+    return base, blocks, base_pass(base, blocks, settings, Compute(CPU, torch.float32), tmp_path / "cache")
 
 
 def _stage(base, passed, *, noise=0.0, seed=0) -> SecondLookStage:
@@ -56,7 +58,7 @@ def _stage(base, passed, *, noise=0.0, seed=0) -> SecondLookStage:
 
 
 def _run(settings, folder, **changes):
-    run = run_cascade(make_config({**settings, "out": str(folder), **changes}))
+    run = run_cascade(make_settings({**settings, "out": str(folder), **changes}))
     return run, json.loads((folder / "results.json").read_text())
 
 
@@ -132,7 +134,7 @@ def test_a_changed_stage_is_what_it_is_on_paper(look_settings, tmp_path, hard_ra
 
 def test_everything_hard_is_fine_tuning_the_last_layers(look_settings, tmp_path, monkeypatch):
     """r = 1: the losses of 20 steps are those of a plain loop over transformers' model, the rest of it frozen."""
-    from cascade_fast import stage_trainer
+    from cascade_fast.training import stage_trainer
 
     real, losses = stage_trainer.linear_cross_entropy, []
 
@@ -152,20 +154,20 @@ def test_everything_hard_is_fine_tuning_the_last_layers(look_settings, tmp_path,
         "accept": "always",
     }
     run, _ = _run(look_settings, tmp_path / "run", **changes)
-    config = make_config({**look_settings, **changes})
-    base = find_base(config)
-    ids = load_blocks(config, base.tokenizer()).ids["train"].long()
+    settings = make_settings({**look_settings, **changes})
+    base = find_base(settings)
+    ids = load_blocks(settings, base.tokenizer()).ids["train"].long()
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).requires_grad_(False)
     trained = [p for part in (*model.model.layers[-LAYERS:], model.model.norm) for p in part.parameters()]
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=settings.weight_decay, fused=True)
     expected = []
     for blocks in epoch_order(40, seed=7, stage=1, epoch=1).split(2):  # 64 tokens
         logits = model(ids[blocks, :-1]).logits
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[blocks, 1:].flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
+        torch.nn.utils.clip_grad_norm_(trained, settings.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         expected.append(loss.item())
@@ -238,7 +240,7 @@ def test_the_order_of_the_sequences_does_not_matter(hard_tokens):
     place = torch.cat([torch.arange(tokens.start_U[u], tokens.start_U[u] + tokens.count_U[u]) for u in order])
     assert torch.equal(label[place], shuffled_label)
     torch.testing.assert_close(stage(pack)[1][place], stage(shuffled)[1], rtol=1e-5, atol=1e-5)
-    assert validation_loss(stage, tokens, CPU, torch.float32) == pytest.approx(
+    assert validation_loss(stage, tokens, Compute(CPU, torch.float32)) == pytest.approx(
         nn.functional.cross_entropy(stage(pack)[1] @ stage.head.T, label).item(), rel=1e-5
     )
 
@@ -313,7 +315,7 @@ def test_a_run_saves_what_it_measured(look_settings, tmp_path):
     first, second = results["stages"]
     assert first["all_token_val_ppl"] < results["base"]["val_ppl"]
     assert second["train_total"] == first["train_hard"]
-    layer = find_base(make_config(look_settings)).config
+    layer = find_base(make_settings(look_settings)).config
     assert first["added_parameters"] == LAYERS * _layer_parameters(layer) + layer.hidden_size
     cascade = json.loads((run.path / "cascade.json").read_text())
     assert cascade["kind"] == json.loads((run.path / "stages/1/config.json").read_text())["kind"] == "second-look"
@@ -417,33 +419,33 @@ def test_a_run_settles_how_it_gets_keys_and_values_once(look_settings, tmp_path,
 
 def test_what_makes_no_sense_is_refused(tiny_settings):
     look = {**tiny_settings, "stage_kind": "second-look"}
-    with pytest.raises(ConfigError, match="init: 'random'; a second look starts as the base's own layers"):
-        make_config({**look, "init": "random"})
-    with pytest.raises(ConfigError, match="kv: 'recompute'; stages of kind append use none"):
-        make_config({**tiny_settings, "kv": "recompute"})
-    with pytest.raises(ConfigError, match="init: 'random'"):
-        make_config({**look, "preset": "seed"})
-    with pytest.raises(ConfigError, match="head: shared"):
-        make_config({**look, "head": "own"})
-    with pytest.raises(ConfigError, match=r"layers_per_stage: 4; .* which has 3"):
-        find_base(make_config({**look, "layers_per_stage": 4}))
-    find_base(make_config({**look, "layers_per_stage": 3}))
+    with pytest.raises(InputError, match="init: 'random'; a second look starts as the base's own layers"):
+        make_settings({**look, "init": "random"})
+    with pytest.raises(InputError, match="kv: 'recompute'; stages of kind append use none"):
+        make_settings({**tiny_settings, "kv": "recompute"})
+    with pytest.raises(InputError, match="init: 'random'"):
+        make_settings({**look, "preset": "seed"})
+    with pytest.raises(InputError, match="head: shared"):
+        make_settings({**look, "head": "own"})
+    with pytest.raises(InputError, match=r"layers_per_stage: 4; .* which has 3"):
+        find_base(make_settings({**look, "layers_per_stage": 4}))
+    find_base(make_settings({**look, "layers_per_stage": 3}))
 
 
 def test_bases_it_cannot_copy_are_refused():
     shape = {k: v for k, v in tiny_llama_config().to_dict().items() if k not in ("model_type", "rope_parameters")}
-    with pytest.raises(ConfigError, match=r"seq_len: 32; 'x' attends to the last 8 tokens only.*must be at most 8"):
+    with pytest.raises(InputError, match=r"seq_len: 32; 'x' attends to the last 8 tokens only.*must be at most 8"):
         check_second_look("x", MistralConfig(**{**shape, "sliding_window": 8}), layers=2, seq_len=32)
     check_second_look("x", MistralConfig(**{**shape, "sliding_window": 32}), layers=2, seq_len=32)
     dynamic = tiny_llama_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    with pytest.raises(ConfigError, match="rotary positions of type dynamic, must be one of default, linear"):
+    with pytest.raises(InputError, match="rotary positions of type dynamic, must be one of default, linear"):
         check_second_look("x", dynamic, layers=2, seq_len=32)
 
 
 def test_all_layers_may_look_again(look_settings, tmp_path):
     """L = the base's layers: a hard token re-enters at its embedding."""
     _, _, passed = _passed(look_settings, tmp_path, layers_per_stage=3)
-    base = find_base(make_config(look_settings))
+    base = find_base(make_settings(look_settings))
     shape = SecondLookConfig.of_base(base.config, layers=3)
     stage = SecondLookStage(shape, head_VD=passed.head_VD, weights={**passed.layers, "norm.weight": passed.norm_D})
     val = passed.stores["val"]

@@ -11,11 +11,11 @@ from test_stage import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, StaticCache
 
-from cascade_fast.cache_name import cache_of, with_cache
-from cascade_fast.config import ConfigError
-from cascade_fast.configuration import CascadeConfig
-from cascade_fast.modeling import CascadeForCausalLM
-from cascade_fast.second_look import SecondLookConfig
+from cascade_fast.base.cache_name import cache_of, with_cache
+from cascade_fast.input_checks import InputError
+from cascade_fast.model.configuration import CascadeConfig
+from cascade_fast.model.modeling import CascadeForCausalLM
+from cascade_fast.stages.second_look import SecondLookConfig
 
 LAYERS = 2
 CLOSED, OPEN = [-math.inf] * 2, [math.inf] * 2
@@ -371,9 +371,9 @@ def test_mistakes_are_named(model, base):
         model(ids, position_ids=torch.arange(12).repeat(2)[None])
     stages = model.config.stages
     appended = {**stages[0], "kind": "append"}
-    with pytest.raises(ConfigError, match=r"stages: kind is .*'append'.*; must be the same for all"):
+    with pytest.raises(InputError, match=r"stages: kind is .*'append'.*; must be the same for all"):
         CascadeConfig(base_config=base.config, stages=[stages[0], appended])
-    with pytest.raises(ConfigError, match=r"stages: entry_layer is .* must be the same for all"):
+    with pytest.raises(InputError, match=r"stages: entry_layer is .* must be the same for all"):
         CascadeConfig(base_config=base.config, stages=[stages[0], {**stages[1], "entry_layer": 0, "layers": 3}])
 
 
@@ -386,7 +386,7 @@ def test_a_sliding_window_holds_up_to_its_length():
     how = {"do_sample": False, "attention_mask": torch.ones_like(ids)[:, :14]}
     generated = [model.generate(ids[:, :14], **how, max_new_tokens=11, use_cache=c) for c in (True, False)]
     assert torch.equal(*generated)
-    with pytest.raises(ConfigError, match=r"input_ids: 25 tokens .* attends to the last 24 only.* must be at most 24"):
+    with pytest.raises(InputError, match=r"input_ids: 25 tokens .* attends to the last 24 only.* must be at most 24"):
         model.generate(ids[:, :14], **how, max_new_tokens=12)
     filled = cache_of(base(ids[:, :5], use_cache=True))
     with pytest.raises(ValueError, match="forgets what has left the sliding window"):

@@ -14,7 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cascade_fast.stage import Stage, StageConfig
+from cascade_fast.stages.append import Stage, StageConfig
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),

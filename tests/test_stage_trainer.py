@@ -7,12 +7,13 @@ import torch
 from conftest import tiny_llama_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cascade_fast.config import make_config
-from cascade_fast.hidden_store import HiddenStore
-from cascade_fast.metrics import MetricsLog
-from cascade_fast.optim import learning_rate
-from cascade_fast.stage import Stage, StageConfig
-from cascade_fast.stage_trainer import StageTokens, StageTrainer
+from cascade_fast.base.hidden_store import HiddenStore
+from cascade_fast.runtime.compute import Compute
+from cascade_fast.runtime.metrics_log import MetricsLog
+from cascade_fast.settings import make_settings
+from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.training.optimizers import learning_rate
+from cascade_fast.training.stage_trainer import StageTokens, StageTrainer
 
 TOKENS = 96
 
@@ -20,19 +21,19 @@ TOKENS = 96
 def _trainer(folder, *, dtype=torch.float32, head_scale=0.3, **settings) -> StageTrainer:
     folder.mkdir()
     base = tiny_llama_config()
-    config = make_config({"layers_per_stage": 2, "batch_tokens": 32, "epochs": 1, "lr": 1e-3, **settings})
+    settings = make_settings({"layers_per_stage": 2, "batch_tokens": 32, "epochs": 1, "lr": 1e-3, **settings})
     generator = torch.Generator().manual_seed(0)
     store = HiddenStore.create(
-        folder / "store", TOKENS, base.hidden_size, torch.float32, with_loss=True, meta={"reads": config.reads}
+        folder / "store", TOKENS, base.hidden_size, torch.float32, with_loss=True, meta={"reads": settings.reads}
     )
     hidden = torch.randn(TOKENS, base.hidden_size, generator=generator)
     store.append({"hidden": hidden, "label": torch.randint(0, base.vocab_size, (TOKENS,), generator=generator)})
     tokens = StageTokens(store.finish(), torch.arange(TOKENS))
-    shape = StageConfig.from_base(base, layers=2, init=config.init, head=config.head, reads=config.reads)
+    shape = StageConfig.from_base(base, layers=2, init=settings.init, head=settings.head, reads=settings.reads)
     head_VD = torch.randn(base.vocab_size, base.hidden_size, generator=generator) * head_scale
-    stage = Stage(shape, head_VD=head_VD if config.head == "shared" else None, seed=1)
+    stage = Stage(shape, head_VD=head_VD if settings.head == "shared" else None, seed=1)
     return StageTrainer(
-        stage, tokens, tokens, config, number=1, folder=folder, device=torch.device("cpu"), dtype=dtype,
+        stage, tokens, tokens, settings, number=1, folder=folder, compute=Compute(torch.device("cpu"), dtype),
         log=MetricsLog(folder / "log.jsonl"), log_size=0,
     )  # fmt: skip
 
@@ -140,4 +141,4 @@ def test_the_rate_that_is_logged_is_that_of_the_last_step(tmp_path):
     assert trainer._look()
     (line,) = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
     steps = trainer.steps_per_epoch
-    assert line["lr"] == learning_rate(trainer.config, steps - 1, 2 * steps) < 1e-3
+    assert line["lr"] == learning_rate(trainer.settings, steps - 1, 2 * steps) < 1e-3

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cascade_fast.checkpoint import Checkpoints
-from cascade_fast.files import atomic_write, read_json, write_json
-from cascade_fast.hidden_store import HiddenStore, StoreError
+from cascade_fast.base.hidden_store import HiddenStore, StoreError
+from cascade_fast.runtime.checkpoint import Checkpoints
+from cascade_fast.runtime.files import atomic_write, read_json, write_json
 
 
 def _store(folder, tokens=10, dtype=torch.bfloat16, with_loss=True):

@@ -1,0 +1,121 @@
+"""What the commands share: flags made of the settings, and the exit code of whatever happens."""
+
+import argparse
+import dataclasses
+import io
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cascade_fast.input_checks import InputError, one_line, suggest
+from cascade_fast.settings import DTYPES, RunSettings, explain
+
+
+class SettingsParser(argparse.ArgumentParser):
+    """Says of an unknown flag which one may be meant, other trainers' names included."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            hints = [hint for word in rest if word.startswith("--") and (hint := self._hint(word))]
+            self.error(f"unrecognized arguments: {' '.join(rest)}" + "".join(hints))
+        return found
+
+    def _hint(self, word: str) -> str:
+        flag = word.partition("=")[0]
+        known = {action.dest for action in self._actions}
+        name = suggest(flag.removeprefix("--"), known - {"help"})
+        if name is None:
+            return ""
+        means = f" ({explain(name)})" if name in RunSettings.__dataclass_fields__ else ""
+        return f"; {flag}: did you mean --{name.replace('_', '-')}{means}?"
+
+
+def settings_parser(prog: str, description: str, several: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """A command line with one flag for each setting, in the settings' groups. ``several``: those that take a list."""
+    parser = SettingsParser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for f in dataclasses.fields(RunSettings):
+        title = f.metadata["group"]
+        group = groups.setdefault(title, parser.add_argument_group(title))
+        help_text = f.metadata["help"].replace("%", "%%")
+        if f.default not in (None, ()):
+            help_text += f" (default of warm: {f.default})"
+        options: dict[str, Any] = {"metavar": _metavar(f)}
+        if "choices" in f.metadata:
+            options = {"choices": f.metadata["choices"]}
+        if "nargs" in f.metadata:
+            options["nargs"] = f.metadata["nargs"]
+        if f.name in several:
+            options["nargs"] = "+"
+        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **options)
+    groups["run"].add_argument(
+        "--config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="YAML file of settings under the same names; flags override it",
+    )
+    groups["run"].add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    return parser
+
+
+def _metavar(f: "dataclasses.Field[Any]") -> str:
+    kinds = typing.get_args(f.type) or (f.type,)
+    if f.metadata.get("all"):
+        return "N|all"
+    return "N" if int in kinds else "X" if float in kinds else "TEXT"
+
+
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run, a saved cascade, or its hub id")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser | Any) -> None:
+    """To a parser or a group of one."""
+    parser.add_argument("--base-path", metavar="TEXT", help="where the base is now, if not where it was in training")
+    parser.add_argument("--device", default="auto", metavar="TEXT", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="compute dtype; auto: that of training")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def run_command(work: Callable[[], int | None], *, debug: bool, again: str | None = None) -> int:
+    """The exit code of a command whose work is ``work``, which returns its own (None: 0).
+
+    2, after a line that says why: a mistake in what was asked for, the system's no, or training that diverged; 130 and
+    143: interrupted by Ctrl-C or SIGTERM. ``again``: what goes on from there, if something does.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a model may say what the terminal's encoding lacks
+    try:
+        return work() or 0
+    except (InputError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted" + (f"; {again} goes on" if again else ""), file=sys.stderr)
+        return 130
+    except Exception as error:
+        # Imported here: a mistake in the flags is answered before torch is loaded.
+        from cascade_fast.cascade import NonFiniteLoss
+        from cascade_fast.selection import NonFiniteScores
+        from cascade_fast.training.stage_trainer import Interrupted
+
+        if isinstance(error, Interrupted):
+            print(f"interrupted ({error}), saved; {again} goes on", file=sys.stderr)
+            return error.exit_code
+        if isinstance(error, NonFiniteLoss | NonFiniteScores):
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return 2
+        raise

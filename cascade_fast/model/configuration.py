@@ -1,0 +1,237 @@
+"""``CascadeConfig``: what a cascade is made of, in Hugging Face's ``config.json``. A finished run writes it too."""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from cascade_fast.base.model import FAMILY, check_model
+from cascade_fast.input_checks import InputError, check_fields, check_type, one_line, shown
+from cascade_fast.runtime.files import check_json
+from cascade_fast.settings import RESUME_MAY_CHANGE
+from cascade_fast.stages.append import StageConfig
+from cascade_fast.stages.second_look import SecondLookConfig
+
+STAGE_CONFIGS: dict[str, type[StageConfig]] = {"append": StageConfig, "second-look": SecondLookConfig}
+REFERENCE_FIELDS = ("name", "source", "revision", "fingerprint", "quantization")
+MEASURED_FIELDS = {"tokens": int, "base_ppl": float, "cascade_ppl": float}
+ATTENTION_FIELDS = ("attn_implementation", "_attn_implementation")
+MODEL_CRITERIA = ("cosine", "entropy")  # a random score is a baseline of training, nothing to run a model by
+
+
+class CascadeConfig(PreTrainedConfig):
+    """A base and its stages.
+
+    Args:
+        base_config: transformers' configuration of the base.
+        base: where the base comes from: ``name``, ``source``, ``revision``, ``fingerprint`` (SHA-256 of its
+            configuration and weights, checked when stages are loaded onto it) and ``quantization``.
+        criterion: ``cosine`` or ``entropy``.
+        stages: in order, all of one kind, each ``threshold`` and the fields of :class:`StageConfig` or
+            :class:`SecondLookConfig`. A token enters a stage iff its score is at or below the threshold (-inf: none
+            does).
+        self_contained: whether the folder holds the base's weights too.
+        settings, measured: how the stages were trained and what came of it; for the model card.
+
+    Raises:
+        InputError: a value of the wrong type or out of range, a base that is none of the Llama family, or stages that
+            do not fit it or one another.
+    """
+
+    model_type = "cascade"
+    sub_configs: ClassVar = {"base_config": AutoConfig}
+
+    def __init__(
+        self,
+        base_config: Any = None,
+        base: dict[str, Any] | None = None,
+        criterion: str = "entropy",
+        stages: list[dict[str, Any]] | None = None,
+        self_contained: bool = True,
+        settings: dict[str, Any] | None = None,
+        measured: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.base_config = _base_config({} if base_config is None else base_config)
+        self.base = {} if base is None else base
+        self.criterion = criterion
+        self.stages = [] if stages is None else stages
+        self.self_contained = self_contained
+        self.settings = {} if settings is None else settings
+        self.measured = {} if measured is None else measured
+        self.check()
+        super().__init__(**kwargs)
+
+    def check(self) -> None:
+        """Raises InputError as the class does; called when made, and again where another base takes its place."""
+        if self.criterion not in MODEL_CRITERIA:
+            raise InputError(f"criterion: {shown(self.criterion)}; must be one of {', '.join(MODEL_CRITERIA)}")
+        for name, kind in (("self_contained", bool), ("base", dict), ("settings", dict), ("measured", dict)):
+            check_type(name, getattr(self, name), kind)
+        check_type("stages", self.stages, list)
+        for name in REFERENCE_FIELDS:
+            check_type(f"base: {name}", self.base.get(name), str | None)
+        for split, numbers in self.measured.items():
+            check_fields(f"measured: {split}", numbers, MEASURED_FIELDS)
+        kinds = [_kind_of(number, stage) for number, stage in enumerate(self.stages, 1)]
+        _check_same("kind", kinds)
+        for number, stage in enumerate(self.stages, 1):
+            _check_stage(number, stage, self.base_config)
+        for name in ("reads", "entry_layer"):
+            _check_same(name, [stage.get(name) for stage in self.stages])
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As everywhere in transformers; raises InputError as :meth:`from_dict`, OSError where nothing is found."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (InputError, OSError):
+            raise
+        except Exception as error:  # a file that holds no map
+            raise InputError(f"config.json: cannot be read: {one_line(error)}") from error
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As everywhere in transformers.
+
+        Raises:
+            InputError: the folder holds no finished cascade, or its configuration is damaged.
+        """
+        check_type("config.json", config_dict, dict)
+        if config_dict.get("model_type") != cls.model_type:
+            raise InputError(
+                f"config.json: model_type {shown(config_dict.get('model_type'))}; must be {cls.model_type!r} "
+                "(a training run has it once it is finished)"
+            )
+        fields = dict(config_dict)
+        commit = fields.pop("_commit_hash", None)  # which transformers adds
+        check_json("config.json", fields)
+        # A file may name another attention, which may be a repository of kernels: that is the caller's to say.
+        fields = {name: value for name, value in fields.items() if name not in ATTENTION_FIELDS}
+        try:
+            return super().from_dict({**fields, "_commit_hash": commit} if commit else fields, **kwargs)
+        except InputError as error:
+            raise InputError(f"config.json: {error}") from error
+        except Exception as error:  # transformers checks its own fields, and raises many kinds
+            raise InputError(f"config.json: cannot be read: {one_line(error)}") from error
+
+    @property
+    def thresholds(self) -> list[float]:
+        return [stage["threshold"] for stage in self.stages]
+
+    @property
+    def kind(self) -> str:
+        """Of the stages."""
+        return self.stages[0].get("kind", "append") if self.stages else "append"
+
+    @property
+    def quantization(self) -> str:
+        """Of the base; see ``RunSettings.base_quantization``."""
+        return self.base.get("quantization") or self.settings.get("base_quantization", "none")
+
+    @property
+    def entry_layer(self) -> int | None:
+        """The first of the base's layers that a second look copies; None for appended stages."""
+        return self.stages[0].get("entry_layer") if self.stages else None
+
+    @property
+    def reads(self) -> str:
+        """The base's hidden state that appended stages read: ``residual`` or ``last_hidden``."""
+        return self.stages[0]["reads"] if self.stages else "last_hidden"
+
+    def stage_config(self, number: int) -> StageConfig:
+        """The shape of stage ``number``, from 1."""
+        fields = {name: value for name, value in self.stages[number - 1].items() if name != "threshold"}
+        return STAGE_CONFIGS[self.kind](**fields)
+
+    def portable_settings(self) -> dict[str, Any]:
+        """The settings without those that only say where and when the run took place."""
+        return {name: v for name, v in self.settings.items() if name not in RESUME_MAY_CHANGE}
+
+    # What transformers asks of a language model's configuration is the base's to answer.
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        return self.base_config
+
+    @property
+    def vocab_size(self) -> int:
+        return self.base_config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.base_config.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.base_config.num_hidden_layers
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.base_config.max_position_embeddings
+
+
+def _base_config(given: Any) -> PreTrainedConfig:
+    """transformers' configuration of the base, made of its fields if it is none yet."""
+    if isinstance(given, PreTrainedConfig):
+        return given
+    check_type("base_config", given, dict)
+    fields = {name: value for name, value in given.items() if name not in ATTENTION_FIELDS}
+    kind = fields.pop("model_type", "llama")
+    if kind not in FAMILY:
+        raise InputError(f"base_config: model_type {shown(kind)}; must be one of {', '.join(FAMILY)}")
+    check_model("base_config", fields)
+    try:
+        return AutoConfig.for_model(kind, **fields)
+    except Exception as error:  # transformers' checks raise many kinds
+        raise InputError(f"base_config: {one_line(error)}") from error
+
+
+def _kind_of(number: int, stage: Any) -> str:
+    check_type(f"stages: stage {number}", stage, dict)
+    kind = stage.get("kind", "append")
+    if not isinstance(kind, str) or kind not in STAGE_CONFIGS:
+        raise InputError(f"stages: stage {number} is of kind {shown(kind)}; must be one of {', '.join(STAGE_CONFIGS)}")
+    return kind
+
+
+def _check_same(name: str, values: list[Any]) -> None:
+    different = list(dict.fromkeys(values))
+    if len(different) > 1:
+        raise InputError(f"stages: {name} is {' and '.join(map(shown, different))}; must be the same for all")
+
+
+def _check_stage(number: int, stage: dict[str, Any], base_config: Any) -> None:
+    """Raises InputError unless ``stage`` has the fields of its kind, and the sizes of the base."""
+    where, kind = f"stages: stage {number}", _kind_of(number, stage)
+    kinds = {field.name: field.type for field in dataclasses.fields(STAGE_CONFIGS[kind])}
+    check_fields(where, stage, {**kinds, "threshold": float}, optional=("kind",))
+    if math.isnan(stage["threshold"]):
+        raise InputError(f"{where}: threshold {stage['threshold']}; must not be NaN")
+    for name, allowed in (("init", ("identity", "random")), ("head", ("shared", "own"))):
+        if stage[name] not in allowed:
+            raise InputError(f"{where}: {name} {shown(stage[name])}; must be one of {', '.join(allowed)}")
+    if stage["reads"] not in ("residual", "last_hidden"):
+        raise InputError(f"{where}: reads {shown(stage['reads'])}; must be residual or last_hidden")
+    check_model(where, stage, layers="layers")
+    try:
+        expected = _stage_of_base(kind, stage, base_config).to_dict()
+    except Exception as error:  # a base whose sizes do not go together
+        raise InputError(f"base_config: {one_line(error)}") from error
+    for name, value in expected.items():
+        if name == "rope":  # other releases of transformers have other entries
+            same = all(value[entry] == stage["rope"][entry] for entry in value.keys() & stage["rope"].keys())
+        else:
+            same = stage.get(name, kind) == value
+        if not same:
+            raise InputError(f"{where}: {name} {shown(stage[name])}; must be {shown(value)}, as the base has it")
+
+
+def _stage_of_base(kind: str, stage: dict[str, Any], base_config: Any) -> StageConfig:
+    if kind == "second-look":
+        return SecondLookConfig.of_base(base_config, layers=stage["layers"])
+    same = {name: stage[name] for name in ("layers", "init", "head", "reads")}
+    return StageConfig.from_base(base_config, **same)
+
+
+AutoConfig.register(CascadeConfig.model_type, CascadeConfig, exist_ok=True)

@@ -1,0 +1,244 @@
+"""What a cascade gains and what it costs, measured on tokens: perplexity, accuracy, exits, layers, FLOPs, time.
+
+Layers and FLOPs are counted from what ran, not from a formula: layers by hooks on every decoder layer, FLOPs by torch's
+counter of matrix products and attention (a causal mask is counted as the kernel's full square).
+
+Shape legend: B blocks, S tokens of a block, N = B * S tokens, V vocabulary.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cascade_fast.losses import chunk_tokens
+from cascade_fast.model.modeling import CascadeForCausalLM
+from cascade_fast.runtime.console import Progress
+from cascade_fast.selection import select_hardest
+
+BOOTSTRAP_SAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cascade over B blocks: of every token the loss in nats, whether the likeliest token was right, the exit and
+    the scores; decoder layers run (a layer on a token is one) and, where counted, FLOPs; seconds of forward passes."""
+
+    loss_BS: Tensor
+    correct_BS: Tensor
+    exit_BS: Tensor
+    score_BSE: Tensor
+    layers: int
+    flops: int | None
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        return _perplexity(self.loss_BS)
+
+    def row(self, stages: int) -> dict[str, Any]:
+        """The numbers as plain values; ``exit_share`` of the base, stage 1, ..."""
+        tokens = self.loss_BS.numel()
+        exits = torch.bincount(self.exit_BS.flatten(), minlength=stages + 1) / tokens
+        return {
+            "perplexity": self.perplexity,
+            "accuracy": self.correct_BS.double().mean().item(),
+            "exit_share": exits.tolist(),
+            "layers_per_token": self.layers / tokens,
+            "flops_per_token": None if self.flops is None else self.flops / tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": tokens / self.seconds,
+        }
+
+
+@torch.inference_mode()
+def measure(
+    model: CascadeForCausalLM,
+    blocks: Tensor,
+    thresholds: Sequence[float],
+    *,
+    batch_tokens: int = 1024,
+    count_flops: bool = False,
+    name: str = "evaluating",
+) -> Measured:
+    """Runs ``blocks`` (B, S + 1) int through the cascade with these thresholds, each token at its own exit.
+
+    Counting FLOPs slows the forward passes: take times from a run without it.
+    """
+    at_once = max(1, batch_tokens // (blocks.shape[1] - 1))
+    parts: list[tuple[Tensor, ...]] = []
+    seconds = 0.0
+    with ExitStack() as stack:
+        layers = stack.enter_context(_counted_layers(model))
+        progress = stack.enter_context(Progress(name, blocks.shape[0] * (blocks.shape[1] - 1)))
+        flops = stack.enter_context(_counter()) if count_flops else None
+        for rows in blocks.split(at_once):
+            ids = rows.to(model.device, torch.int64)
+            _wait(model.device)
+            started = time.perf_counter()
+            output = model(ids[:, :-1], thresholds=thresholds, output_exits=True, use_cache=False)
+            _wait(model.device)
+            seconds += time.perf_counter() - started
+            loss_BS, correct_BS = _judge(output.logits, ids[:, 1:])
+            parts.append((loss_BS.cpu(), correct_BS.cpu(), output.exits.cpu(), output.scores.cpu()))
+            progress.advance(loss_BS.numel())
+        total = None if flops is None else flops.get_total_flops()
+    loss, correct, exits, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Measured(loss, correct, exits, scores, layers[0], total, seconds)
+
+
+def _judge(logits_BSV: Tensor, label_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of every token, and whether its likeliest token is the label; float32 logits of a chunk at a time."""
+    losses, correct = [], []
+    step = chunk_tokens(logits_BSV.shape[-1], torch.float32)
+    for logits_CV, label_C in zip(logits_BSV.flatten(0, 1).split(step), label_BS.flatten().split(step), strict=True):
+        losses.append(nn.functional.cross_entropy(logits_CV.float(), label_C, reduction="none"))
+        correct.append(logits_CV.argmax(-1) == label_C)
+    return torch.cat(losses).view(label_BS.shape), torch.cat(correct).view(label_BS.shape)
+
+
+@contextmanager
+def _counted_layers(model: CascadeForCausalLM) -> Iterator[list[int]]:
+    """A list of one number: decoder layers times the tokens they ran on, base and stages alike."""
+    count = [0]
+
+    def add(_layer: nn.Module, args: tuple[Any, ...], _output: object) -> None:
+        count[0] += args[0].shape[:-1].numel()
+
+    stages: list[Any] = list(model.stages)
+    layers = [*model.base.model.layers, *(layer for stage in stages for layer in stage.layers)]
+    hooks = [layer.register_forward_hook(add) for layer in layers]
+    try:
+        yield count
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _counter() -> FlopCounterMode:
+    """torch's counter, and the CPU's attention kernel, which it does not know."""
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        batch, heads, queries, size = query
+        return 2 * batch * heads * queries * key[2] * (size + value[3])
+
+    cpu_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={cpu_kernel: attention})
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _perplexity(loss: Tensor) -> float:
+    return math.exp(min(loss.double().mean().item(), 700.0)) if loss.numel() else math.nan
+
+
+def bootstrap_difference(loss_BS: Tensor, base_BS: Tensor, *, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0) -> Any:
+    """95 % interval of ``perplexity - base's perplexity``, by drawing blocks with replacement (Efron's percentiles).
+
+    Blocks, not tokens: the tokens of a block are not independent. (low, high); NaN for fewer than two blocks.
+    """
+    blocks = loss_BS.shape[0]
+    if blocks < 2:
+        return math.nan, math.nan
+    drawn = torch.randint(blocks, (samples, blocks), generator=torch.Generator().manual_seed(seed))
+    ppl, base = (loss.double().mean(1)[drawn].mean(1).exp() for loss in (loss_BS, base_BS))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = torch.quantile(ppl - base, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def evaluate_cascade(
+    model: CascadeForCausalLM, blocks: Tensor, *, batch_tokens: int = 1024, count_flops: bool = True
+) -> dict[str, Any]:
+    """The base alone, with stage 1, with stages 1-2, ...: a row each, and what every exit's easy and hard tokens are.
+
+    Args:
+        blocks: (B, S + 1) token ids, B >= 1.
+        count_flops: runs everything a second time, as counting disturbs the clock.
+
+    Returns:
+        ``rows``: see :meth:`Measured.row`, and the perplexity's difference to the base with its interval.
+        ``doors``: for each exit but the last, tokens and perplexity of those that left there, and of those that went
+        on: had they left there, and where they did leave.
+    """
+    trained, stages = model.config.thresholds, len(model.stages)
+    all_measured, rows = [], []
+    for used in range(stages + 1):
+        name = cascade_name(used)
+        thresholds = [*trained[:used], *[-math.inf] * (stages - used)]
+        how: dict[str, Any] = {"batch_tokens": batch_tokens, "name": name}
+        measured = measure(model, blocks, thresholds, **how)
+        row = {"name": name, **measured.row(stages)}
+        if count_flops:
+            counted = measure(model, blocks, thresholds, **how, count_flops=True)
+            row["flops_per_token"] = counted.row(stages)["flops_per_token"]
+        all_measured.append(measured)
+        base = all_measured[0]
+        low, high = bootstrap_difference(measured.loss_BS, base.loss_BS)
+        row |= {"difference": measured.perplexity - base.perplexity, "difference_low": low, "difference_high": high}
+        rows.append({name: None if value != value else value for name, value in row.items()})  # NaN is no JSON
+    return {"rows": rows, "doors": _doors(all_measured)}
+
+
+def cascade_name(stages: int) -> str:
+    return "base" if stages == 0 else "+ stage 1" if stages == 1 else f"+ stages 1-{stages}"
+
+
+def _doors(all_measured: list[Measured]) -> list[dict[str, Any]]:
+    """With k stages every token that comes as far as exit k leaves there: what it would have lost had it stayed."""
+    whole = all_measured[-1]
+    doors = []
+    for exit_, here in enumerate(all_measured[:-1]):
+        left, on = whole.exit_BS == exit_, whole.exit_BS > exit_
+        row = {
+            "exit": "base" if exit_ == 0 else f"stage {exit_}",
+            "easy_tokens": int(left.sum()),
+            "easy_perplexity": _perplexity(whole.loss_BS[left]),
+            "hard_tokens": int(on.sum()),
+            "hard_perplexity_here": _perplexity(here.loss_BS[on]),
+            "hard_perplexity_at_its_exit": _perplexity(whole.loss_BS[on]),
+        }
+        doors.append({name: None if value != value else value for name, value in row.items()})
+    return doors
+
+
+def sweep_threshold(
+    model: CascadeForCausalLM, blocks: Tensor, *, points: int = 9, batch_tokens: int = 1024
+) -> list[dict[str, Any]]:
+    """Moves the door of stage 1 from closed to open; the others stay as trained. A row for each point.
+
+    The points are equal shares of the tokens, so that cost grows evenly; ``trained`` marks the row of the trained
+    threshold.
+
+    Raises:
+        ValueError: a cascade without stages, or fewer than two points.
+    """
+    stages = len(model.stages)
+    if stages == 0 or points < 2:
+        raise ValueError(f"points: {points}, stages: {stages}; needs at least two points and one stage")
+    first, *others = model.config.thresholds
+    how: dict[str, Any] = {"batch_tokens": batch_tokens, "count_flops": True}
+
+    def row(threshold: float, measured: Measured, trained: bool = False) -> dict[str, Any]:
+        values = measured.row(stages)
+        del values["seconds"], values["tokens_per_second"]  # not taken while counting
+        return {"trained": trained, "threshold": threshold, **values}
+
+    trained = measure(model, blocks, [first, *others], **how, name="trained threshold")
+    score_N = trained.score_BSE[..., 0].flatten()
+    rows = [row(first, trained, trained=True)]
+    for share in (n / (points - 1) for n in range(points)):
+        threshold = select_hardest(score_N, share).threshold if share > 0 else -math.inf
+        measured = measure(model, blocks, [threshold, *others], **how, name=f"share {share:.3f}")
+        rows.append(row(threshold, measured))
+    return sorted(rows, key=lambda r: r["threshold"])

@@ -1,0 +1,347 @@
+"""How much memory a run takes and how long an epoch should, from the base's configuration alone: no weights, no GPU.
+
+Every number is arithmetic on shapes. A *phase* is a stretch of the run with a peak of its own; what lives through it
+("weights") and what comes and goes ("activations") are lines of its table.
+
+- On the GPU what comes and goes at different moments shares memory: the peak of a training step is the larger of its
+  end of the forward pass (activations) and its end of the backward pass (gradients). Compare with
+  ``torch.cuda.max_memory_allocated``.
+- On the CPU it adds up: glibc keeps freed blocks below 32 MiB, so the resident set holds both. Compare with the
+  process's peak resident set, which also counts the *mapped* files (hidden stores, the shared head): the system can
+  drop those pages, so they count for the peak but not for whether the run fits.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cascade_fast.base.base_pass import TOKENS_AT_ONCE as BASE_TOKENS
+from cascade_fast.losses import chunk_tokens
+from cascade_fast.planning.counts import Shape, base_weight_bytes, optimizer_bytes, saved_activation_bytes
+from cascade_fast.selection import hard_count
+from cascade_fast.settings import RunSettings
+from cascade_fast.stages.exits import TOKENS_AT_ONCE as EVAL_TOKENS
+from cascade_fast.stages.second_look_sizes import SecondLookSizes
+
+GIB = 2**30
+# Resident set of the trainer before it loads a base: Python, torch (CPU build), transformers, datasets. Measured.
+PROCESS_BYTES = 455 * 2**20
+# CUDA context, cuBLAS and kernels' code; counts for what fits, not for max_memory_allocated. Estimate for a T4.
+CONTEXT_BYTES = GIB // 2
+HOST_BYTES = 2.5 * GIB  # of the process beside a GPU: torch's CUDA build, the driver. Estimate
+TOKEN_BYTES = 8 + 4 + 4 + 4 + 4  # of a hidden store, beside the hidden state: see hidden_store.py
+
+
+# --- phases -----------------------------------------------------------------------------------------------------------
+
+
+BASE_PASS_DISK = "base pass (hidden stores, head)"  # in the cache folder; all else on disk is the run folder's
+
+
+@dataclass
+class Phase:
+    """One phase's bytes. ``lasting`` live all through it, ``passing`` come and go, ``mapped`` are pages of files."""
+
+    name: str
+    on_cpu: bool
+    lasting: dict[str, float] = field(default_factory=dict)
+    passing: dict[str, float] = field(default_factory=dict)
+    mapped: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def needed(self) -> float:
+        """Bytes that must be there: on a GPU only the larger of ``passing`` counts; see the module's docstring."""
+        passing = self.passing.values()
+        return sum(self.lasting.values()) + (sum(passing) if self.on_cpu else max(passing, default=0))
+
+    @property
+    def peak(self) -> float:
+        """With the pages of mapped files, as the process's resident set counts them."""
+        return self.needed + sum(self.mapped.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Phases, and what else a run takes. All in bytes."""
+
+    phases: list[Phase]
+    ram: dict[str, float]  # of the host during training, beside a GPU; empty on the CPU: the phases are the host's
+    ram_loading: float  # of the host while the base, or a new stage, passes through it on its way to the GPU
+    ram_mapped: float  # pages of hidden stores, which the system may drop
+    disk: dict[str, float]
+    micro_batch_tokens: int
+
+    @property
+    def worst(self) -> Phase:
+        """The phase with the highest peak."""
+        return max(self.phases, key=lambda phase: phase.peak)
+
+    @property
+    def needed(self) -> float:
+        return max(phase.needed for phase in self.phases)
+
+    @property
+    def ram_needed(self) -> float:
+        """Of the host, beside a GPU; 0 on the CPU."""
+        return max(self.ram_loading, sum(self.ram.values()))
+
+    def fits(self, memory_bytes: float, ram_bytes: float = math.inf) -> bool:
+        """Whether the device has room for what is needed, mapped pages left out, and the host beside it too."""
+        context = 0 if self.worst.on_cpu else CONTEXT_BYTES
+        return self.needed + context <= memory_bytes and self.ram_needed <= ram_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Bytes as integers, for ``results.json``."""
+        return {
+            "peak_bytes": round(self.worst.peak),
+            "needed_bytes": round(self.needed),
+            "phase": self.worst.name,
+            "phases": {phase.name: round(phase.peak) for phase in self.phases},
+            "micro_batch_tokens": self.micro_batch_tokens,
+        }
+
+
+def memory_plan(
+    settings: RunSettings,
+    base_config: Any,
+    *,
+    dtype: torch.dtype,
+    on_cpu: bool,
+    memory_bytes: float | None = None,
+    fused_attention: bool = True,
+    process_bytes: int = PROCESS_BYTES,
+) -> MemoryPlan:
+    """The plan of a run with ``settings`` on a base with transformers' configuration ``base_config``.
+
+    Args:
+        dtype: compute dtype.
+        on_cpu: whether the run computes on the CPU.
+        memory_bytes: of the device; sets the micro batch where ``settings.micro_batch_tokens`` is None. None: the whole
+            batch at once.
+        fused_attention: False where SDPA holds all attention scores in float32 (grouped queries below sm_80).
+        process_bytes: resident set before a base is loaded (CPU).
+    """
+    micro = settings.micro_batch_tokens or settings.batch_tokens
+    micro = min(micro, settings.batch_tokens)
+    if memory_bytes is not None and settings.micro_batch_tokens is None:
+        micro = micro_batch_tokens(settings, base_config, memory_bytes, dtype=dtype, on_cpu=on_cpu)
+    shape, width = Shape.of(settings, base_config), dtype.itemsize
+    process = {"process": float(process_bytes)} if on_cpu else {}
+    stores, store_disk = _store_bytes(settings, shape, width)
+    base = _base_phase(settings, shape, width, fused_attention, on_cpu)
+    step = _training_phase(settings, shape, width, micro, on_cpu)
+    phases = [base, step]
+    if on_cpu:
+        phases.append(_keeping_phase(step, shape))
+    phases.append(_evaluation_phase(settings, shape, width, on_cpu))
+    ram: dict[str, float] = {}
+    loading = 0.0
+    if on_cpu:
+        for phase in phases:
+            phase.lasting = {**process, **phase.lasting}
+            phase.mapped["hidden stores"] = stores if phase is not base else store_disk
+    else:
+        ram["process with CUDA (estimate)"] = HOST_BYTES
+        if settings.num_stages > 1:
+            ram["earlier stages (float32)"] = _earlier_stage_bytes(settings, shape)
+        state = optimizer_bytes(shape, settings.optimizer)
+        if settings.optimizer.startswith("paged"):  # managed memory: the GPU's where there is room, else the host's
+            ram[f"optimizer state ({settings.optimizer})"] = state
+            state = 0.0
+        ram["a checkpoint on its way to disk"] = 4.0 * shape.stage_parameters() + state
+        # In 4 bit the base goes to the GPU tensor by tensor.
+        whole = 0.0 if settings.base_quantization == "nf4" else float(shape.base_parameters() * width)
+        loading = HOST_BYTES + max(whole, 4.0 * shape.stage_parameters())
+    saved = 4.0 * shape.stage_parameters()
+    disk = {
+        BASE_PASS_DISK: store_disk + (shape.head + shape.attends * shape.stage_parameters()) * width,
+        "hidden stores of later stages": stores - store_disk,
+        # Two of each are kept, and a third is there while it is written.
+        "checkpoints, best weights": 3 * (2 * saved + optimizer_bytes(shape, settings.optimizer)),
+        "stages": settings.num_stages * saved,
+    }
+    return MemoryPlan(phases, ram, loading, 0.0 if on_cpu else stores, disk, micro)
+
+
+def _base_phase(settings: RunSettings, shape: Shape, width: int, fused_attention: bool, on_cpu: bool) -> Phase:
+    s = shape.stage
+    n = base_tokens_at_once(settings, on_cpu)
+    attention = 0 if fused_attention else 3 * n * settings.seq_len * s.heads * 4
+    mlp = 3 * s.intermediate_size * width
+    layer = n * (4 * s.hidden_size * width + 2 * s.hidden_size * 4 + mlp) + attention
+    passing = {"activations": layer, "logits (a chunk)": _logit_bytes(shape, width, on_cpu=on_cpu)}
+    look = SecondLookSizes.of(settings, shape, width)
+    if look is not None and settings.kv != "recompute":
+        passing["keys and values"] = look.base_pass_bytes(n, shape.base.num_hidden_layers)
+    weights = base_weight_bytes(shape, settings.base_quantization, width)
+    return Phase("base pass", on_cpu, {"base weights": weights, "states kept": 3 * n * s.hidden_size * width}, passing)
+
+
+def _training_phase(settings: RunSettings, shape: Shape, width: int, micro: int, on_cpu: bool) -> Phase:
+    s, trained = shape.stage, shape.stage_trained()
+    phase = Phase("training", on_cpu, {"stage weights (float32)": 4.0 * shape.stage_parameters()})
+    if on_cpu and settings.num_stages > 1:  # beside a GPU they wait in the host's memory
+        phase.lasting["earlier stages (float32)"] = _earlier_stage_bytes(settings, shape)
+    if on_cpu or not settings.optimizer.startswith("paged"):
+        phase.lasting[f"optimizer state ({settings.optimizer})"] = optimizer_bytes(shape, settings.optimizer)
+    gradients, own_head = 4.0 * trained, 4.0 * shape.head if s.head == "own" else 0.0
+    activations: float = micro * (
+        s.layers * saved_activation_bytes(shape, width, on_cpu=on_cpu) + 4 * 4 * s.hidden_size
+    )
+    casts = _cast_bytes(shape, width)  # kept for the backward pass
+    logits = _logit_bytes(shape, width, on_cpu=on_cpu)
+    look = SecondLookSizes.of(settings, shape, width)
+    if look is not None:
+        activations += look.training_bytes(micro, on_cpu)
+        casts += _add_frozen_copy(phase, settings, shape, width)
+    if s.head == "own":  # its gradient is made a chunk at a time and added to the sum
+        logits += shape.head * (2 * width if width < 4 else 0) + shape.head * 4
+    parts = {"activations": activations, "weights in the compute dtype": casts, "logits (a chunk)": logits}
+    if on_cpu:
+        phase.lasting["gradients"] = gradients
+        phase.passing = {name: size for name, size in parts.items() if size}
+    elif micro < settings.batch_tokens:  # the gradients of the parts before live on
+        phase.lasting["gradients"] = gradients
+        phase.passing = {"activations, casts, logits (a chunk)": sum(parts.values())}
+    else:
+        phase.passing = {
+            "activations, casts, logits (a chunk)": sum(parts.values()) + own_head,
+            "gradients": gradients,
+        }
+    _add_head(phase, shape, width)
+    return phase
+
+
+def _add_frozen_copy(phase: Phase, settings: RunSettings, shape: Shape, width: int) -> float:
+    """Where the base's keys and values are recomputed; returns the bytes of its weights' casts."""
+    if settings.kv != "recompute":
+        return 0.0
+    phase.lasting["frozen copy of the layers (float32)"] = 4.0 * shape.stage_parameters()
+    return _cast_bytes(shape, width)
+
+
+def _earlier_stage_bytes(settings: RunSettings, shape: Shape) -> float:
+    return (settings.num_stages - 1) * 4.0 * shape.stage_parameters()
+
+
+def _keeping_phase(step: Phase, shape: Shape) -> Phase:
+    """The end of training: the best weights are read back from their file. The step's freed blocks are still there but
+    for those of 32 MiB and more (logits, large gradients), which glibc hands back at once."""
+    s, at_once = shape.stage, 32 * 2**20
+    lasting, passing = dict(step.lasting), dict(step.passing)
+    del passing["logits (a chunk)"]
+    head = 4.0 * shape.head if s.head == "own" else 0.0
+    if 4 * s.hidden_size * s.intermediate_size >= at_once:
+        lasting["gradients"] = head
+    if head >= at_once:
+        lasting["gradients"] -= head
+    best = {"best weights read back": 4.0 * shape.stage_parameters()}
+    return Phase("best epoch kept", True, lasting, passing, {**step.mapped, **best})
+
+
+def _evaluation_phase(settings: RunSettings, shape: Shape, width: int, on_cpu: bool) -> Phase:
+    s = shape.stage
+    phase = Phase("evaluation", on_cpu, {"stages (float32)": 4.0 * settings.num_stages * shape.stage_parameters()})
+    casts = _cast_bytes(shape, width)
+    layer: float = EVAL_TOKENS * (6 * s.hidden_size * 4 + 3 * s.intermediate_size * width)
+    head_cast = shape.head * width if s.head == "own" and width < 4 else 0
+    logits = _logit_bytes(shape, width, on_cpu=on_cpu) + head_cast
+    look = SecondLookSizes.of(settings, shape, width)
+    if look is not None:
+        layer += look.evaluation_bytes(EVAL_TOKENS, on_cpu)
+        casts += _add_frozen_copy(phase, settings, shape, width)
+    if on_cpu:
+        phase.passing = {"weights in the compute dtype": casts, "activations": layer, "logits (a chunk)": logits}
+    else:
+        phase.passing = {"activations, casts, logits (a chunk)": casts + layer + logits}
+    _add_head(phase, shape, width)
+    return phase
+
+
+def _cast_bytes(shape: Shape, width: int) -> float:
+    """Autocast's copies of a stage's matrices in the compute dtype."""
+    return float(width * shape.stage_matrices()) if width < 4 else 0.0
+
+
+def _add_head(phase: Phase, shape: Shape, width: int) -> None:
+    """The base's head is a mapped file on the CPU."""
+    if shape.stage.head == "shared":
+        (phase.mapped if phase.on_cpu else phase.lasting)["shared head"] = float(shape.head * width)
+    if shape.attends and phase.on_cpu:
+        phase.mapped["the base's layers"] = float(shape.stage_parameters() * width)
+
+
+def _logit_bytes(shape: Shape, width: int, *, on_cpu: bool) -> float:
+    """A chunk's logits, and on a GPU plain torch's float32 copies of them: see losses.py. Never a whole batch's."""
+    tokens = chunk_tokens(shape.stage.vocab_size, torch.float32 if width == 4 else torch.bfloat16)
+    return float((width if on_cpu else width + 16) * tokens * shape.stage.vocab_size)
+
+
+def _store_bytes(settings: RunSettings, shape: Shape, width: int) -> tuple[float, float]:
+    """(mapped at most, of the base pass alone): 16 bit where the values fit; hard tokens of a stage or two."""
+    test = settings.val_blocks if settings.test_blocks is None else settings.test_blocks
+    train_val = (settings.train_blocks + settings.val_blocks) * settings.seq_len
+    size = shape.stage.hidden_size
+    stored = 4 if settings.store_dtype == "float32" else 2  # float16 of a float32 base, where it fits
+    handed_on = 2 if width == 2 and stored == 2 else 4
+    look = SecondLookSizes.of(settings, shape, width)
+    numbers = look.kv_numbers if look else 0  # keys and values of a token
+    kept = numbers if settings.kv != "recompute" else 0
+    base = (train_val + test * settings.seq_len) * ((size + kept) * stored + TOKEN_BYTES)
+    later, tokens = 0.0, train_val
+    # Those of two stages back are removed, unless a second look attends to what they left.
+    for _ in range(settings.num_stages - 1 if look else min(settings.num_stages - 1, 2)):
+        tokens = hard_count(settings.hard_ratio, tokens)
+        later += tokens * ((size + numbers) * handed_on + TOKEN_BYTES)
+    return base + later, base
+
+
+def base_tokens_at_once(settings: RunSettings, on_cpu: bool) -> int:
+    """Tokens of a forward pass of the base."""
+    blocks = max(1, BASE_TOKENS["cpu" if on_cpu else "cuda"] // settings.seq_len)
+    return min(blocks, settings.train_blocks) * settings.seq_len
+
+
+def micro_batch_tokens(
+    settings: RunSettings, base_config: Any, memory_bytes: float, *, dtype: torch.dtype, on_cpu: bool = False
+) -> int:
+    """Tokens to run through a stage at once so that training fits in ``memory_bytes``.
+
+    The batch itself, or the largest of its equal parts ``ceil(batch_tokens / n)`` that fits; the batch itself too
+    where not even one token does: smaller parts cannot help then, and the plan says that the run does not fit.
+    ``settings.micro_batch_tokens``, if set, is a bound.
+    """
+    shape = Shape.of(settings, base_config)
+    batch = settings.batch_tokens
+    bound = min(batch, settings.micro_batch_tokens or batch)
+    reserved = PROCESS_BYTES if on_cpu else CONTEXT_BYTES
+
+    def fits(micro: int) -> bool:
+        return _training_phase(settings, shape, dtype.itemsize, micro, on_cpu).needed + reserved <= memory_bytes
+
+    parts = math.ceil(batch / bound)
+    if fits(math.ceil(batch / parts)):
+        return math.ceil(batch / parts)
+    low, high = parts + 1, batch  # the smallest number of parts that fits, by bisection
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(math.ceil(batch / middle)) else (middle + 1, high)
+    return math.ceil(batch / low) if fits(math.ceil(batch / low)) else bound
+
+
+def largest_batch_tokens(
+    settings: RunSettings, base_config: Any, memory_bytes: float, dtype: torch.dtype, on_cpu: bool
+) -> int:
+    """The largest batch that fits without accumulation, up to 2^20 tokens; 0 if none does."""
+    shape = Shape.of(settings, base_config)
+    reserved = PROCESS_BYTES if on_cpu else CONTEXT_BYTES
+    low, high = 0, 2**20
+    while low < high:
+        middle = (low + high + 1) // 2
+        whole = dataclasses.replace(settings, batch_tokens=middle, micro_batch_tokens=None)
+        phase = _training_phase(whole, shape, dtype.itemsize, middle, on_cpu)
+        low, high = (middle, high) if phase.needed + reserved <= memory_bytes else (low, middle - 1)
+    return low

@@ -1,0 +1,335 @@
+"""The report of a run, ``report.md`` with its plots and ``report.html``, from the run's folder alone."""
+
+from pathlib import Path
+from typing import Any
+
+from cascade_fast.input_checks import InputError, one_line
+from cascade_fast.model.configuration import MODEL_CRITERIA
+from cascade_fast.reporting.heat_map import read_heat_map
+from cascade_fast.reporting.html import HEAT_MAP, MACHINE, SETTINGS, render_page
+from cascade_fast.reporting.plots import write_plots
+from cascade_fast.reporting.samples import make_samples, read_samples
+from cascade_fast.runtime.console import epoch_line, format_count, literal, markdown_table, say
+from cascade_fast.runtime.files import atomic_write_text, read_json
+from cascade_fast.runtime.run_folder import check_run
+from cascade_fast.settings import SECOND_LOOK_PRESET
+
+DIAGNOSIS_RULE = (
+    "Rule: *clear overfitting* if the first epoch has the lowest validation loss while the training loss falls on; "
+    "*mild overfitting* if a later epoch has it, but not the last one; *none seen* if the last epoch has it. "
+    "One epoch alone does not tell."
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Writes ``report.md``, ``report.html`` and the plots that :func:`write_plots` finds worth it into ``folder``.
+
+    Raises:
+        InputError: not the folder of a finished run, or a file in it is damaged. No report has been written then.
+    """
+    check_run(folder, results=True)
+    config = read_json(folder / "config.json", needs=("machine", "versions"))
+    results = read_json(folder / "results.json", needs=("base", "tokens", "settings", "stages", "final"))
+    tokens, samples = read_heat_map(folder), read_samples(folder)
+    try:
+        plots = write_plots(folder, results, score_name=_score_name(results))
+        markdown = render_report(config, results, plots, samples=samples, heat_map=tokens is not None)
+        images = {name: (folder / name).read_bytes() for name in plots}
+        page = render_page(markdown, images, tokens, score_name=_score_name(results))
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"run: a file in {str(folder)!r} is damaged: no report can be made ({reason})") from error
+    path = folder / "report.md"
+    atomic_write_text(path.with_suffix(".html"), page)
+    atomic_write_text(path, markdown)  # last: a folder with this file is complete
+    return path
+
+
+def add_samples(folder: Path, device: str) -> None:
+    """Sample text for the report, once the run has measured everything and has let go of its memory.
+
+    The run is finished: whatever is missing here (memory, a base that was moved) costs the samples and nothing else.
+    """
+    try:
+        if make_samples(folder, device):
+            write_report(folder)
+            say("sample text: in the report")
+    except Exception as error:
+        say(f"sample text: none, {type(error).__name__}: {one_line(error)}")
+
+
+def diagnose(epochs: list[dict[str, Any]]) -> str:
+    """The overfitting diagnosis of one stage; see ``DIAGNOSIS_RULE``."""
+    if len(epochs) < 2:
+        return "not to be told from one epoch"
+    best = min(range(len(epochs)), key=lambda i: epochs[i]["val_loss"])
+    if best == len(epochs) - 1:
+        return "none seen"
+    return "clear overfitting" if best == 0 else "mild overfitting"
+
+
+def render_report(
+    config: dict[str, Any],
+    results: dict[str, Any],
+    plots: list[str],
+    *,
+    samples: list[dict[str, Any]],
+    heat_map: bool,
+) -> str:
+    """The report as Markdown: what came of the run first, what it was made with last."""
+    stages = results["stages"]
+    parts = [
+        f"# CASCADE: preset {results['settings']['preset']}, hard ratio {results['settings']['hard_ratio']}",
+        _summary(results),
+        *_samples(samples),
+        f"## {HEAT_MAP}",
+        "[report.html](report.html) shows some validation text token by token, coloured by exit, score or change of "
+        "loss."
+        if heat_map
+        else "This run has no `heat_map.json`: it was removed, or the run is older than the file.",
+        "## What to try next",
+        _next(results),
+        "## Base model",
+        _base(results),
+        *(_stage(stage) for stage in stages),
+        "## Analysis",
+        "### Overfitting",
+        DIAGNOSIS_RULE,
+        markdown_table(
+            ["stage", "training loss", "validation loss", "diagnosis"], [_overfitting_row(s) for s in stages]
+        ),
+        "### Thresholds",
+        markdown_table(
+            ["stage", "threshold", "hard of those that arrive"],
+            [[_n(s["stage"]), f"{s['threshold']:.4f}", f"{s['train_hard']:,} / {s['train_total']:,}"] for s in stages],
+        ),
+        f"A token enters a stage if its score ({_score_name(results)}) is at or below the threshold.",
+        "### Validation",
+        "Perplexity on the hard tokens is measured on a different set at each stage; the column over all tokens, each "
+        "at its own exit, is the one that compares.",
+        markdown_table(
+            ["stage", "hard tokens, by epoch", "all tokens", "kept"],
+            [["base", "", _ppl(results["base"]["val_ppl"]), ""], *(_validation_row(s) for s in stages)],
+        ),
+        "### Where tokens exit",
+        _exits(results),
+        "### Parameters",
+        _parameters(results),
+        *(["### Compute", _compute(results)] if "compute" in results else []),
+        *(f"![{name.removesuffix('.png')}]({name})" for name in plots),
+        f"## {SETTINGS}",
+        markdown_table(["setting", "value"], [[k, literal(_show(v))] for k, v in results["settings"].items()]),
+        f"## {MACHINE}",
+        markdown_table(
+            ["", ""], [[k, literal(str(v))] for k, v in {**config["machine"], **config["versions"]}.items()]
+        ),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _summary(results: dict[str, Any]) -> str:
+    base, final = results["base"], results["final"]
+    rows = [["validation", base["val_ppl"], final["all_token_val_ppl"]]]
+    if final["base_test_ppl"] is not None:
+        rows.append(["test", final["base_test_ppl"], final["all_token_test_ppl"]])
+    table = markdown_table(
+        ["all-token perplexity", "base", "cascade", "change"],
+        [[name, _ppl(before), _ppl(after), f"{after / before - 1:+.2%}"] for name, before, after in rows],
+    )
+    kept, trained = final["stages_kept"], len(results["stages"])
+    return (
+        f"Base {literal(base['name'])}, text {literal(results['settings']['dataset'])}. "
+        f"{kept} of {trained} trained stage(s) kept. {final['seconds']:.0f} seconds, "
+        f"peak memory {final['peak_rss_bytes'] / 2**30:.2f} GiB.\n\n{table}\n\n"
+        "Validation blocks chose epochs and stages; the test blocks were looked at once, at the end."
+    )
+
+
+def _samples(samples: list[dict[str, Any]]) -> list[str]:
+    """A section with a table for each prompt; nothing for a run without samples."""
+    if not samples:
+        return []
+
+    def line(text: str) -> str:
+        return literal(text.replace("\n", " \u21b5 "))
+
+    return [
+        "## Sample text",
+        "How each goes on from the start of a validation block, taking the likeliest token every time. \u21b5 is a "
+        "line break.",
+        *(
+            markdown_table(
+                ["prompt", line(sample["prompt"])],
+                [["base", line(sample["base"])], ["cascade", line(sample["cascade"])]],
+            )
+            for sample in samples
+        ),
+    ]
+
+
+def advice(results: dict[str, Any]) -> list[str]:
+    """What to try next, judged by how the run went: a sentence each, settings as flags in backquotes."""
+    settings, stages, kept = results["settings"], results["stages"], results["final"]["stages_kept"]
+    second_look = "`--preset second-look`"
+    if results["base"]["layers"] < SECOND_LOOK_PRESET["layers_per_stage"]:
+        second_look = f"`--stage-kind second-look --layers-per-stage {results['base']['layers']}`"
+    more_text = f"`--train-blocks {4 * settings['train_blocks']}`"
+    if kept == 0:
+        tries = [f"a lower learning rate (`--lr {settings['lr'] / 3:.1g}`)"]
+        if settings["hard_ratio"] < 0.9:
+            tries.append("a higher hard ratio (`--hard-ratio 0.9`)")
+        tries.append(f"more text ({more_text})")
+        if settings["stage_kind"] == "append":
+            tries.append(f"stages that read the text again ({second_look})")
+        return [f"No stage was kept: the cascade is its base. Worth a try, one at a time: {', '.join(tries)}."]
+    found = []
+    for stage in stages:
+        if diagnose(stage["epochs"]) in ("clear overfitting", "mild overfitting"):
+            found.append(f"Stage {stage['stage']} overfits: more text ({more_text}), or fewer epochs.")
+    last = stages[kept - 1]
+    if last["stopped"] == "all epochs done" and diagnose(last["epochs"]) == "none seen":
+        found.append(
+            f"The validation loss of stage {kept} still fell in its last epoch: more of them "
+            f"(`--epochs {2 * settings['epochs']}`)."
+        )
+    if settings["stage_kind"] == "append":
+        found.append(f"Stages that read the text again gain more, and cost more: {second_look}.")
+    elif settings["exit_threshold"] == "trained":
+        found.append("Perhaps more tokens gain from the stage than it was trained on: `--exit-threshold validation`.")
+    return found
+
+
+def _next(results: dict[str, Any]) -> str:
+    parts = ["\n".join(f"- {sentence}" for sentence in advice(results))]
+    if results["settings"]["criterion"] in MODEL_CRITERIA and results["final"]["stages_kept"]:
+        parts.append("With the cascade as it is, `RUN` being this folder:")
+        parts.append(
+            '```\npython -m cascade_fast.generate RUN "Your text" --compare-base\n'
+            "python -m cascade_fast.evaluate RUN --sweep-threshold curve.csv\n```"
+        )
+    return "\n\n".join(filter(None, parts))
+
+
+def _base(results: dict[str, Any]) -> str:
+    base, tokens = results["base"], results["tokens"]
+    return "\n".join(
+        [
+            f"- {literal(base['name'])} ({literal(base['source'])})",
+            f"- parameters: {base['parameters']:,} ({format_count(base['parameters'])})",
+            f"- layers: {base['layers']}",
+            f"- tokens: {tokens['train']:,} training, {tokens['val']:,} validation, {tokens['test']:,} test",
+            f"- validation perplexity: {base['val_ppl']:.4f}",
+        ]
+    )
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    share = stage["train_hard"] / stage["train_total"]
+    rows = [
+        ["threshold", f"{stage['threshold']:.4f}"],
+        *(
+            [["exit threshold, chosen on validation", f"{stage['exit_threshold']:.4f}"]]
+            if stage.get("exit_threshold", stage["threshold"]) != stage["threshold"]
+            else []
+        ),
+        ["training hard tokens", f"{stage['train_hard']:,} / {stage['train_total']:,} ({share:.1%})"],
+        ["validation hard tokens", f"{stage['val_hard']:,}"],
+        ["added parameters", f"{stage['added_parameters']:,} ({format_count(stage['added_parameters'])})"],
+        ["trainable parameters", f"{stage['trainable_parameters']:,}"],
+        ["best epoch", _n(stage["best_epoch"])],
+        ["best val ppl (hard tokens)", _ppl(stage["best_val_ppl"])],
+        ["all-token val ppl", _ppl(stage["all_token_val_ppl"])],
+        ["training time", f"{stage['seconds']:.1f} s"],
+        ["training ended", stage["stopped"]],
+    ]
+    log = "\n".join(epoch_line(e) for e in stage["epochs"])
+    verdict = stage["verdict"][0].upper() + stage["verdict"][1:]
+    return f"## Stage {stage['stage']}\n\n{verdict}.\n\n{markdown_table(['item', 'value'], rows)}\n\n```\n{log}\n```"
+
+
+def _overfitting_row(stage: dict[str, Any]) -> list[str]:
+    epochs = stage["epochs"]
+
+    def course(key: str) -> str:
+        return " → ".join(f"{e[key]:.3f}" for e in epochs)
+
+    return [_n(stage["stage"]), course("train_loss"), course("val_loss"), diagnose(epochs)]
+
+
+def _validation_row(stage: dict[str, Any]) -> list[str]:
+    by_epoch = " → ".join(f"{e['val_ppl']:.2f}" for e in stage["epochs"])
+    return [_n(stage["stage"]), by_epoch, _ppl(stage["all_token_val_ppl"]), "yes" if stage["accepted"] else "no"]
+
+
+def _exits(results: dict[str, Any]) -> str:
+    stages = results["stages"]
+    names = ["base", *(f"stage_{s['stage']}" for s in stages)]
+    rows = [
+        [f"after stage {s['stage']}", *(f"{s['exit_share'][n]:.1%}" if n in s["exit_share"] else "" for n in names)]
+        for s in stages
+    ]
+    return markdown_table(["validation tokens", *names], rows)
+
+
+def _parameters(results: dict[str, Any]) -> str:
+    total = results["base"]["parameters"]
+    rows = [["base", "", f"{total:,} ({format_count(total)})"]]
+    for stage in (s for s in results["stages"] if s["accepted"]):
+        total += stage["added_parameters"]
+        rows.append(
+            [_n(stage["stage"]), f"+ {format_count(stage['added_parameters'])}", f"{total:,} ({format_count(total)})"]
+        )
+    return markdown_table(["stage", "added", "cumulative"], rows)
+
+
+def _compute(results: dict[str, Any]) -> str:
+    ledger, compared = results["compute"], results["compute"]["compared"]
+    lines = [["base pass", ledger["base_pass"]], *([f"stage {s['stage']}", s["compute"]] for s in results["stages"])]
+    table = markdown_table(
+        ["", "tokens", "layer-tokens", "TFLOP", "seconds", "MFU"],
+        [
+            [
+                name,
+                f"{line['tokens']:,}",
+                f"{line['layer_tokens']:,}",
+                f"{line['flops'] / 1e12:.2f}",
+                f"{line['seconds']:.1f}",
+                "-" if line["mfu"] is None else f"{line['mfu']:.2f}",
+            ]
+            for name, line in lines
+        ],
+    )
+    text = (
+        "FLOPs that the model needs; MFU is their rate over that of a square product on this device, "
+        f"{ledger['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s. Training counts every epoch, validation none."
+    )
+    if compared:
+        ours, dense, seed = (compared[name] for name in ("stage_1", "dense_stage", "seed_recipe"))
+        text += (
+            f"\n\nStage 1 took {ours['flops'] / dense['flops']:.0%} of the FLOPs of a dense stage (every token, "
+            f"as many epochs) in {ours['steps']:,} steps; the original recipe would need "
+            f"{seed['flops'] / ours['flops']:.2f} times the FLOPs on the same tokens, in {seed['steps']:,} steps."
+        )
+    return f"{table}\n\n{text}"
+
+
+def _score_name(results: dict[str, Any]) -> str:
+    if results["settings"]["criterion"] == "entropy":
+        return "minus the entropy of the logits, in nats"
+    if results["settings"]["criterion"] == "random":
+        return "uniform noise"
+    return "cosine between what goes in and what comes out"
+
+
+def _n(value: Any) -> str:
+    return "-" if value is None else f"{value}"
+
+
+def _ppl(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _show(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else _n(value)

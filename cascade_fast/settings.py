@@ -1,0 +1,383 @@
+"""The settings of a run: one frozen dataclass, validated when made, and the presets.
+
+Each field is a flag of ``python -m cascade_fast.train`` and a key of a ``--config`` file, under the same name.
+"""
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cascade_fast.input_checks import InputError, check_type, read_settings_file, shown, suggest, template_parts
+
+
+def _setting(default: Any, group: str, help: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"group": group, "help": help, **extra})
+
+
+CRITERIA = ("cosine", "entropy", "random")
+STAGE_KINDS = ("append", "second-look")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BASE_QUANTIZATIONS = ("none", "nf4")
+EXIT_THRESHOLDS = ("trained", "validation")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+ALL = -1  # ``all`` as a number of blocks; once the text is read its real number takes its place
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Every setting of a cascade run. Defaults are those of the preset ``warm``; see :data:`PRESETS`.
+
+    Raises:
+        InputError: on a value out of range, before any work is done.
+    """
+
+    preset: str = _setting(
+        "warm", "run", "recipe to start from; every flag given overrides it", choices=("seed", "warm", "second-look")
+    )
+    out: str | None = _setting(None, "run", "folder of the run (default: runs/<time>-<preset>)")
+    resume: str = _setting(
+        "never",
+        "run",
+        "auto: go on with the run in --out (or the newest unfinished one under runs/)",
+        choices=("never", "auto"),
+    )
+    seed: int = _setting(42, "run", "seed of the new layers and of the order of the tokens")
+    max_minutes: float | None = _setting(
+        None, "run", "stop training after this many minutes, keep the best so far and report"
+    )
+    checkpoint_minutes: float = _setting(5.0, "run", "save a checkpoint at least this often, besides every epoch")
+    cache_dir: str | None = _setting(
+        None,
+        "run",
+        "where converted base models and base passes are kept for later runs (default: ~/.cache/cascade_fast)",
+    )
+
+    base: str = _setting("smollm2-135m", "base model", "hub id, local folder, .gguf file, or smollm2-135m")
+    device: str = _setting("auto", "base model", "cpu, cuda, cuda:1, ...; auto takes a GPU when there is one")
+    dtype: str = _setting(
+        "auto", "base model", "compute dtype; auto takes the fastest this hardware has", choices=DTYPES
+    )
+    base_quantization: str = _setting(
+        "none",
+        "base model",
+        "nf4: load the base in 4 bit for the base pass (needs bitsandbytes and accelerate)",
+        choices=BASE_QUANTIZATIONS,
+    )
+    store_dtype: str = _setting(
+        "auto",
+        "base model",
+        "hidden states on disk: auto takes 16 bit when the values fit",
+        choices=("auto", "float32"),
+    )
+
+    dataset: str = _setting(
+        "pydoc",
+        "data",
+        "hub id; json, jsonl, csv, parquet or txt file, or a folder of them; or pydoc (CPython's reference text)",
+    )
+    text_columns: tuple[str, ...] = _setting(
+        (), "data", "columns joined by newlines to make a text (default: text, or instruction input output)", nargs="+"
+    )
+    text_template: str | None = _setting(
+        None, "data", "text with columns' names in braces, as 'Q: {question}', instead of --text-columns"
+    )
+    shuffle: str = _setting(
+        "on",
+        "data",
+        "on: texts are shuffled before the splits are cut, the same way for every --seed; off: the data's own order",
+        choices=("on", "off"),
+    )
+    seq_len: int = _setting(128, "data", "tokens in a block")
+    train_blocks: int = _setting(
+        320, "data", "blocks to train on; all: what validation and test blocks leave", all=True
+    )
+    val_blocks: int = _setting(64, "data", "blocks for early stopping and acceptance")
+    test_blocks: int | None = _setting(
+        None,
+        "data",
+        "blocks looked at once, at the end (default: as many as validation if the data has them, else what is left); "
+        "all: what training and validation leave",
+        all=True,
+    )
+
+    hard_ratio: float = _setting(0.6, "selection", "share of the tokens that is hard, in (0, 1]")
+    criterion: str = _setting(
+        "entropy",
+        "selection",
+        "what makes a token hard: low cosine between input and output, or high entropy of the logits; random: chance, "
+        "a baseline",
+        choices=CRITERIA,
+    )
+    val_selection: str = _setting(
+        "threshold",
+        "selection",
+        "validation's hard tokens: by the training threshold, or by validation's own quantile",
+        choices=("threshold", "quantile"),
+    )
+
+    num_stages: int = _setting(2, "stages", "stages to train at most")
+    stage_kind: str = _setting(
+        "append",
+        "stages",
+        "append: new layers after the base's last; second-look: a trained copy of the base's last layers, in which "
+        "hard tokens attend to their whole text",
+        choices=STAGE_KINDS,
+    )
+    layers_per_stage: int = _setting(8, "stages", "decoder layers in each stage")
+    kv: str = _setting(
+        "auto",
+        "stages",
+        "the base's keys and values for a second look: kept on disk by the base pass, or recomputed for every batch by "
+        "a frozen copy of the layers; auto takes what the plan finds cheaper",
+        choices=("auto", "store", "recompute"),
+    )
+    init: str = _setting(
+        "identity",
+        "stages",
+        "identity: a stage starts as the base's own last step; random: as a new model",
+        choices=("identity", "random"),
+    )
+    head: str = _setting(
+        "shared", "stages", "output head: the base's own, frozen, or a new trained one", choices=("shared", "own")
+    )
+    exit_threshold: str = _setting(
+        "trained",
+        "stages",
+        "which tokens enter a stage once it is trained: those as hard as it was trained on, or as many more as "
+        "serve all-token validation perplexity best, which costs their layers",
+        choices=EXIT_THRESHOLDS,
+    )
+    accept: str = _setting(
+        "better",
+        "stages",
+        "keep a stage only if all-token validation perplexity falls, or always",
+        choices=("better", "always"),
+    )
+    min_improvement: float = _setting(
+        0.001, "stages", "relative fall of the all-token validation perplexity that counts as better"
+    )
+
+    epochs: int = _setting(2, "training", "epochs for each stage at most")
+    batch_tokens: int = _setting(512, "training", "hard tokens in an optimizer step")
+    micro_batch_tokens: int | None = _setting(
+        None,
+        "training",
+        "tokens run through the stage at once; gradients of the parts of a batch add up (default: as many as fit)",
+    )
+    lr: float = _setting(6e-4, "training", "peak learning rate")
+    lr_schedule: str = _setting("cosine", "training", "shape of the learning rate after warm-up", choices=LR_SCHEDULES)
+    warmup_steps: int = _setting(10, "training", "steps of linear learning-rate warm-up")
+    weight_decay: float = _setting(
+        0.01, "training", "decoupled weight decay (on matrices and norms alike, as torch.optim.AdamW)"
+    )
+    grad_clip: float = _setting(1.0, "training", "largest gradient norm; 0 turns clipping off")
+    optimizer: str = _setting(
+        "adamw",
+        "training",
+        "adamw, or with 8-bit moments: bitsandbytes' on a GPU, our own with the same state on the CPU",
+        choices=OPTIMIZERS,
+    )
+    patience: int = _setting(1, "training", "epochs without a better validation loss before a stage stops")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            choices, value = f.metadata.get("choices"), getattr(self, f.name)
+            check_type(f.name, value, f.type)
+            if choices is not None and value not in choices:
+                raise InputError(f"{f.name}: {shown(value)}; must be one of {', '.join(choices)}")
+        for name in (
+            "hard_ratio",
+            "lr",
+            "weight_decay",
+            "grad_clip",
+            "min_improvement",
+            "checkpoint_minutes",
+            "max_minutes",
+        ):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise InputError(f"{name}: {value}; must be a finite number")
+        self._require("hard_ratio", 0 < self.hard_ratio <= 1, "must be in (0, 1]")
+        for name in (
+            "val_blocks",
+            "num_stages",
+            "layers_per_stage",
+            "epochs",
+            "batch_tokens",
+            "patience",
+        ):
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        self._require("seq_len", self.seq_len >= 2, "must be at least 2")
+        self._require("train_blocks", self.train_blocks == ALL or self.train_blocks >= 1, "must be at least 1, or all")
+        self._require(
+            "test_blocks", self.test_blocks in (None, ALL) or self.test_blocks >= 0, "must be at least 0, or all"
+        )
+        if self.train_blocks == self.test_blocks == ALL:
+            raise InputError("train_blocks, test_blocks: all; only one of them can have what the others leave")
+        self._require("lr", self.lr > 0, "must be above 0")
+        for name in ("weight_decay", "grad_clip", "min_improvement", "warmup_steps"):
+            self._require(name, getattr(self, name) >= 0, "must be at least 0")
+        self._require(
+            "micro_batch_tokens", self.micro_batch_tokens is None or self.micro_batch_tokens >= 1, "must be at least 1"
+        )
+        self._require("checkpoint_minutes", self.checkpoint_minutes > 0, "must be above 0")
+        self._require("max_minutes", self.max_minutes is None or self.max_minutes > 0, "must be above 0")
+        self._require("seed", 0 <= self.seed < 2**63, "must be in [0, 2^63)")
+        if self.text_columns and self.text_template is not None:
+            raise InputError("text_columns and text_template are both given; give one")
+        if self.text_template is not None:
+            template_parts(self.text_template)
+        if self.kv == "recompute" and self.stage_kind != "second-look":
+            raise InputError(f"kv: {self.kv!r}; stages of kind {self.stage_kind} use none: must be auto or store")
+        if self.stage_kind == "second-look" and self.init != "identity":
+            raise InputError(
+                f"init: {self.init!r}; a second look starts as the base's own layers, with its head: init must be "
+                "identity and head shared"
+            )
+        if self.init == "identity" and self.head == "own":
+            raise InputError("init: identity needs head: shared (a stage that starts as the base uses the base's head)")
+
+    def _require(self, name: str, condition: bool, allowed: str) -> None:
+        if not condition:
+            raise InputError(f"{name}: {getattr(self, name)!r}; {allowed}")
+
+    @property
+    def reads(self) -> str:
+        """Which hidden state of the base a stage reads: the residual stream before the final norm (what an identity
+        stage continues) or before the layers it copies, or the last hidden state after the norm (as the seed did)."""
+        return "residual" if self.init == "identity" else "last_hidden"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting as plain JSON values."""
+        return {f.name: _plain(f, getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def _plain(f: "dataclasses.Field[Any]", value: Any) -> Any:
+    if f.metadata.get("all") and value == ALL:
+        return "all"
+    return list(value) if isinstance(value, tuple) else value
+
+
+# The recipe of the original experiment: random layers with a head of their own, tokens in batches of 32, fp32.
+SEED_PRESET: dict[str, Any] = {
+    "dataset": "tatsu-lab/alpaca",
+    "train_blocks": 1000,
+    "val_blocks": 100,
+    "test_blocks": 0,
+    "shuffle": "off",
+    "dtype": "float32",
+    "store_dtype": "float32",
+    "hard_ratio": 0.9,
+    "criterion": "cosine",
+    "val_selection": "quantile",
+    "num_stages": 5,
+    "init": "random",
+    "head": "own",
+    "accept": "always",
+    "epochs": 10,
+    "batch_tokens": 32,
+    "lr": 1e-4,
+    "lr_schedule": "constant",
+    "warmup_steps": 0,
+    "grad_clip": 0.0,
+    "patience": 1,
+}
+# The best perplexity for the training: see docs/log.md, 2026-11-24.
+SECOND_LOOK_PRESET: dict[str, Any] = {
+    "stage_kind": "second-look",
+    "num_stages": 1,
+    "layers_per_stage": 16,
+    "epochs": 1,
+    "batch_tokens": 256,
+    "lr": 2e-4,
+}
+PRESETS: dict[str, dict[str, Any]] = {"warm": {}, "second-look": SECOND_LOOK_PRESET, "seed": SEED_PRESET}
+
+_FIELDS = {f.name: f for f in dataclasses.fields(RunSettings)}
+# What may differ between a run and its resumption: where things lie and when to stop, not what is computed.
+RESUME_MAY_CHANGE = ("out", "resume", "max_minutes", "checkpoint_minutes", "cache_dir")
+
+
+def make_settings(overrides: dict[str, Any], settings_file: str | None = None) -> RunSettings:
+    """The settings of a run: the preset's, then the YAML file's, then ``overrides`` (the flags given).
+
+    Raises:
+        InputError: an unknown name, a value of the wrong type or out of range, or a file that cannot be read.
+    """
+    from_file = read_settings_file(Path(settings_file)) if settings_file is not None else {}
+    given = {**from_file, **overrides}
+    preset = given.get("preset", "warm")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise InputError(f"preset: {shown(preset)}; must be one of {', '.join(PRESETS)}")
+    merged = {**PRESETS[preset], **given}
+    return RunSettings(**{name: _coerce(name, value) for name, value in merged.items()})
+
+
+def saved_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run has saved, for :func:`make_settings`. A run from before there was ``shuffle`` took its
+    texts in the data's own order."""
+    check_type("settings", settings, dict)
+    return {"shuffle": "off", **settings}
+
+
+def _coerce(name: str, value: Any) -> Any:
+    """``value`` as the type of setting ``name``: YAML reads 1e-4 as text, ``on`` as true and one column as no list."""
+    if name not in _FIELDS:
+        near = suggest(name, _FIELDS)
+        hint = f"; did you mean {near} ({explain(near)})?" if near else ""
+        raise InputError(f"{shown(name)[1:-1]}: no such setting{hint}")
+    f = _FIELDS[name]
+    kinds = typing.get_args(f.type) or (f.type,)  # `int | None` -> (int, NoneType)
+    if value is None:
+        if type(None) in kinds or f.default == ():
+            return f.default if f.default == () else None
+        raise InputError(f"{name}: empty; must be given a value")
+    if f.default == ():
+        return _texts(name, value)
+    if f.metadata.get("choices") == ("on", "off") and isinstance(value, bool):
+        return "on" if value else "off"
+    if int in kinds or float in kinds:
+        return _number(name, value, int if int in kinds else float)
+    if not isinstance(value, str):
+        raise InputError(f"{name}: {shown(value)}; must be text{_quotes(value)}")
+    if "\0" in value:
+        raise InputError(f"{name}: {shown(value)}; must not hold the character zero")
+    return value
+
+
+def _number(name: str, value: Any, kind: type[int] | type[float]) -> int | float:
+    may_be_all = _FIELDS[name].metadata.get("all")
+    if may_be_all and value == "all":
+        return ALL
+    allowed = ("an integer" if kind is int else "a number") + (", or all" if may_be_all else "")
+    try:
+        number = kind(value)
+        if isinstance(value, bool) or (kind is int and number != float(value)):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{name}: {shown(value)}; must be {allowed}") from None
+    if may_be_all and number == ALL:  # only the word means that
+        raise InputError(f"{name}: {number}; must be at least {1 if name == 'train_blocks' else 0}, or all")
+    return number
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"{name}: {shown(text)}; must be text{_quotes(text)}, or a list of texts")
+    return texts
+
+
+def _quotes(value: Any) -> str:
+    """YAML reads yes, 2024-01-01 and 007 as something else than text."""
+    return "" if isinstance(value, (list, tuple, dict)) else " (in quotes, if it is meant so)"
+
+
+def explain(name: str) -> str:
+    """The beginning of a setting's help."""
+    return str(_FIELDS[name].metadata["help"]).split(";")[0]

@@ -1,0 +1,173 @@
+"""Dynamic exit: every token leaves the cascade as early as it can, with the logits of where it leaves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cascade_fast import ops
+from cascade_fast.base.hidden_store import HiddenStore
+from cascade_fast.criteria import random_scores
+from cascade_fast.input_checks import one_line
+from cascade_fast.losses import token_losses
+from cascade_fast.runtime.compute import Compute
+from cascade_fast.runtime.files import DamagedFile, load_tensors, save_tensors, write_json
+from cascade_fast.selection import select_below
+from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage, SequencePack
+from cascade_fast.stages.tokens import StageTokens, stage_tokens
+
+TOKENS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class ExitStage:
+    """A trained stage and the threshold at its door: a token enters iff ``score <= threshold``."""
+
+    stage: Stage | SecondLookStage
+    threshold: float
+
+    def save(self, folder: Path, **record: Any) -> None:
+        """Writes ``config.json`` and ``model.safetensors``."""
+        save_tensors(folder / "model.safetensors", self.stage.state_dict())
+        write_json(folder / "config.json", {**self.stage.config.to_dict(), "threshold": self.threshold, **record})
+
+    @classmethod
+    def load(cls, folder: Path, config: StageConfig, threshold: float, head_VD: Tensor) -> "ExitStage":
+        """What :meth:`save` has written. Raises DamagedFile."""
+        stage: Stage | SecondLookStage
+        if isinstance(config, SecondLookConfig):
+            stage = SecondLookStage(config, head_VD=head_VD)
+        else:
+            stage = Stage(config, head_VD=head_VD)
+        path = folder / "model.safetensors"
+        try:
+            stage.load_state_dict(load_tensors(path)[0])
+        except RuntimeError as error:  # another shape or other names: one without a checksum that is another stage's
+            raise DamagedFile(f"{str(path)!r} does not fit the stage: {one_line(error)}") from error
+        return cls(stage.eval(), threshold)
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage says of K tokens, on the CPU: ``hidden`` for the next stage, ``score`` and ``loss`` (K,), float32;
+    of a second look also the tokens' keys and values."""
+
+    hidden_KD: Tensor
+    score_K: Tensor
+    loss_K: Tensor
+    kv_KL2GE: Tensor | None = None
+
+
+def handed_on_dtype(store: HiddenStore) -> torch.dtype:
+    """How hidden states travel from stage to stage: bfloat16 if they came so, else float32 (float16 might overflow)."""
+    return torch.bfloat16 if store.hidden.dtype == torch.bfloat16 else torch.float32
+
+
+@torch.inference_mode()
+def run_stage(
+    stage: Stage | SecondLookStage,
+    inputs: Tensor | SequencePack,
+    label_K: Tensor,
+    *,
+    criterion: str,
+    compute: Compute,
+) -> StageOutput:
+    """Takes K tokens through ``stage``. The score compares the stage's input with its output (``cosine``) or reads
+    the stage's own logits (``entropy``). After a second look the next one enters where it did."""
+    inputs = inputs.to(compute.device)
+    left: list[Tensor] = []
+    with compute.autocast():
+        output_KD, normed_KD = stage(inputs, left) if isinstance(inputs, SequencePack) else stage(inputs)
+    hidden_in_KD = inputs.hidden_KD if isinstance(inputs, SequencePack) else inputs
+    loss_K, entropy_K = token_losses(normed_KD, stage.head, label_K.to(compute.device), dtype=compute.dtype)
+    score_K = -entropy_K if criterion == "entropy" else ops.cosine_score(hidden_in_KD.float(), output_KD.float())
+    if isinstance(inputs, SequencePack):
+        kv_KL2GE = torch.stack(left, dim=1).cpu()
+        return StageOutput(hidden_in_KD.float().cpu(), score_K.cpu(), loss_K.cpu(), kv_KL2GE)
+    return StageOutput(output_KD.float().cpu(), score_K.cpu(), loss_K.cpu())
+
+
+def advance(
+    stage: Stage | SecondLookStage,
+    tokens: StageTokens,
+    picked: Tensor,
+    *,
+    criterion: str,
+    compute: Compute,
+) -> dict[str, Tensor]:
+    """The units ``picked`` of ``tokens`` after ``stage``, as arrays of the next hidden store; their order is kept."""
+    inputs, label_K = tokens.batch(picked, compute.device)
+    result = run_stage(stage, inputs, label_K, criterion=criterion, compute=compute)
+    store, row_K = tokens.store, tokens.rows(picked)
+    arrays = {name: store[name][row_K] for name in ("label", "sequence", "position")}
+    arrays |= {"hidden": result.hidden_KD.to(handed_on_dtype(store)), "score": result.score_K, "loss": result.loss_K}
+    if criterion == "random":
+        seed, split, number = store.meta["seed"], store.meta["split"], store.meta.get("stage", 0) + 1
+        arrays["score"] = random_scores(arrays["sequence"], arrays["position"], seed=seed, split=split, stage=number)
+    if result.kv_KL2GE is not None:
+        arrays["kv"] = result.kv_KL2GE.to(handed_on_dtype(store))
+    return arrays
+
+
+@dataclass(frozen=True)
+class ExitEvaluation:
+    """``loss_N``: every token's cross-entropy at its own exit. ``exit_N``: 0 for the base, k for stage k.
+    ``score_NP``: its score at each of the P doors, NaN at those it did not come to; without stages, the base's."""
+
+    loss_N: Tensor
+    exit_N: Tensor
+    score_NP: Tensor
+
+    @property
+    def perplexity(self) -> float:
+        """Over all tokens: the number that counts."""
+        return self.loss_N.double().mean().clamp(max=700.0).exp().item()
+
+    def shares(self, stages: int) -> dict[str, float]:
+        """Share of the tokens that leaves at each exit."""
+        counts = torch.bincount(self.exit_N, minlength=stages + 1).double() / max(len(self.exit_N), 1)
+        names = ["base", *(f"stage_{k}" for k in range(1, stages + 1))]
+        return dict(zip(names, counts.tolist(), strict=True))
+
+
+def evaluate_exits(
+    stages: list[ExitStage],
+    store: HiddenStore,
+    *,
+    criterion: str,
+    compute: Compute,
+    recompute: Callable[[Tensor], Tensor] | None = None,
+) -> ExitEvaluation:
+    """Sends every token of a base pass's store through the cascade.
+
+    A token whose score is above stage 1's threshold keeps the base's loss; otherwise it enters stage 1, and so on;
+    the last stage takes all that is left. ``recompute``: see :class:`SequenceTokens`.
+    """
+    loss_N = store["loss"].clone()
+    exit_N = torch.zeros(len(store), dtype=torch.int64)
+    score_NP = torch.full((len(store), max(len(stages), 1)), torch.nan)
+    score_NP[:, 0] = store["score"]
+    if not stages or len(store) == 0:
+        return ExitEvaluation(loss_N, exit_N, score_NP)
+    kind = stages[0].stage.config.kind
+    seq_len = int(store["position"][-1]) + 1
+    step = seq_len * max(1, TOKENS_AT_ONCE // seq_len)  # whole sequences
+    for first in range(0, len(store), step):
+        stores = [store.part(slice(first, first + step))]
+        token_K = torch.arange(first, first + len(stores[0]))  # where the tokens still on their way are
+        for number, entry in enumerate(stages, 1):
+            hard_J = select_below(stores[-1]["score"], entry.threshold)
+            if len(hard_J) == 0:
+                break
+            tokens = stage_tokens(kind, stores, hard_J, recompute)
+            arrays = advance(entry.stage, tokens, torch.arange(tokens.units), criterion=criterion, compute=compute)
+            token_K = token_K[hard_J]
+            loss_N[token_K], exit_N[token_K] = arrays["loss"], number
+            if number < len(stages):
+                score_NP[token_K, number] = arrays["score"]
+            stores.append(HiddenStore(store.folder, arrays, {**store.meta, "stage": number}))
+    return ExitEvaluation(loss_N, exit_N, score_NP)

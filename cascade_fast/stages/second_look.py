@@ -1,0 +1,283 @@
+"""A second look: a trainable copy of the base's last layers that reads hard tokens again, in their context.
+
+A hard token re-enters at the residual stream before the first of these layers. In each layer its query attends, at its
+true position, to the keys and values of its sequence so far: the stage's own at hard tokens; at all others what the
+exits before have left, the base's own to begin with. An easy token costs nothing here but its keys and values, which
+the base has computed anyway (they are its KV cache). Before training the stage repeats what the base has done, so
+that the cascade is the base.
+
+Parameters carry the names of transformers' Llama, so that the base's layers load into a stage and back.
+
+Shape legend: B sequences of a pack, S sequence length, N = B * S tokens, K hard tokens among them, Q most hard tokens
+of one sequence, L layers, D hidden size, H heads, G key/value heads, E head size, V vocabulary; 2 is (key, value).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cascade_fast import ops
+from cascade_fast.input_checks import InputError
+from cascade_fast.stages.append import GatedMLP, RMSNorm, StageConfig
+from cascade_fast.stages.attention import additive, grouped_attention, queries_at_once, rotate
+
+# Those whose angle at a position does not depend on the length of the sequence.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondLookConfig(StageConfig):
+    """The shape of a stage that copies the base's layers from ``entry_layer`` on. ``rope`` is transformers'
+    ``rope_parameters``, ``positions`` its ``max_position_embeddings``."""
+
+    kind: str = "second-look"
+    entry_layer: int
+    positions: int
+    rope: dict[str, Any]
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int, int]:
+        """(L, 2, G, E): a token's keys and values."""
+        return self.layers, 2, self.kv_heads, self.head_dim
+
+    @classmethod
+    def of_base(cls, base_config: Any, *, layers: int) -> "SecondLookConfig":
+        """The shape of a copy of the last ``layers`` layers of a base with transformers' ``base_config``."""
+        shape = StageConfig.from_base(base_config, layers=layers, init="identity", head="shared", reads="residual")
+        return cls(
+            **{**shape.to_dict(), "kind": "second-look"},
+            entry_layer=base_config.num_hidden_layers - layers,
+            positions=base_config.max_position_embeddings,
+            rope=dict(base_config.rope_parameters),
+        )
+
+
+def check_second_look(base: str, base_config: Any, *, layers: int, seq_len: int) -> None:
+    """Raises InputError where a second look cannot be what the base is."""
+    has = base_config.num_hidden_layers
+    if layers > has:
+        raise InputError(
+            f"layers_per_stage: {layers}; a second look copies the last layers of {base!r}, which has {has}"
+        )
+    rope_type = base_config.rope_parameters.get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        raise InputError(
+            f"stage_kind: second-look; {base!r} has rotary positions of type {rope_type}, must be one of "
+            f"{', '.join(ROPE_TYPES)}"
+        )
+    window = getattr(base_config, "sliding_window", None)
+    if window is not None and window < seq_len:
+        raise InputError(
+            f"seq_len: {seq_len}; {base!r} attends to the last {window} tokens only, which a second look does not: "
+            f"must be at most {window}"
+        )
+
+
+@dataclass(frozen=True)
+class SequencePack:
+    """Hard tokens of whole sequences, and what stands in these sequences for them to attend to.
+
+    Attributes:
+        hidden_KD: residual stream before the stage's first layer, float.
+        position_K: true position, int64.
+        row_K: ``sequence * S + position`` within the pack, int64, ascending.
+        slot_K: ``sequence * Q + rank among the sequence's hard tokens``, int64: queries padded to Q a sequence.
+        queries: Q.
+        kv_BSL2GE: keys (rotated) and values of every token, as the exits before have left them; float.
+    """
+
+    hidden_KD: Tensor
+    position_K: Tensor
+    row_K: Tensor
+    slot_K: Tensor
+    queries: int
+    kv_BSL2GE: Tensor
+
+    def to(self, device: torch.device) -> "SequencePack":
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
+        return dataclasses.replace(self, **moved)
+
+    def mask(self) -> Tensor:
+        """``(B, 1, Q, S)`` bool: a query sees the keys up to its own position. Padding sees the first key, so that
+        its softmax is finite; nobody reads its output."""
+        sequences, seq_len = self.kv_BSL2GE.shape[:2]
+        position = self.position_K.new_zeros(sequences * self.queries).index_copy(0, self.slot_K, self.position_K)
+        keys_S = torch.arange(seq_len, device=position.device)
+        return (keys_S <= position[:, None]).view(sequences, 1, self.queries, seq_len)
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What attention needs of a pack in every layer, made once. What moves are rows of one head, E numbers each.
+
+    Attributes:
+        kv_L2PE: keys and values of all tokens, ``P = B * G * S`` rows, in the dtype that attention computes in.
+        kv_BGSE: the shape of one layer's keys.
+        row_X: rows among P of the hard tokens' own, ``X = K * G``.
+        slot_Y: rows among ``B * H * Q`` of their queries, ``Y = K * H``.
+        queries: Q.
+        key_angles, query_angles: cosine and sine ``(K, 1, E / 2)``, float32; the query's divided by ``sqrt(E)``.
+        mask_B1QS: see :func:`grouped_attention`; on the CPU, where all of it is used at once, what is to be added.
+    """
+
+    kv_L2PE: Tensor
+    kv_BGSE: tuple[int, int, int, int]
+    row_X: Tensor
+    slot_Y: Tensor
+    queries: int
+    key_angles: tuple[Tensor, Tensor]
+    query_angles: tuple[Tensor, Tensor]
+    mask_B1QS: Tensor
+
+    @classmethod
+    def of(cls, pack: SequencePack, config: SecondLookConfig, cos_KE: Tensor, sin_KE: Tensor) -> "AttentionInputs":
+        (sequences, seq_len), device = pack.kv_BSL2GE.shape[:2], pack.row_K.device
+        groups, heads, size, queries = config.kv_heads, config.heads, config.head_dim, pack.queries
+        computes = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+        kv_L2BGSE = pack.kv_BSL2GE.permute(2, 3, 0, 4, 1, 5).to(computes)
+        sequence_K = pack.row_K // seq_len
+        group_G, head_H = torch.arange(groups, device=device), torch.arange(heads, device=device)
+        row_KG = ((sequence_K * groups)[:, None] + group_G) * seq_len + (pack.row_K % seq_len)[:, None]
+        slot_KH = ((sequence_K * heads)[:, None] + head_H) * queries + (pack.slot_K % queries)[:, None]
+        cos_K1F, sin_K1F = (angle_KE[:, None, : size // 2].float() for angle_KE in (cos_KE, sin_KE))
+        mask_B1QS = pack.mask()
+        if device.type == "cpu" and queries_at_once((sequences, heads), seq_len, computes.itemsize) >= queries:
+            mask_B1QS = additive(mask_B1QS, computes)
+        return cls(
+            kv_L2PE=kv_L2BGSE.reshape(*kv_L2BGSE.shape[:2], -1, size),
+            kv_BGSE=(sequences, groups, seq_len, size),
+            row_X=row_KG.flatten(),
+            slot_Y=slot_KH.flatten(),
+            queries=queries,
+            key_angles=(cos_K1F, sin_K1F),
+            query_angles=(cos_K1F * size**-0.5, sin_K1F * size**-0.5),
+            mask_B1QS=mask_B1QS,
+        )
+
+    def laid_over(self, own_KGE: Tensor, layer: int, which: int) -> Tensor:
+        """``(B, G, S, E)``: the tokens' own keys (0) or values (1) over those that were there."""
+        there_PE = self.kv_L2PE[layer, which]
+        return ops.scatter_rows(own_KGE.flatten(0, 1), self.row_X, there_PE).view(self.kv_BGSE)
+
+
+class SecondLookAttention(nn.Module):
+    def __init__(self, config: SecondLookConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        size, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(size, config.heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(size, config.kv_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(size, config.kv_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.heads * config.head_dim, size, bias=config.output_bias)
+        self.query_key_norm = config.query_key_norm
+        if config.query_key_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x_KD: Tensor, inputs: AttentionInputs, layer: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What attention adds ``(K, D)``, and the tokens' own keys and values, each ``(K, G, E)``."""
+        query_KHE = self.q_proj(x_KD).unflatten(-1, (self.heads, self.head_dim))
+        key_KGE = self.k_proj(x_KD).unflatten(-1, (self.kv_heads, self.head_dim))
+        dtype = inputs.kv_L2PE.dtype
+        value_KGE = self.v_proj(x_KD).unflatten(-1, (self.kv_heads, self.head_dim)).to(dtype)
+        if self.query_key_norm:
+            query_KHE, key_KGE = self.q_norm(query_KHE), self.k_norm(key_KGE)
+        query_KHE = rotate(query_KHE, *inputs.query_angles, dtype)
+        key_KGE = rotate(key_KGE, *inputs.key_angles, dtype)
+        sequences = inputs.kv_BGSE[0]
+        room_YE = query_KHE.new_zeros(sequences * self.heads * inputs.queries, self.head_dim)
+        query_YE = ops.scatter_rows(query_KHE.flatten(0, 1), inputs.slot_Y, room_YE)
+        attended_BHQE = grouped_attention(
+            query_YE.view(sequences, self.heads, inputs.queries, self.head_dim),
+            inputs.laid_over(key_KGE, layer, 0),
+            inputs.laid_over(value_KGE, layer, 1),
+            inputs.mask_B1QS,
+        )
+        attended_YE, _ = ops.gather_rows(attended_BHQE.flatten(0, 2), inputs.slot_Y)
+        return self.o_proj(attended_YE.view(x_KD.shape[0], -1)), (key_KGE, value_KGE)
+
+
+class SecondLookLayer(nn.Module):
+    def __init__(self, config: SecondLookConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SecondLookAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, x_KD: Tensor, inputs: AttentionInputs, layer: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        added_KD, own = self.self_attn(self.input_layernorm(x_KD), inputs, layer)
+        x_KD = x_KD + added_KD
+        return x_KD + self.mlp(self.post_attention_layernorm(x_KD)), own
+
+
+class SecondLookStage(nn.Module):
+    """The base's layers from ``config.entry_layer`` on, its final norm, and its output head, frozen.
+
+    Args:
+        config: the shape.
+        head_VD: the base's output head ``(V, D)``; None where somebody else applies it (``CascadeForCausalLM``).
+        weights: names and tensors to start from: the base's own (see ``BasePass.second_look``), or those of the stage
+            before. None where trained ones are about to be loaded.
+    """
+
+    lm_head = None  # as a Stage has it: the head is the base's
+
+    def __init__(
+        self, config: SecondLookConfig, *, head_VD: Tensor | None, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(SecondLookLayer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # Not a parameter of the stage: saved once with the base, never trained.
+        self.head: Tensor  # None only without head_VD
+        self.register_buffer("head", head_VD, persistent=False)
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # late: see auto_classes.py
+
+        self.rotary = LlamaRotaryEmbedding(
+            LlamaConfig(
+                hidden_size=config.hidden_size,
+                num_attention_heads=config.heads,
+                head_dim=config.head_dim,
+                max_position_embeddings=config.positions,
+                rope_parameters=dict(config.rope),
+            )
+        )
+        if weights is not None:
+            self.load_state_dict(weights)
+
+    def forward(self, pack: SequencePack, left: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """``(output, normed)``, both ``(K, D)``: the residual stream after the last layer, and what the head takes to
+        logits. ``left``, if given, gets the tokens' keys and values ``(K, 2, G, E)`` of every layer."""
+        x_KD = pack.hidden_KD.float()
+        cos_1KE, sin_1KE = self.rotary(x_KD, pack.position_K[None])
+        inputs = AttentionInputs.of(pack, self.config, cos_1KE[0], sin_1KE[0])
+        for number, layer in enumerate(self.layers):
+            x_KD, own = layer(x_KD, inputs, number)
+            if left is not None:
+                left.append(torch.stack(own, dim=1))
+        return x_KD, self.norm(x_KD)
+
+    @torch.no_grad()
+    def keys_and_values(self, hidden_BSD: Tensor) -> Tensor:
+        """``(B, S, L, 2, G, E)`` of whole sequences, every token of which goes through these layers: for a stage that
+        has not been trained, the base's own."""
+        sequences, seq_len = hidden_BSD.shape[:2]
+        row_N = torch.arange(sequences * seq_len, device=hidden_BSD.device)
+        nothing = hidden_BSD.new_zeros(1).expand(sequences, seq_len, *self.config.kv_shape)  # all of it is laid over
+        left: list[Tensor] = []
+        self(SequencePack(hidden_BSD.flatten(0, 1), row_N % seq_len, row_N, row_N, seq_len, nothing), left)
+        return torch.stack(left, dim=1).unflatten(0, (sequences, seq_len))
+
+    def decayed_only(self) -> list[nn.Parameter]:
+        """Parameters that never get a gradient: none."""
+        return []
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())

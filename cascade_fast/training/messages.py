@@ -1,0 +1,93 @@
+"""What a run tells its user on the console: at its start, after the base pass, of each stage, at its end."""
+
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from cascade_fast import ops
+from cascade_fast.base.base_pass import BasePass
+from cascade_fast.base.model import BaseModel
+from cascade_fast.base.texts import TokenBlocks
+from cascade_fast.model.configuration import MODEL_CRITERIA
+from cascade_fast.reporting.report import advice
+from cascade_fast.runtime.compute import Compute
+from cascade_fast.runtime.console import format_count, say, say_table
+from cascade_fast.runtime.files import read_json
+from cascade_fast.settings import RunSettings
+from cascade_fast.training.run_folder import RunFolder
+
+
+def say_start(
+    settings: RunSettings,
+    folder: RunFolder,
+    base: BaseModel,
+    blocks: TokenBlocks,
+    compute: Compute,
+) -> None:
+    sizes = ", ".join(f"{len(ids):,} {split}" for split, ids in blocks.ids.items())
+    say(f"cascade_fast {settings.preset}: {folder.path}")
+    say(f"base {base.source}, {base.layers} layers")
+    say(f"data {blocks.source}: {sizes} blocks of {settings.seq_len} tokens")
+    say(f"computing on {compute.device} in {compute.dtype_name} ({compute.reason})")
+    served = sorted({ops.choose(op, compute.device) for op in ops.SELECTION_OPS})
+    say(f"selection operators: {', '.join(served)}")
+
+
+def say_base_pass(passed: BasePass) -> None:
+    tokens = sum(len(s) for s in passed.stores.values())
+    if passed.reused:
+        say(f"base pass: reused, {tokens:,} tokens")
+    else:
+        say(f"base pass: {tokens:,} tokens in {passed.seconds:.1f} s")
+
+
+def say_stage(record: dict[str, Any]) -> None:
+    shares = record["exit_share"]
+    say_table(
+        f"stage {record['stage']}, best epoch: validation perplexity of its hard tokens and of all, and where all exit",
+        ["stage", "epoch", "hard ppl", "all ppl", *(name.replace("_", " ") for name in shares), "seconds"],
+        [
+            [
+                str(record["stage"]),
+                str(record["best_epoch"]),
+                _number(record["best_val_ppl"]),
+                _number(record["all_token_val_ppl"]),
+                *(f"{share:.1%}" for share in shares.values()),
+                f"{record['seconds']:.1f}",
+            ]
+        ],
+    )
+    say(f"  {record['verdict']}")
+
+
+def say_summary(results: dict[str, Any], folder: RunFolder) -> None:
+    base, final, memory = results["base"], results["final"], results["memory"]
+    planned = memory["planned"]
+    rows = [["validation", _number(base["val_ppl"]), _number(final["all_token_val_ppl"])]]
+    if final["base_test_ppl"] is not None:
+        rows.append(["test", _number(final["base_test_ppl"]), _number(final["all_token_test_ppl"])])
+    say_table("all-token perplexity", ["split", "base", "cascade"], rows)
+    say(
+        f"{final['stages_kept']} stage(s) kept, {format_count(final['total_parameters'])} parameters, "
+        f"{final['seconds']:.1f} s, peak memory {memory['measured_peak_bytes'] / 2**30:.2f} GiB"
+        f" (planned {planned['peak_bytes'] / 2**30:.2f}, {planned['phase']})"
+    )
+    say(f"page: {folder.page}")
+    say(f"report: {folder.report}")
+
+
+def say_next(folder: Path) -> None:
+    """After a finished run: the commands that show what came of it, or what to try where nothing did."""
+    results = read_json(folder / "results.json", needs=("final", "settings"))
+    if results["final"]["stages_kept"] == 0:
+        say("\n".join(advice(results)).replace("`", ""))
+    elif results["settings"]["criterion"] in MODEL_CRITERIA:
+        run = shlex.quote(str(folder))
+        say("next:")
+        say(f'  python -m cascade_fast.generate {run} "Your text" --compare-base')
+        say(f"  python -m cascade_fast.evaluate {run}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
