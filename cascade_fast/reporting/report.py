@@ -106,7 +106,8 @@ def render_report(
             ["stage", "threshold", "hard of those that arrive"],
             [[_n(s["stage"]), f"{s['threshold']:.4f}", f"{s['train_hard']:,} / {s['train_total']:,}"] for s in stages],
         ),
-        f"A token enters a stage if its score ({score_label(results['settings']['criterion'])}) is at or below the threshold.",
+        f"A token enters a stage if its score ({score_label(results['settings']['criterion'])}) is at or below the "
+        "threshold.",
         "### Validation",
         "Perplexity on the hard tokens is measured on a different set at each stage; the column over all tokens, each "
         "at its own exit, is the one that compares.",
