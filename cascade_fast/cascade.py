@@ -18,6 +18,7 @@ from cascade_fast.base.base_pass import BasePass, base_pass
 from cascade_fast.base.hidden_store import HiddenStore, StoreError
 from cascade_fast.base.model import BaseModel, cache_folder, check_cache
 from cascade_fast.base.texts import load_blocks
+from cascade_fast.criteria import get_criterion
 from cascade_fast.planning.ledger import compute_ledger, matmul_rate, stage_work
 from cascade_fast.planning.roofline import plan_for_run
 from cascade_fast.planning.run_plan import settle_kv
@@ -339,7 +340,7 @@ class CascadeRun:
 
     @property
     def _how(self) -> dict[str, Any]:
-        return {"criterion": self.settings.criterion, "compute": self.compute}
+        return {"criterion": get_criterion(self.settings.criterion), "compute": self.compute}
 
 
 def run_cascade(settings: RunSettings) -> RunFolder:

@@ -18,6 +18,7 @@ from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.model import find_base
 from cascade_fast.base.texts import load_blocks
 from cascade_fast.cascade import run_cascade
+from cascade_fast.criteria import get_criterion
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import read_json, write_json
@@ -31,7 +32,7 @@ from cascade_fast.training import stage_trainer
 from cascade_fast.training.stage_trainer import epoch_order, validation_loss
 
 CPU = torch.device("cpu")
-HOW = {"criterion": "entropy", "compute": Compute(CPU, torch.float32)}
+HOW = {"criterion": get_criterion("entropy"), "compute": Compute(CPU, torch.float32)}
 LAYERS = 2
 
 

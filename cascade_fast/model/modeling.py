@@ -29,6 +29,7 @@ from transformers.utils.generic import can_return_tuple
 
 from cascade_fast import ops
 from cascade_fast.base.cache_name import cache_of, one_cache, with_cache
+from cascade_fast.criteria import TokensAtExit, get_criterion
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.cache import StageContext, open_cache
 from cascade_fast.model.card import base_license, render_card
@@ -232,6 +233,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         context: StageContext | None,
     ) -> tuple[Tensor, Tensor]:
         """Sends N tokens through base and stages: exits (N,) and scores (N, E); their logits go to ``logits``."""
+        criterion = get_criterion(self.config.criterion)
         n, device = last_ND.shape[0], last_ND.device
         exit_N = torch.zeros(n, dtype=torch.int64, device=device)
         if valid_N is not None:
@@ -244,15 +246,18 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
             if threshold is None:  # the last exit takes all that is left
                 logits.put(head, normed_KD, token_K)
                 break
-            if self.config.criterion == "entropy":
-                score_K = -logits.put(head, normed_KD, token_K, entropy=True)
+            before_KD, after_KD = before_KD.detach(), after_KD.detach()
+            if criterion.needs_logits:
+                score = functools.partial(criterion.score_chunk, TokensAtExit(before_KD, after_KD))
+                score_K = logits.put(head, normed_KD, token_K, score=score)
             else:
-                score_K = ops.cosine_score(before_KD.detach().float(), after_KD.detach().float())
+                with torch.no_grad():
+                    score_K = criterion.score(TokensAtExit(before_KD.float(), after_KD.float()))
             if valid_N is not None and number == 0:
                 score_K = score_K.masked_fill(~valid_N, math.nan)  # NaN is below no threshold: padding enters no stage
             score_NE[token_K, number] = score_K
             hard_J = select_below(score_K, threshold)
-            if self.config.criterion != "entropy":  # logits only of those that leave: nobody asks for the others'
+            if not criterion.needs_logits:  # logits only of those that leave: nobody asks for the others'
                 easy_K = torch.ones_like(token_K, dtype=torch.bool).index_fill_(0, hard_J, False)
                 if easy_K.any():
                     logits.put(head, normed_KD[easy_K], token_K[easy_K])

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_fast import ops
 from cascade_fast.base.hidden_store import HiddenStore
-from cascade_fast.criteria import random_scores
+from cascade_fast.criteria import Criterion, Places, TokensAtExit
 from cascade_fast.input_checks import one_line
-from cascade_fast.losses import token_losses
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import DamagedFile, load_tensors, save_tensors, write_json
 from cascade_fast.selection import select_below
@@ -64,15 +62,20 @@ def run_stage(
     inputs: Tensor | SequencePack,
     label_K: Tensor,
     *,
-    criterion: str,
+    criterion: Criterion,
     compute: Compute,
+    places: Places | None = None,
 ) -> StageOutput:
-    """Takes K tokens through ``stage``. The score compares the stage's input with its output (``cosine``) or reads
-    the stage's own logits (``entropy``)."""
+    """Takes K tokens through ``stage``. Their scores are of the stage's input and output, and of its own logits."""
     with compute.autocast():
         ran = stage.run(inputs.to(compute.device))
-    loss_K, entropy_K = token_losses(ran.normed_KD, stage.head, label_K.to(compute.device), dtype=compute.dtype)
-    score_K = -entropy_K if criterion == "entropy" else ops.cosine_score(ran.entered_KD.float(), ran.output_KD.float())
+    score_K, loss_K = criterion.score_with_losses(
+        TokensAtExit(ran.entered_KD.float(), ran.output_KD.float(), places=places),
+        ran.normed_KD,
+        stage.head,
+        label_K.to(compute.device),
+        dtype=compute.dtype,
+    )
     kv_KL2GE = None if ran.kv_KL2GE is None else ran.kv_KL2GE.cpu()
     return StageOutput(ran.next_KD.float().cpu(), score_K.cpu(), loss_K.cpu(), kv_KL2GE)
 
@@ -82,18 +85,22 @@ def advance(
     tokens: StageTokens,
     picked: Tensor,
     *,
-    criterion: str,
+    criterion: Criterion,
     compute: Compute,
 ) -> dict[str, Tensor]:
     """The units ``picked`` of ``tokens`` after ``stage``, as arrays of the next hidden store; their order is kept."""
     inputs, label_K = tokens.batch(picked, compute.device)
-    result = run_stage(stage, inputs, label_K, criterion=criterion, compute=compute)
     store, row_K = tokens.store, tokens.rows(picked)
     arrays = {name: store[name][row_K] for name in ("label", "sequence", "position")}
+    places = Places(
+        arrays["sequence"],
+        arrays["position"],
+        seed=store.meta["seed"],
+        split=store.meta["split"],
+        stage=store.meta.get("stage", 0) + 1,
+    )
+    result = run_stage(stage, inputs, label_K, criterion=criterion, compute=compute, places=places)
     arrays |= {"hidden": result.hidden_KD.to(store.handed_on_dtype), "score": result.score_K, "loss": result.loss_K}
-    if criterion == "random":
-        seed, split, number = store.meta["seed"], store.meta["split"], store.meta.get("stage", 0) + 1
-        arrays["score"] = random_scores(arrays["sequence"], arrays["position"], seed=seed, split=split, stage=number)
     if result.kv_KL2GE is not None:
         arrays["kv"] = result.kv_KL2GE.to(store.handed_on_dtype)
     return arrays
@@ -124,7 +131,7 @@ def evaluate_exits(
     stages: list[ExitStage],
     store: HiddenStore,
     *,
-    criterion: str,
+    criterion: Criterion,
     compute: Compute,
     recompute: Callable[[Tensor], Tensor] | None = None,
 ) -> ExitEvaluation:
