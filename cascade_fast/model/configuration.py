@@ -125,6 +125,11 @@ class CascadeConfig(PreTrainedConfig):
         return _kind_of(1, self.stages[0]) if self.stages else StageConfig.kind
 
     @property
+    def attends(self) -> bool:
+        """Whether tokens in a stage attend to their text."""
+        return get_kind(self.kind).attends
+
+    @property
     def quantization(self) -> str:
         """Of the base; see ``RunSettings.base_quantization``."""
         return self.base.get("quantization") or self.settings.get("base_quantization", "none")

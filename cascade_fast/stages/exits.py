@@ -109,7 +109,7 @@ def advance(
 @dataclass(frozen=True)
 class ExitEvaluation:
     """``loss_N``: every token's cross-entropy at its own exit. ``exit_N``: 0 for the base, k for stage k.
-    ``score_NP``: its score before each of the P stages, NaN where it did not come so far; without stages, the base's."""
+    ``score_NP``: its score before each of P stages, NaN where it did not come so far; without stages, the base's."""
 
     loss_N: Tensor
     exit_N: Tensor
