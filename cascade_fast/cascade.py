@@ -69,8 +69,8 @@ class CascadeRun:
     def train(self) -> None:
         """Steps 3 to 6 of the algorithm, for each stage."""
         settings = self.settings
-        # What the base and each stage so far have left. Tokens on their way are in the last store; a second look
-        # attends to all of them.
+        # What the base and each stage so far have left. Tokens on their way are in the last store; those that attend
+        # read all of them.
         train, val = [self.base_pass.stores["train"]], [self.base_pass.stores["val"]]
         for number in range(1, settings.num_stages + 1):
             check_finite(train[-1]["score"], train[-1]["sequence"], train[-1]["position"])
@@ -217,8 +217,8 @@ class CascadeRun:
         return training
 
     def _choose_exit(self, trained: ExitStage, score_N: Tensor) -> tuple[ExitStage, ExitEvaluation]:
-        """The stage behind the door it was trained at, or behind the best of those that let in more, and what comes of
-        it. ``score_N``: of the training tokens that arrive at the door."""
+        """The stage with the exit threshold it was trained at, or with the best of those that let in more tokens, and
+        what comes of it. ``score_N``: of the training tokens that arrive."""
         entries = [trained]
         if self.settings.exit_threshold == "validation":
             wider = [share for share in EXIT_SHARES if share > self.settings.hard_ratio]
@@ -226,7 +226,7 @@ class CascadeRun:
         evaluations = []
         for entry in entries:
             evaluations.append(self._all_tokens("val", [*self.stages, entry]))
-            release_memory()  # other doors, other sizes: what has been freed would not fit
+            release_memory()  # other thresholds, other sizes: what has been freed would not fit
         best = min(range(len(entries)), key=lambda i: evaluations[i].perplexity)
         return entries[best], evaluations[best]
 

@@ -145,7 +145,7 @@ class RunSettings:
         "append",
         "stages",
         "; ".join(f"{name}: {kind.help}" for name, kind in STAGE_KINDS.items()),
-        choices=tuple(STAGE_KINDS),
+        choices=STAGE_KINDS,
     )
     layers_per_stage: int = _setting(8, "stages", "decoder layers in each stage")
     kv: str = _setting(

@@ -16,6 +16,7 @@ from cascade_fast.cascade import run_cascade
 from cascade_fast.input_checks import InputError
 from cascade_fast.plan import BUILT_IN, base_configuration, main
 from cascade_fast.planning.counts import Shape, base_weight_bytes, optimizer_bytes, saved_activation_bytes
+from cascade_fast.planning.kv import choose_kv
 from cascade_fast.planning.memory import (
     CONTEXT_BYTES,
     GIB,
@@ -27,7 +28,6 @@ from cascade_fast.planning.roofline import DEVICES, base_pass_time, epoch_time, 
 from cascade_fast.settings import make_settings
 from cascade_fast.stages.append import AppendedStage
 from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage
-from cascade_fast.stages.second_look_sizes import choose_kv
 from cascade_fast.stages.stage import StageConfig
 
 SIZES = dict(

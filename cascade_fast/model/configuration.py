@@ -125,6 +125,11 @@ class CascadeConfig(PreTrainedConfig):
         return _kind_of(1, self.stages[0]) if self.stages else StageConfig.kind
 
     @property
+    def attends(self) -> bool:
+        """Whether tokens in a stage attend to their text."""
+        return get_kind(self.kind).attends
+
+    @property
     def quantization(self) -> str:
         """Of the base; see ``RunSettings.base_quantization``."""
         return self.base.get("quantization") or self.settings.get("base_quantization", "none")
@@ -215,7 +220,7 @@ def _check_stage(number: int, stage: dict[str, Any], base_config: Any) -> None:
     check_model(where, stage, layers="layers")
     try:
         asked = {name: stage[name] for name in ("layers", "init", "head", "reads")}
-        expected = get_kind(kind).config_class.from_base(base_config, **asked).to_dict()
+        expected = get_kind(kind).shape(base_config, **asked).to_dict()
     except Exception as error:  # a base whose sizes do not go together
         raise InputError(f"base_config: {one_line(error)}") from error
     for name, value in expected.items():

@@ -23,7 +23,7 @@ TOKENS_AT_ONCE = 2048
 
 @dataclass(frozen=True)
 class ExitStage:
-    """A trained stage and the threshold at its door: a token enters iff ``score <= threshold``."""
+    """A trained stage and its exit threshold: a token enters iff ``score <= threshold``, else it exits before."""
 
     stage: Stage
     threshold: float
@@ -109,7 +109,7 @@ def advance(
 @dataclass(frozen=True)
 class ExitEvaluation:
     """``loss_N``: every token's cross-entropy at its own exit. ``exit_N``: 0 for the base, k for stage k.
-    ``score_NP``: its score at each of the P doors, NaN at those it did not come to; without stages, the base's."""
+    ``score_NP``: its score before each of P stages, NaN where it did not come so far; without stages, the base's."""
 
     loss_N: Tensor
     exit_N: Tensor

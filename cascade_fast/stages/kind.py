@@ -4,6 +4,7 @@ Whatever depends on the kind is asked of its object; nothing else names one. A n
 defines ``KIND``, and an entry in ``settings.STAGE_KINDS``.
 """
 
+import dataclasses
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -60,12 +61,15 @@ class StageKind(ABC):
 
     # --- the stage ----------------------------------------------------------------------------------------------------
 
+    def shape(self, base_config: Any, *, layers: int, init: str, head: str, reads: str) -> StageConfig:
+        """Of a stage on a base with transformers' ``base_config``."""
+        shape = self.config_class.from_base(base_config, layers=layers, init=init, head=head, reads=reads)
+        return dataclasses.replace(shape, kind=self.name)
+
     def config(self, settings: RunSettings, base_config: Any) -> StageConfig:
-        """The shape of a stage on that base."""
+        """The shape that ``settings`` ask for."""
         s = settings
-        return self.config_class.from_base(
-            base_config, layers=s.layers_per_stage, init=s.init, head=s.head, reads=s.reads
-        )
+        return self.shape(base_config, layers=s.layers_per_stage, init=s.init, head=s.head, reads=s.reads)
 
     @abstractmethod
     def new(
