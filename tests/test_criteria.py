@@ -66,8 +66,9 @@ def test_entropy_makes_no_second_array_of_the_logits_size(dtype, monkeypatch):
 def test_the_flag_s_choices_are_the_registry_s_names():
     """Which the settings know without torch, that ``--help`` comes at once."""
     code = (
-        "import sys; from cascade_fast import settings; names = list(settings.CRITERIA); assert 'torch' not in sys.modules;"
-        "from cascade_fast import criteria; assert names == settings.CRITERIA == list(criteria.CRITERIA), names"
+        "import sys; from cascade_fast import settings; assert 'torch' not in sys.modules; "
+        "names = list(settings.CRITERIA); from cascade_fast import criteria; "
+        "assert names == settings.CRITERIA == list(criteria.CRITERIA), names"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -59,12 +59,13 @@ class ExitLogits:
                 chunks += zip(kept_J.split(step), logits_JV.split(step), strict=True)
         if score is None:
             return normed_KD.new_empty(0)
-        score_K = torch.empty(len(token_K), device=normed_KD.device)
+        score_K = torch.empty(len(token_K), dtype=torch.float32, device=normed_KD.device)
         with torch.no_grad():
             for some, logits_CV in chunks:
                 score_K[some] = score(some, logits_CV)
-            for some in other_J.split(step):
-                score_K[some] = score(some, head(normed_KD[some]))
+            for start in range(0, len(other_J), step):
+                some_C = other_J[start : start + step]
+                score_K[some_C] = score(some_C, head(normed_KD[some_C]))
         return score_K
 
     def _keep(self, logits_KV: Tensor, row_K: Tensor) -> None:
