@@ -20,8 +20,8 @@ from cascade_fast.settings import make_settings
 def test_flops_of_a_step_are_those_counted(tmp_path, preset):
     trainer = _trainer(tmp_path / "run", preset=preset)
     with FlopCounterMode(display=False) as counter:
-        trainer._train_step(torch.arange(32))
-    assert counter.get_total_flops() == 32 * training_flops(Shape.of(trainer.config, tiny_llama_config()), 128)
+        trainer.train_step(torch.arange(32))
+    assert counter.get_total_flops() == 32 * training_flops(Shape.of(trainer.settings, tiny_llama_config()), 128)
 
 
 def test_flops_of_the_original_recipe_are_those_of_transformers_layers():

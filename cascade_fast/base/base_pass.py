@@ -27,7 +27,7 @@ from cascade_fast import ops
 from cascade_fast.base.cache_name import with_cache
 from cascade_fast.base.hidden_store import HiddenStore, StoreError
 from cascade_fast.base.model import BaseModel
-from cascade_fast.base.texts import SPLITS, TokenBlocks
+from cascade_fast.base.texts import TokenBlocks
 from cascade_fast.criteria import random_scores
 from cascade_fast.input_checks import InputError
 from cascade_fast.losses import token_losses
@@ -45,7 +45,7 @@ from cascade_fast.runtime.files import (
     write_json,
 )
 from cascade_fast.selection import check_finite
-from cascade_fast.settings import RunSettings
+from cascade_fast.settings import SPLITS, RunSettings
 from cascade_fast.stages.second_look import SecondLookConfig
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
