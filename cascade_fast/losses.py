@@ -9,7 +9,7 @@ Shape legend: N tokens, D hidden size, V vocabulary, C tokens of a chunk.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -109,11 +109,21 @@ def linear_cross_entropy(
 
 @torch.no_grad()
 def token_losses(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, dtype: torch.dtype = torch.float32
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    score: Callable[[slice, Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every token and entropy of its logits, both ``(N,)`` float32 in nats; logits in chunks."""
+    """Cross-entropy of every token and entropy of its logits, both ``(N,)`` float32 in nats; logits in chunks.
+
+    With ``score``, its ``score(rows, logits_CV, entropy_C) -> (C,)`` of every chunk takes the place of the entropy. The
+    memory of the logits is used again for the next chunk.
+    """
     loss_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
-    entropy_N = torch.empty_like(loss_N)
+    score_N = torch.empty_like(loss_N)
     for rows, _, logits_CV in _logit_chunks(hidden_ND, weight_VD.to(dtype)):
-        loss_N[rows], entropy_N[rows] = ops.cross_entropy_(logits_CV, labels_N[rows])
-    return loss_N, entropy_N
+        loss_N[rows], entropy_C = ops.cross_entropy_(logits_CV, labels_N[rows])
+        score_N[rows] = entropy_C if score is None else score(rows, logits_CV, entropy_C)
+    return loss_N, score_N

@@ -96,6 +96,8 @@ def full_finetune(settings: RunSettings) -> Path:
 class BlockTokens:
     """Every token of blocks ``(B, S + 1)`` but the first of each, in batches of whole blocks."""
 
+    batches_differ = False
+
     def __init__(self, ids_BT: Tensor) -> None:
         self.ids_BT = ids_BT
 

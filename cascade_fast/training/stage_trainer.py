@@ -17,8 +17,7 @@ from cascade_fast.runtime.console import say
 from cascade_fast.runtime.files import load_tensors, save_tensors
 from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.settings import RunSettings
-from cascade_fast.stages.append import Stage
-from cascade_fast.stages.second_look import SecondLookStage
+from cascade_fast.stages.stage import Stage
 from cascade_fast.stages.tokens import StageTokens
 from cascade_fast.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from cascade_fast.training.trainer import EpochTotals, Trainer, TrainingHistory
@@ -58,7 +57,7 @@ class StageTrainer(Trainer):
 
     def __init__(
         self,
-        stage: Stage | SecondLookStage,
+        stage: Stage,
         train: StageTokens,
         val: StageTokens,
         settings: RunSettings,
@@ -85,9 +84,6 @@ class StageTrainer(Trainer):
         )
         self.folder, self.log, self.log_size = folder, log, log_size
         self.checkpoints = Checkpoints(folder)
-        # Packs of a second look differ in size, so that freed blocks seldom fit the next one: on the CPU memory nearly
-        # doubled within an epoch.
-        self.trims = self.device.type == "cpu" and isinstance(stage, SecondLookStage)
 
     def run(self) -> TrainingHistory:
         """Trains, or goes on from the newest checkpoint; the stage ends with its best weights.

@@ -26,7 +26,9 @@ from cascade_fast.training.optimizers import build_optimizer, learning_rate, set
 
 EVAL_TOKENS = 2048  # tokens of a forward pass without gradients
 LOG_STEPS = 50  # steps between looks at the loss, a line of the log each
-TRIM_STEPS = 10  # taking pages anew this often did not show in the time of a run (docs/log.md)
+# Packs of sequences differ in size, so that freed blocks seldom fit the next one: on the CPU memory nearly
+# doubled within an epoch. Taking pages anew this often did not show in the time of a run (docs/log.md).
+TRIM_STEPS = 10
 NON_FINITE_LOSS = "non-finite loss"
 TIME_IS_UP = "time is up"
 
@@ -41,6 +43,8 @@ class Interrupted(Exception):
 
 class Batches(Protocol):
     """What a module is trained or measured on, by units: a token, or a sequence of them."""
+
+    batches_differ: bool  # in the shapes of what they hold
 
     @property
     def units(self) -> int: ...
@@ -137,7 +141,7 @@ class Trainer:
         self.batch_units = train.units_of(settings.batch_tokens)
         self.micro_batch_units = train.units_of(micro_batch_tokens or settings.batch_tokens)
         self.steps_per_epoch = math.ceil(train.units / self.batch_units)
-        self.trims = False  # whether the host's memory is trimmed every TRIM_STEPS
+        self.trims = self.device.type == "cpu" and train.batches_differ
         self.history = TrainingHistory()
         self.signals: Sequence[int] = ()  # those that ask for an end, once they have come
         self.epoch, self.step = 1, 0  # the epoch being run, and its next step
