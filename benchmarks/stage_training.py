@@ -39,7 +39,8 @@ from cascade_fast.losses import linear_cross_entropy
 from cascade_fast.runtime.compute import Compute, choose_dtype, keep_freed_memory
 from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.settings import RunSettings, make_settings
-from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.stages.append import AppendedStage
+from cascade_fast.stages.stage import StageConfig
 from cascade_fast.training.stage_trainer import StageTokens, StageTrainer
 
 CPU = torch.device("cpu")
@@ -112,7 +113,7 @@ def trainer(settings: RunSettings, folder: Path, dtype: torch.dtype) -> StageTra
         base_config(), layers=settings.layers_per_stage, init=settings.init, head=settings.head, reads=settings.reads
     )
     head_VD = (torch.randn(49_152, 576, generator=torch.Generator().manual_seed(1)) * 0.02).to(dtype)
-    stage = Stage(shape, head_VD=head_VD if settings.head == "shared" else None)
+    stage = AppendedStage(shape, head_VD=head_VD if settings.head == "shared" else None)
     store = random_store(folder / "store", torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     tokens = StageTokens(store, torch.arange(TOKENS))
     return StageTrainer(

@@ -142,7 +142,7 @@ def _print_plan(settings: RunSettings, machine: dict[str, float | None], as_json
     free = free_disk_bytes(cache_folder(settings)) if device.here else math.inf
     settings, kv_lines = with_kv(settings, base_config, device, dtype, free)
     plan = plan_on(settings, base_config, device, dtype)
-    shape = Shape.of(settings, base_config)
+    shape = Shape.from_settings(settings, base_config)
     base_time = base_pass_time(settings, base_config, device, dtype)
     epoch = epoch_time(settings, base_config, device, dtype, plan.micro_batch_tokens)
     largest = largest_batch_tokens(settings, base_config, device.memory_bytes, dtype=dtype, on_cpu=device.on_cpu)
@@ -159,13 +159,13 @@ def _print_plan(settings: RunSettings, machine: dict[str, float | None], as_json
                     "base_pass_limit": base_time.limit,
                     "epoch_seconds": epoch.seconds,
                     "epoch_limit": epoch.limit,
-                    "kv": settings.kv if shape.attends else None,
+                    "kv": settings.kv if shape.kind.attends else None,
                 }
             )
         )
         return 0 if fits else 1
     print(f"{visible(settings.base)}: {shape.base_parameters():,} parameters, {base_config.num_hidden_layers} layers")
-    print(f"a stage: {shape.stage.layers} layers, {shape.stage_parameters():,} parameters of its own")
+    print(f"a stage: {shape.stage.layers} layers, {shape.counts.parameters():,} parameters of its own")
     print(f"{device.name}, {dtype_name(dtype)}\n")
     print(f"| {'phase':<16} | {'what':<38} | {'GiB':>7} |")
     print(f"|{'-' * 18}|{'-' * 40}|{'-' * 8}:|")

@@ -18,12 +18,33 @@ def _setting(default: Any, group: str, help: str, **extra: Any) -> Any:
 
 
 CRITERIA = ("cosine", "entropy", "random")
-STAGE_KINDS = ("append", "second-look")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_QUANTIZATIONS = ("none", "nf4")
 EXIT_THRESHOLDS = ("trained", "validation")
 LR_SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class KindEntry:
+    """A stage kind by what the settings know of it; its code is ``stages/<name>.py``, with underscores for dashes.
+
+    ``allows``: values of other settings that go with it, where not all do, and why.
+    """
+
+    help: str
+    allows: dict[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
+
+
+STAGE_KINDS = {
+    "append": KindEntry(
+        "new layers after the base's last", {"kv": (("auto", "store"), "stages of kind append use none")}
+    ),
+    "second-look": KindEntry(
+        "a trained copy of the base's last layers, in which hard tokens attend to their whole text",
+        {"init": (("identity",), "a second look starts as the base's own layers, with its head")},
+    ),
+}
 ALL = -1  # ``all`` as a number of blocks; once the text is read its real number takes its place
 
 
@@ -123,8 +144,7 @@ class RunSettings:
     stage_kind: str = _setting(
         "append",
         "stages",
-        "append: new layers after the base's last; second-look: a trained copy of the base's last layers, in which "
-        "hard tokens attend to their whole text",
+        "; ".join(f"{name}: {kind.help}" for name, kind in STAGE_KINDS.items()),
         choices=STAGE_KINDS,
     )
     layers_per_stage: int = _setting(8, "stages", "decoder layers in each stage")
@@ -231,13 +251,8 @@ class RunSettings:
             raise InputError("text_columns and text_template are both given; give one")
         if self.text_template is not None:
             template_parts(self.text_template)
-        if self.kv == "recompute" and self.stage_kind != "second-look":
-            raise InputError(f"kv: {self.kv!r}; stages of kind {self.stage_kind} use none: must be auto or store")
-        if self.stage_kind == "second-look" and self.init != "identity":
-            raise InputError(
-                f"init: {self.init!r}; a second look starts as the base's own layers, with its head: init must be "
-                "identity and head shared"
-            )
+        for name, (allowed, why) in STAGE_KINDS[self.stage_kind].allows.items():
+            self._require(name, getattr(self, name) in allowed, f"{why}: must be {' or '.join(allowed)}")
         if self.init == "identity" and self.head == "own":
             raise InputError("init: identity needs head: shared (a stage that starts as the base uses the base's head)")
 

@@ -24,6 +24,7 @@ from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.selection import NonFiniteScores
 from cascade_fast.settings import make_settings
+from cascade_fast.stages.kind import base_needs
 
 CPU = torch.device("cpu")
 
@@ -32,7 +33,7 @@ def _pass(settings, tmp_path, dtype=torch.float32, **changes):
     settings = make_settings({**settings, **changes})
     base = find_base(settings)
     blocks = load_blocks(settings, base.tokenizer())
-    return base_pass(base, blocks, settings, Compute(CPU, dtype), tmp_path / "cache"), blocks
+    return base_pass(base, blocks, settings, base_needs(settings), Compute(CPU, dtype), tmp_path / "cache"), blocks
 
 
 @pytest.mark.parametrize("init", ["identity", "random"])

@@ -22,8 +22,10 @@ from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import read_json
 from cascade_fast.selection import hard_count
 from cascade_fast.settings import make_settings
-from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.stages.append import AppendedStage
 from cascade_fast.stages.exits import ExitStage, evaluate_exits, run_stage
+from cascade_fast.stages.kind import base_needs
+from cascade_fast.stages.stage import StageConfig
 from cascade_fast.training.stage_trainer import StageTraining, epoch_order
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -42,7 +44,12 @@ def _stores(settings, tmp_path, **changes):
     settings = make_settings({**settings, **changes})
     base = find_base(settings)
     return base, base_pass(
-        base, load_blocks(settings, base.tokenizer()), settings, Compute(CPU, torch.float32), tmp_path / "cache"
+        base,
+        load_blocks(settings, base.tokenizer()),
+        settings,
+        base_needs(settings),
+        Compute(CPU, torch.float32),
+        tmp_path / "cache",
     )
 
 
@@ -209,7 +216,7 @@ def _entries(base, passed, thresholds, randomise=True):
     shape = StageConfig.from_base(base.config, layers=2, init="identity", head="shared", reads="residual")
     entries = []
     for number, threshold in enumerate(thresholds):
-        stage = Stage(shape, head_VD=passed.head_VD, norm_D=passed.norm_D, seed=number)
+        stage = AppendedStage(shape, head_VD=passed.head_VD, norm_D=passed.norm_D, seed=number)
         if randomise:
             for parameter in stage.parameters():
                 nn.init.normal_(parameter, std=0.2)

@@ -19,8 +19,9 @@ from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.model.modeling import CascadeForCausalLM
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import make_settings
-from cascade_fast.stages.append import StageConfig
 from cascade_fast.stages.exits import ExitStage, evaluate_exits
+from cascade_fast.stages.kind import base_needs
+from cascade_fast.stages.stage import StageConfig
 
 CPU = torch.device("cpu")
 CLOSED, OPEN = [-math.inf] * 2, [math.inf] * 2
@@ -85,7 +86,14 @@ def test_every_token_has_the_loss_and_exit_of_evaluate_exits(tiny_runs, name, dt
     run = tiny_runs[name]
     settings = make_settings(_settings(run))
     base = find_base(settings)
-    passed = base_pass(base, load_blocks(settings, base.tokenizer()), settings, Compute(CPU, dtype), tmp_path)
+    passed = base_pass(
+        base,
+        load_blocks(settings, base.tokenizer()),
+        settings,
+        base_needs(settings),
+        Compute(CPU, dtype),
+        tmp_path,
+    )
     model = CascadeForCausalLM.from_pretrained(run, dtype=dtype)
     entries = [
         ExitStage.load(

@@ -24,7 +24,8 @@ from cascade_fast.runtime.files import read_json, write_json
 from cascade_fast.selection import select_hardest
 from cascade_fast.settings import make_settings
 from cascade_fast.stages.exits import ExitStage, advance, evaluate_exits
-from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage, check_second_look
+from cascade_fast.stages.kind import base_needs, find_base_for_stages
+from cascade_fast.stages.second_look import KIND, SecondLookConfig, SecondLookStage
 from cascade_fast.stages.tokens import SequenceTokens
 from cascade_fast.training import stage_trainer
 from cascade_fast.training.stage_trainer import epoch_order, validation_loss
@@ -43,11 +44,22 @@ def _passed(settings, tmp_path, **changes):
     settings = make_settings({**settings, **changes})
     base = find_base(settings)
     blocks = load_blocks(settings, base.tokenizer())
-    return base, blocks, base_pass(base, blocks, settings, Compute(CPU, torch.float32), tmp_path / "cache")
+    return (
+        base,
+        blocks,
+        base_pass(
+            base,
+            blocks,
+            settings,
+            base_needs(settings),
+            Compute(CPU, torch.float32),
+            tmp_path / "cache",
+        ),
+    )
 
 
 def _stage(base, passed, *, noise=0.0, seed=0) -> SecondLookStage:
-    shape = SecondLookConfig.of_base(base.config, layers=LAYERS)
+    shape = SecondLookConfig.from_base(base.config, layers=LAYERS)
     weights = {**passed.layers, "norm.weight": passed.norm_D}
     stage = SecondLookStage(shape, head_VD=passed.head_VD, weights=weights)
     generator = torch.Generator().manual_seed(seed)
@@ -320,7 +332,7 @@ def test_a_run_saves_what_it_measured(look_settings, tmp_path):
     cascade = json.loads((run.path / "cascade.json").read_text())
     assert cascade["kind"] == json.loads((run.path / "stages/1/config.json").read_text())["kind"] == "second-look"
     base, _, passed = _passed(look_settings, tmp_path)
-    shape = SecondLookConfig.of_base(base.config, layers=LAYERS)
+    shape = SecondLookConfig.from_base(base.config, layers=LAYERS)
     entries = [
         ExitStage.load(run.path / f"stages/{n}", shape, cascade["stages"][n - 1]["threshold"], passed.head_VD)
         for n in (1, 2)
@@ -428,25 +440,26 @@ def test_what_makes_no_sense_is_refused(tiny_settings):
     with pytest.raises(InputError, match="head: shared"):
         make_settings({**look, "head": "own"})
     with pytest.raises(InputError, match=r"layers_per_stage: 4; .* which has 3"):
-        find_base(make_settings({**look, "layers_per_stage": 4}))
-    find_base(make_settings({**look, "layers_per_stage": 3}))
+        find_base_for_stages(make_settings({**look, "layers_per_stage": 4}))
+    find_base_for_stages(make_settings({**look, "layers_per_stage": 3}))
 
 
 def test_bases_it_cannot_copy_are_refused():
     shape = {k: v for k, v in tiny_llama_config().to_dict().items() if k not in ("model_type", "rope_parameters")}
+    settings, check = make_settings({"preset": "second-look", "layers_per_stage": 2, "seq_len": 32}), KIND.check
     with pytest.raises(InputError, match=r"seq_len: 32; 'x' attends to the last 8 tokens only.*must be at most 8"):
-        check_second_look("x", MistralConfig(**{**shape, "sliding_window": 8}), layers=2, seq_len=32)
-    check_second_look("x", MistralConfig(**{**shape, "sliding_window": 32}), layers=2, seq_len=32)
+        check("x", MistralConfig(**{**shape, "sliding_window": 8}), settings)
+    check("x", MistralConfig(**{**shape, "sliding_window": 32}), settings)
     dynamic = tiny_llama_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(InputError, match="rotary positions of type dynamic, must be one of default, linear"):
-        check_second_look("x", dynamic, layers=2, seq_len=32)
+        check("x", dynamic, settings)
 
 
 def test_all_layers_may_look_again(look_settings, tmp_path):
     """L = the base's layers: a hard token re-enters at its embedding."""
     _, _, passed = _passed(look_settings, tmp_path, layers_per_stage=3)
     base = find_base(make_settings(look_settings))
-    shape = SecondLookConfig.of_base(base.config, layers=3)
+    shape = SecondLookConfig.from_base(base.config, layers=3)
     stage = SecondLookStage(shape, head_VD=passed.head_VD, weights={**passed.layers, "norm.weight": passed.norm_D})
     val = passed.stores["val"]
     assert shape.entry_layer == 0

@@ -11,7 +11,8 @@ from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.settings import make_settings
-from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.stages.append import AppendedStage
+from cascade_fast.stages.stage import StageConfig
 from cascade_fast.training.optimizers import learning_rate
 from cascade_fast.training.stage_trainer import StageTokens, StageTrainer
 
@@ -31,7 +32,7 @@ def _trainer(folder, *, dtype=torch.float32, head_scale=0.3, **settings) -> Stag
     tokens = StageTokens(store.finish(), torch.arange(TOKENS))
     shape = StageConfig.from_base(base, layers=2, init=settings.init, head=settings.head, reads=settings.reads)
     head_VD = torch.randn(base.vocab_size, base.hidden_size, generator=generator) * head_scale
-    stage = Stage(shape, head_VD=head_VD if settings.head == "shared" else None, seed=1)
+    stage = AppendedStage(shape, head_VD=head_VD if settings.head == "shared" else None, seed=1)
     return StageTrainer(
         stage, tokens, tokens, settings, number=1, folder=folder, compute=Compute(torch.device("cpu"), dtype),
         log=MetricsLog(folder / "log.jsonl"), log_size=0,

@@ -30,7 +30,7 @@ from transformers.utils.generic import can_return_tuple
 from cascade_fast import ops
 from cascade_fast.base.cache_name import cache_of, one_cache, with_cache
 from cascade_fast.input_checks import InputError
-from cascade_fast.model.cache import SecondLookContext, open_cache
+from cascade_fast.model.cache import StageContext, open_cache
 from cascade_fast.model.card import base_license, render_card
 from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.model.exit_logits import ExitLogits
@@ -45,8 +45,8 @@ from cascade_fast.model.weights import (
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import atomic_write_text
 from cascade_fast.selection import select_below
-from cascade_fast.stages.append import Stage
-from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage
+from cascade_fast.settings import STAGE_KINDS
+from cascade_fast.stages.kind import get_kind
 
 
 @dataclass
@@ -66,7 +66,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = CascadeConfig
     config: CascadeConfig
-    _no_split_modules = ["StageLayer", "SecondLookLayer"]  # noqa: RUF012 (as transformers has it)
+    _no_split_modules = [get_kind(name).layer_class.__name__ for name in STAGE_KINDS]  # noqa: RUF012 (as transformers has it)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -76,16 +76,11 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CascadeConfig) -> None:
         super().__init__(config)
         self.base = AutoModelForCausalLM.from_config(config.base_config, trust_remote_code=False)
-        self.stages = nn.ModuleList(self._new_stage(config, n) for n in range(1, len(config.stages) + 1))
+        self.stages = nn.ModuleList(
+            get_kind(config.kind).empty(config.stage_config(n)) for n in range(1, len(config.stages) + 1)
+        )
         self.base_folder: str | None = None  # where the base was found; its tokenizer is there
         self.post_init()
-
-    @staticmethod
-    def _new_stage(config: CascadeConfig, number: int) -> Stage | SecondLookStage:
-        shape = config.stage_config(number)
-        if isinstance(shape, SecondLookConfig):
-            return SecondLookStage(shape, head_VD=None)
-        return Stage(shape, seed=None)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
@@ -138,13 +133,13 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of them")
         doors = self._doors(thresholds)
-        looks = self.config.kind == "second-look"
+        attends = get_kind(self.config.kind).attends
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         batch, new = inputs_embeds.shape[:2]
         given = one_cache(cache, past_key_values)
         cache, keeps_cache = given, self.base.config.use_cache if use_cache is None else use_cache
-        if looks and (doors or keeps_cache or cache is not None):  # it reads the base's keys and values in any case
+        if attends and (doors or keeps_cache or cache is not None):  # it reads the base's keys and values in any case
             cache = open_cache(cache, self.config.base_config, new, position_ids, attention_mask)
         with self._stages_input() as entered:
             read = self.base.model(
@@ -156,15 +151,15 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
                 **kwargs,
             )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        ran = slice(None) if looks else kept  # later tokens attend to those that get no logits
+        ran = slice(None) if attends else kept  # later tokens attend to those that get no logits
         last_BSD = read.last_hidden_state[:, ran]
         reads_BSD = entered[0][:, ran] if self.config.reads == "residual" else last_BSD
         valid_BS = None
         if attention_mask is not None and attention_mask.dim() == 2:
             valid_BS = attention_mask[:, -new:][:, ran].bool()
         context = None
-        if looks and cache is not None:
-            context = SecondLookContext(
+        if attends and cache is not None:
+            context = StageContext(
                 cache,
                 base_layers=self.config.num_hidden_layers,
                 stages=len(self.stages),
@@ -174,7 +169,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
                 attention_mask=attention_mask,
             )
         column_T = None  # positions that get logits; None: all that the stages see
-        if looks and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        if attends and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             column_T = torch.arange(new, device=last_BSD.device)[kept]
         logits = ExitLogits(batch, last_BSD.shape[1], column_T, vocab_size=self.config.vocab_size)
         exit_N, score_NE = self._cascade(
@@ -234,7 +229,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         valid_N: Tensor | None,
         doors: list[float],
         logits: ExitLogits,
-        context: SecondLookContext | None,
+        context: StageContext | None,
     ) -> tuple[Tensor, Tensor]:
         """Sends N tokens through base and stages: exits (N,) and scores (N, E); their logits go to ``logits``."""
         n, device = last_ND.shape[0], last_ND.device
@@ -276,24 +271,21 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         return head(normed_KD.to(head.weight.dtype))
 
     def _run_stage(
-        self, index: int, hidden_KD: Tensor, token_K: Tensor, dtype: torch.dtype, context: SecondLookContext | None
+        self, index: int, hidden_KD: Tensor, token_K: Tensor, dtype: torch.dtype, context: StageContext | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Takes K tokens through a stage: its output, what its head takes, and what the next stage reads.
 
         As in training: matrix products in the base's dtype, everything else in float32, and what is handed on in
-        bfloat16 if the base computes so, else in float32; the next look enters where this one did. The one place that
-        knows how a stage is run.
+        bfloat16 if the base computes so, else in float32.
         """
-        compute = Compute(hidden_KD.device, dtype)
-        if context is None:
-            with compute.autocast():
-                output_KD, normed_KD = self.stages[index](hidden_KD)
-            return output_KD, normed_KD, output_KD.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-        pack, left = context.pack(index + 1, hidden_KD, token_K), list[Tensor]()
-        with compute.autocast():
-            output_KD, normed_KD = self.stages[index](pack, left)
-        context.leave(index + 1, token_K, left)
-        return output_KD, normed_KD, hidden_KD
+        stage: Any = self.stages[index]
+        inputs = hidden_KD if context is None else context.pack(index + 1, hidden_KD, token_K)
+        with Compute(hidden_KD.device, dtype).autocast():
+            ran = stage.run(inputs)
+        if context is not None and ran.kv_KL2GE is not None:
+            context.leave(index + 1, token_K, ran.kv_KL2GE)
+        handed_on = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        return ran.output_KD, ran.normed_KD, ran.next_KD.to(handed_on)
 
     # --- loading and saving ------------------------------------------------------------------------------------------
 

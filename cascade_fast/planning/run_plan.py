@@ -13,6 +13,7 @@ from cascade_fast.planning.roofline import plan_on, this_machine, with_kv
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import free_disk_bytes
 from cascade_fast.settings import RunSettings
+from cascade_fast.stages.kind import base_needs
 
 
 def settle_kv(
@@ -36,7 +37,7 @@ def settle_kv(
     machine, dtype = this_machine(compute), compute.dtype
     settings, lines = with_kv(settings, base.config, machine, dtype, free_disk_bytes(cache))
     why += [f"plan: {line}" for line in lines]
-    passed = pass_folder(base, blocks, settings, compute, cache)
+    passed = pass_folder(base, blocks, settings, base_needs(settings), compute, cache)
     check_disk(plan_on(settings, base.config, machine, dtype).disk, out=out, base_pass=passed)
     return settings.kv
 

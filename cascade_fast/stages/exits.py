@@ -16,9 +16,9 @@ from cascade_fast.losses import token_losses
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import DamagedFile, load_tensors, save_tensors, write_json
 from cascade_fast.selection import select_below
-from cascade_fast.stages.append import Stage, StageConfig
-from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage, SequencePack
-from cascade_fast.stages.tokens import StageTokens, stage_tokens
+from cascade_fast.stages.kind import get_kind
+from cascade_fast.stages.stage import Stage, StageConfig
+from cascade_fast.stages.tokens import SequencePack, StageTokens
 
 TOKENS_AT_ONCE = 2048
 
@@ -27,7 +27,7 @@ TOKENS_AT_ONCE = 2048
 class ExitStage:
     """A trained stage and the threshold at its door: a token enters iff ``score <= threshold``."""
 
-    stage: Stage | SecondLookStage
+    stage: Stage
     threshold: float
 
     def save(self, folder: Path, **record: Any) -> None:
@@ -38,11 +38,7 @@ class ExitStage:
     @classmethod
     def load(cls, folder: Path, config: StageConfig, threshold: float, head_VD: Tensor) -> "ExitStage":
         """What :meth:`save` has written. Raises DamagedFile."""
-        stage: Stage | SecondLookStage
-        if isinstance(config, SecondLookConfig):
-            stage = SecondLookStage(config, head_VD=head_VD)
-        else:
-            stage = Stage(config, head_VD=head_VD)
+        stage = get_kind(config.kind).empty(config, head_VD)
         path = folder / "model.safetensors"
         try:
             stage.load_state_dict(load_tensors(path)[0])
@@ -54,7 +50,7 @@ class ExitStage:
 @dataclass(frozen=True)
 class StageOutput:
     """What a stage says of K tokens, on the CPU: ``hidden`` for the next stage, ``score`` and ``loss`` (K,), float32;
-    of a second look also the tokens' keys and values."""
+    where tokens attend also their keys and values."""
 
     hidden_KD: Tensor
     score_K: Tensor
@@ -62,14 +58,9 @@ class StageOutput:
     kv_KL2GE: Tensor | None = None
 
 
-def handed_on_dtype(store: HiddenStore) -> torch.dtype:
-    """How hidden states travel from stage to stage: bfloat16 if they came so, else float32 (float16 might overflow)."""
-    return torch.bfloat16 if store.hidden.dtype == torch.bfloat16 else torch.float32
-
-
 @torch.inference_mode()
 def run_stage(
-    stage: Stage | SecondLookStage,
+    stage: Stage,
     inputs: Tensor | SequencePack,
     label_K: Tensor,
     *,
@@ -77,22 +68,17 @@ def run_stage(
     compute: Compute,
 ) -> StageOutput:
     """Takes K tokens through ``stage``. The score compares the stage's input with its output (``cosine``) or reads
-    the stage's own logits (``entropy``). After a second look the next one enters where it did."""
-    inputs = inputs.to(compute.device)
-    left: list[Tensor] = []
+    the stage's own logits (``entropy``)."""
     with compute.autocast():
-        output_KD, normed_KD = stage(inputs, left) if isinstance(inputs, SequencePack) else stage(inputs)
-    hidden_in_KD = inputs.hidden_KD if isinstance(inputs, SequencePack) else inputs
-    loss_K, entropy_K = token_losses(normed_KD, stage.head, label_K.to(compute.device), dtype=compute.dtype)
-    score_K = -entropy_K if criterion == "entropy" else ops.cosine_score(hidden_in_KD.float(), output_KD.float())
-    if isinstance(inputs, SequencePack):
-        kv_KL2GE = torch.stack(left, dim=1).cpu()
-        return StageOutput(hidden_in_KD.float().cpu(), score_K.cpu(), loss_K.cpu(), kv_KL2GE)
-    return StageOutput(output_KD.float().cpu(), score_K.cpu(), loss_K.cpu())
+        ran = stage.run(inputs.to(compute.device))
+    loss_K, entropy_K = token_losses(ran.normed_KD, stage.head, label_K.to(compute.device), dtype=compute.dtype)
+    score_K = -entropy_K if criterion == "entropy" else ops.cosine_score(ran.entered_KD.float(), ran.output_KD.float())
+    kv_KL2GE = None if ran.kv_KL2GE is None else ran.kv_KL2GE.cpu()
+    return StageOutput(ran.next_KD.float().cpu(), score_K.cpu(), loss_K.cpu(), kv_KL2GE)
 
 
 def advance(
-    stage: Stage | SecondLookStage,
+    stage: Stage,
     tokens: StageTokens,
     picked: Tensor,
     *,
@@ -104,12 +90,12 @@ def advance(
     result = run_stage(stage, inputs, label_K, criterion=criterion, compute=compute)
     store, row_K = tokens.store, tokens.rows(picked)
     arrays = {name: store[name][row_K] for name in ("label", "sequence", "position")}
-    arrays |= {"hidden": result.hidden_KD.to(handed_on_dtype(store)), "score": result.score_K, "loss": result.loss_K}
+    arrays |= {"hidden": result.hidden_KD.to(store.handed_on_dtype), "score": result.score_K, "loss": result.loss_K}
     if criterion == "random":
         seed, split, number = store.meta["seed"], store.meta["split"], store.meta.get("stage", 0) + 1
         arrays["score"] = random_scores(arrays["sequence"], arrays["position"], seed=seed, split=split, stage=number)
     if result.kv_KL2GE is not None:
-        arrays["kv"] = result.kv_KL2GE.to(handed_on_dtype(store))
+        arrays["kv"] = result.kv_KL2GE.to(store.handed_on_dtype)
     return arrays
 
 
@@ -153,7 +139,7 @@ def evaluate_exits(
     score_NP[:, 0] = store["score"]
     if not stages or len(store) == 0:
         return ExitEvaluation(loss_N, exit_N, score_NP)
-    kind = stages[0].stage.config.kind
+    kind = get_kind(stages[0].stage.config.kind)
     seq_len = int(store["position"][-1]) + 1
     step = seq_len * max(1, TOKENS_AT_ONCE // seq_len)  # whole sequences
     for first in range(0, len(store), step):
@@ -163,7 +149,7 @@ def evaluate_exits(
             hard_J = select_below(stores[-1]["score"], entry.threshold)
             if len(hard_J) == 0:
                 break
-            tokens = stage_tokens(kind, stores, hard_J, recompute)
+            tokens = kind.tokens(stores, hard_J, recompute)
             arrays = advance(entry.stage, tokens, torch.arange(tokens.units), criterion=criterion, compute=compute)
             token_K = token_K[hard_J]
             loss_N[token_K], exit_N[token_K] = arrays["loss"], number

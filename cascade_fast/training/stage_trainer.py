@@ -25,8 +25,7 @@ from cascade_fast.runtime.console import Progress, epoch_line, say
 from cascade_fast.runtime.files import load_tensors, save_tensors
 from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.settings import RunSettings
-from cascade_fast.stages.append import Stage
-from cascade_fast.stages.second_look import SecondLookStage
+from cascade_fast.stages.stage import Stage
 from cascade_fast.stages.tokens import StageTokens
 from cascade_fast.training.optimizers import (
     build_optimizer,
@@ -38,7 +37,7 @@ from cascade_fast.training.optimizers import (
 
 EVAL_TOKENS = 2048  # tokens of a forward pass without gradients
 LOG_STEPS = 50  # steps between looks at the loss, a line of the log each
-# Packs of a second look differ in size, so that freed blocks seldom fit the next one: on the CPU memory nearly
+# Packs of sequences differ in size, so that freed blocks seldom fit the next one: on the CPU memory nearly
 # doubled within an epoch. Taking pages anew this often did not show in the time of a run (docs/log.md).
 TRIM_STEPS = 10
 
@@ -102,7 +101,7 @@ def epoch_order(n: int, *, seed: int, stage: int, epoch: int) -> Tensor:
 
 
 @torch.inference_mode()
-def validation_loss(stage: Stage | SecondLookStage, tokens: StageTokens, compute: Compute) -> float:
+def validation_loss(stage: Stage, tokens: StageTokens, compute: Compute) -> float:
     """Mean cross-entropy of the stage's logits over ``tokens``."""
     total = 0.0
     for picked in torch.arange(tokens.units).split(tokens.units_of(EVAL_TOKENS)):
@@ -126,7 +125,7 @@ class StageTrainer:
 
     def __init__(
         self,
-        stage: Stage | SecondLookStage,
+        stage: Stage,
         train: StageTokens,
         val: StageTokens,
         settings: RunSettings,
@@ -153,7 +152,7 @@ class StageTrainer:
             micro_batch_tokens or settings.micro_batch_tokens or settings.batch_tokens
         )
         self.steps_per_epoch = math.ceil(train.units / self.batch_units)
-        self.trims = self.device.type == "cpu" and isinstance(stage, SecondLookStage)
+        self.trims = self.device.type == "cpu" and train.batches_differ
         self.training = StageTraining()
         self.epoch, self.step = 1, 0  # the epoch being run, and its next step
         # Of the epoch so far, kept on the device: summed loss, tokens summed over, steps that were not finite.
