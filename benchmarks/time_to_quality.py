@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.model import BaseModel, find_base
 from cascade_fast.base.texts import TokenBlocks, load_blocks
+from cascade_fast.criteria import get_criterion
 from cascade_fast.runtime.compute import Compute, choose_dtype, keep_freed_memory
 from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.selection import select_below, select_hardest
@@ -31,7 +32,8 @@ from cascade_fast.stages.exits import evaluate_exits
 from cascade_fast.stages.kind import base_needs
 from cascade_fast.stages.stage import StageConfig
 from cascade_fast.stages.tokens import StageTokens
-from cascade_fast.training.stage_trainer import StageTrainer, validation_loss
+from cascade_fast.training.stage_trainer import StageTrainer
+from cascade_fast.training.trainer import validation_loss
 
 CPU = torch.device("cpu")
 LAYERS = 8
@@ -107,7 +109,8 @@ def our_course(base: BaseModel, blocks: TokenBlocks, settings: RunSettings, fold
     for epoch in trainer.run().epochs:
         spent += epoch["seconds"]
         points.append({"step": epoch["epoch"] * trainer.steps_per_epoch, "val_ppl": epoch["val_ppl"], "seconds": spent})
-    all_tokens = evaluate_exits([], val, criterion=settings.criterion, compute=Compute(CPU, dtype)).perplexity
+    how = {"criterion": get_criterion(settings.criterion), "compute": Compute(CPU, dtype)}
+    all_tokens = evaluate_exits([], val, **how).perplexity
     return {
         "base_pass_seconds": pass_seconds,
         "points": points,

@@ -18,6 +18,7 @@ from cascade_fast.base.base_pass import BasePass, base_pass
 from cascade_fast.base.hidden_store import HiddenStore, StoreError
 from cascade_fast.base.model import BaseModel, cache_folder, check_cache
 from cascade_fast.base.texts import load_blocks
+from cascade_fast.criteria import get_criterion
 from cascade_fast.planning.ledger import compute_ledger, matmul_rate, stage_work
 from cascade_fast.planning.roofline import plan_for_run
 from cascade_fast.planning.run_plan import settle_kv
@@ -40,7 +41,8 @@ from cascade_fast.stages.stage import Stage
 from cascade_fast.stages.tokens import StageTokens
 from cascade_fast.training.messages import say_base_pass, say_stage, say_start, say_summary
 from cascade_fast.training.run_folder import RunFolder
-from cascade_fast.training.stage_trainer import StageTrainer, StageTraining
+from cascade_fast.training.stage_trainer import StageTrainer
+from cascade_fast.training.trainer import TrainingHistory
 
 EXIT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the tokens that arrive; tried on validation
 
@@ -68,8 +70,8 @@ class CascadeRun:
     def train(self) -> None:
         """Steps 3 to 6 of the algorithm, for each stage."""
         settings = self.settings
-        # What the base and each stage so far have left. Tokens on their way are in the last store; a second look
-        # attends to all of them.
+        # What the base and each stage so far have left. Tokens on their way are in the last store; those that attend
+        # read all of them.
         train, val = [self.base_pass.stores["train"]], [self.base_pass.stores["val"]]
         for number in range(1, settings.num_stages + 1):
             check_finite(train[-1]["score"], train[-1]["sequence"], train[-1]["position"])
@@ -192,7 +194,7 @@ class CascadeRun:
             self.records.append(done)
         return done
 
-    def _train_stage(self, stage: Stage, number: int, hard: StageTokens, hard_val: StageTokens) -> StageTraining:
+    def _train_stage(self, stage: Stage, number: int, hard: StageTokens, hard_val: StageTokens) -> TrainingHistory:
         trainer = StageTrainer(
             stage,
             hard,
@@ -216,8 +218,8 @@ class CascadeRun:
         return training
 
     def _choose_exit(self, trained: ExitStage, score_N: Tensor) -> tuple[ExitStage, ExitEvaluation]:
-        """The stage behind the door it was trained at, or behind the best of those that let in more, and what comes of
-        it. ``score_N``: of the training tokens that arrive at the door."""
+        """The stage with the exit threshold it was trained at, or with the best of those that let in more tokens, and
+        what comes of it. ``score_N``: of the training tokens that arrive."""
         entries = [trained]
         if self.settings.exit_threshold == "validation":
             wider = [share for share in EXIT_SHARES if share > self.settings.hard_ratio]
@@ -225,11 +227,11 @@ class CascadeRun:
         evaluations = []
         for entry in entries:
             evaluations.append(self._all_tokens("val", [*self.stages, entry]))
-            release_memory()  # other doors, other sizes: what has been freed would not fit
+            release_memory()  # other thresholds, other sizes: what has been freed would not fit
         best = min(range(len(entries)), key=lambda i: evaluations[i].perplexity)
         return entries[best], evaluations[best]
 
-    def _judge(self, training: StageTraining, evaluation: ExitEvaluation | None) -> tuple[bool, str]:
+    def _judge(self, training: TrainingHistory, evaluation: ExitEvaluation | None) -> tuple[bool, str]:
         """Whether the stage is kept, and the sentence that says why."""
         if evaluation is None:
             return False, f"rejected: no epoch ended with a finite loss ({training.stopped})"
@@ -339,7 +341,7 @@ class CascadeRun:
 
     @property
     def _how(self) -> dict[str, Any]:
-        return {"criterion": self.settings.criterion, "compute": self.compute}
+        return {"criterion": get_criterion(self.settings.criterion), "compute": self.compute}
 
 
 def run_cascade(settings: RunSettings) -> RunFolder:

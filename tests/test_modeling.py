@@ -14,6 +14,7 @@ from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.cache_name import cache_of, with_cache
 from cascade_fast.base.model import find_base
 from cascade_fast.base.texts import load_blocks
+from cascade_fast.criteria import get_criterion
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.model.modeling import CascadeForCausalLM
@@ -101,7 +102,8 @@ def test_every_token_has_the_loss_and_exit_of_evaluate_exits(tiny_runs, name, dt
         )
         for n in (1, 2)
     ]
-    expected = evaluate_exits(entries, passed.stores["val"], criterion=settings.criterion, compute=Compute(CPU, dtype))
+    how = {"criterion": get_criterion(settings.criterion), "compute": Compute(CPU, dtype)}
+    expected = evaluate_exits(entries, passed.stores["val"], **how)
     blocks = _blocks(run)
     with torch.no_grad():
         output = model(blocks[:, :-1], output_exits=True)

@@ -84,7 +84,7 @@ def test_built_in_bases_have_their_published_sizes(name, parameters):
 
 
 def test_the_seed_s_stage_is_the_one_of_the_original_experiment():
-    assert Shape.from_settings(SEED, SMALL).stage_parameters() == 56_632_896
+    assert Shape.from_settings(SEED, SMALL).counts.parameters() == 56_632_896
 
 
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)

@@ -10,6 +10,7 @@ from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.model import SMOLLM2_HUB_ID, _from_hub, _packaged_gguf, cache_folder, find_base
 from cascade_fast.base.texts import load_blocks
 from cascade_fast.cascade import run_cascade
+from cascade_fast.criteria import get_criterion
 from cascade_fast.model.measuring import measure
 from cascade_fast.model.modeling import CascadeForCausalLM
 from cascade_fast.runtime.compute import Compute, choose_dtype
@@ -91,7 +92,7 @@ def test_a_warm_cascade_begins_as_the_base(cache, compute):
     shape = StageConfig.from_base(base.config, layers=2, init="identity", head="shared", reads="residual")
     entry = ExitStage(AppendedStage(shape, head_VD=result.head_VD, norm_D=result.norm_D).eval(), torch.inf)
     val = result.stores["val"]
-    evaluation = evaluate_exits([entry], val, criterion="entropy", compute=Compute(CPU, dtype))
+    evaluation = evaluate_exits([entry], val, criterion=get_criterion("entropy"), compute=Compute(CPU, dtype))
     assert evaluation.shares(1)["stage_1"] == 1.0
     if dtype == torch.float32:
         torch.testing.assert_close(evaluation.loss_N, val["loss"], rtol=1e-4, atol=1e-4)

@@ -23,14 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_fast import ops
 from cascade_fast.base.cache_name import with_cache
 from cascade_fast.base.hidden_store import HiddenStore, StoreError
 from cascade_fast.base.model import BaseModel, attention_shape
-from cascade_fast.base.texts import SPLITS, TokenBlocks
-from cascade_fast.criteria import random_scores
+from cascade_fast.base.texts import TokenBlocks
+from cascade_fast.criteria import Criterion, Places, TokensAtExit, get_criterion
 from cascade_fast.input_checks import InputError
-from cascade_fast.losses import token_losses
 from cascade_fast.runtime.compute import Compute, release_memory
 from cascade_fast.runtime.console import Progress, say
 from cascade_fast.runtime.files import (
@@ -45,7 +43,7 @@ from cascade_fast.runtime.files import (
     write_json,
 )
 from cascade_fast.selection import check_finite
-from cascade_fast.settings import RunSettings
+from cascade_fast.settings import SPLITS, RunSettings
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 KEEP_PASSES = 4  # base passes kept in the cache folder; the oldest are removed
@@ -100,10 +98,15 @@ def base_pass(
     Raises:
         NonFiniteScores: a score that is NaN or infinite; names block and position.
     """
-    if settings.criterion == "random":  # the pass of the entropy, with other scores: compared runs share one
-        passed = base_pass(base, blocks, dataclasses.replace(settings, criterion="entropy"), needs, compute, cache)
-        stores = {split: _with_random_scores(store, settings.seed, split) for split, store in passed.stores.items()}
-        return dataclasses.replace(passed, stores=stores)
+    passed = _stored_pass(base, blocks, settings, needs, compute, cache)
+    stores = {split: _of_run(store, settings, split) for split, store in passed.stores.items()}
+    return dataclasses.replace(passed, stores=stores)
+
+
+def _stored_pass(
+    base: BaseModel, blocks: TokenBlocks, settings: RunSettings, needs: BaseNeeds, compute: Compute, cache: Path
+) -> BasePass:
+    """The pass as it is in the cache folder, made if it is not there."""
     meta = _meta(base, blocks, settings, needs, compute)
     folder = pass_folder(base, blocks, settings, needs, compute, cache)
     with _locked(cache, folder.name):  # another run on the same text waits, and then finds the pass
@@ -123,8 +126,6 @@ def pass_folder(
     base: BaseModel, blocks: TokenBlocks, settings: RunSettings, needs: BaseNeeds, compute: Compute, cache: Path
 ) -> Path:
     """Where in the cache folder the pass is, or will be."""
-    if settings.criterion == "random":
-        settings = dataclasses.replace(settings, criterion="entropy")
     return cache / "base-pass" / _meta(base, blocks, settings, needs, compute)["fingerprint"][:16]
 
 
@@ -147,9 +148,18 @@ def _locked(cache: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-def _with_random_scores(store: HiddenStore, seed: int, split: str) -> HiddenStore:
-    score_N = random_scores(store["sequence"], store["position"], seed=seed, split=split)
-    return HiddenStore(store.folder, {**store.arrays, "score": score_N}, {**store.meta, "seed": seed, "split": split})
+def _stored_criterion(settings: RunSettings) -> Criterion:
+    """Whose scores the pass keeps: compared runs may share one."""
+    return get_criterion(settings.criterion).in_base_pass
+
+
+def _of_run(store: HiddenStore, settings: RunSettings, split: str) -> HiddenStore:
+    """``store`` with what the run's own scores go by, and those of its criterion if the pass keeps another's."""
+    arrays, criterion = store.arrays, get_criterion(settings.criterion)
+    if criterion is not criterion.in_base_pass:  # it goes by places alone: what went into the base is not kept
+        places = Places(store["sequence"], store["position"], seed=settings.seed, split=split)
+        arrays = {**arrays, "score": criterion.score(TokensAtExit(store.hidden, store.hidden, places=places))}
+    return HiddenStore(store.folder, arrays, {**store.meta, "seed": settings.seed, "split": split})
 
 
 def _read_all(
@@ -166,7 +176,7 @@ def _read_all(
     with Progress("base pass", sum(ids.shape[0] * settings.seq_len for ids in blocks.ids.values())) as progress:
         model = base.load(compute.device, compute.dtype)
         for split in SPLITS:
-            with_loss = split != "train" or settings.criterion == "entropy"
+            with_loss = split != "train" or _stored_criterion(settings).needs_logits
             stores[split] = _run_split(
                 model, blocks.ids[split], folder / split, settings, needs, meta, progress, with_loss
             )
@@ -189,11 +199,12 @@ def _meta(
     base: BaseModel, blocks: TokenBlocks, settings: RunSettings, needs: BaseNeeds, compute: Compute
 ) -> dict[str, Any]:
     """Everything the stored values depend on, and its hash."""
+    criterion = _stored_criterion(settings)
     meta = {
         "base": base.fingerprint,
         "blocks": blocks.fingerprint(),
         **dataclasses.asdict(needs),
-        "criterion": settings.criterion,
+        "criterion": criterion.name,
         "store_dtype": settings.store_dtype,
         "base_quantization": settings.base_quantization,
         "dtype": str(compute.dtype),
@@ -202,6 +213,8 @@ def _meta(
         "transformers": version("transformers"),
         "code": code_fingerprint(),
     }
+    if criterion.code is not None:
+        meta["criterion_code"] = criterion.code
     return {**meta, "fingerprint": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
 
 
@@ -277,7 +290,7 @@ def _run_split(
     for store_dtype in _store_dtypes(settings, model.dtype):
         store = _resume_or_create(folder, ids_BT, store_dtype, model.config, needs, with_loss, meta)
         progress.restart(start + store.rows)
-        if _fill(model, ids_BT, store, needs, settings.criterion, progress):
+        if _fill(model, ids_BT, store, needs, _stored_criterion(settings), progress):
             return store.finish()
     raise AssertionError("float32 and bfloat16 hold every finite hidden state")
 
@@ -314,7 +327,9 @@ def _resume_or_create(
 
 
 @torch.inference_mode()
-def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, needs: BaseNeeds, criterion: str, progress: Progress) -> bool:
+def _fill(
+    model: Any, ids_BT: Tensor, store: HiddenStore, needs: BaseNeeds, criterion: Criterion, progress: Progress
+) -> bool:
     """Runs the blocks that the store does not have yet; False as soon as a hidden state does not fit its dtype."""
     from transformers import DynamicCache
 
@@ -340,16 +355,13 @@ def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, needs: BaseNeeds, crit
             if store.hidden.dtype == torch.float16 and any(t.abs().max() > FLOAT16_MAX for t in kept.values()):
                 return False
             label_N = ids[:, 1:].flatten()
-            loss_N = entropy_N = None
+            tokens, loss_N = TokensAtExit(embedded_BSD.flatten(0, 1), last_BSD.flatten(0, 1)), None
             if "loss" in store:
-                loss_N, entropy_N = token_losses(
-                    last_BSD.flatten(0, 1), model.lm_head.weight, label_N, dtype=model.dtype
+                score_N, loss_N = criterion.score_with_losses(
+                    tokens, tokens.after_ND, model.lm_head.weight, label_N, dtype=model.dtype
                 )
-            if criterion == "entropy":
-                assert entropy_N is not None
-                score_N = -entropy_N
             else:
-                score_N = ops.cosine_score(embedded_BSD.flatten(0, 1), last_BSD.flatten(0, 1))
+                score_N = criterion.score(tokens)
             blocks = torch.arange(first, first + ids.shape[0], dtype=torch.int32)
             sequence_N = blocks.repeat_interleave(seq_len)
             position_N = torch.arange(seq_len, dtype=torch.int32).repeat(ids.shape[0])

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from cascade_fast.base.model import SMOLLM2, SMOLLM2_HUB_ID
+from cascade_fast.criteria import score_label
 from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.runtime.console import format_count, literal, markdown_table
 from cascade_fast.stages.kind import get_kind
@@ -16,7 +17,6 @@ _RECIPE = (
     "layers_per_stage", "init", "head", "epochs", "batch_tokens", "lr", "lr_schedule", "weight_decay", "optimizer",
     "seed",
 )  # fmt: skip
-_CRITERIA = {"entropy": "minus the entropy of the logits, in nats", "cosine": "cosine between what goes in and out"}
 
 
 def render_card(config: CascadeConfig, *, parameters: int, license: dict[str, str] | None = None) -> str:
@@ -81,7 +81,7 @@ def _body(config: CascadeConfig, parameters: int, license: dict[str, str]) -> li
             ["stage", "layers", "a token enters if its score is at or below"],
             [[str(n), str(s["layers"]), f"{s['threshold']:.4f}"] for n, s in enumerate(config.stages, 1)],
         ),
-        f"Score: {_CRITERIA[config.criterion]}; low = hard.",
+        f"Score: {score_label(config.criterion)}; low = hard.",
         *_measured(config),
         *_settings(config),
         "## Use",

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from cascade_fast.base.model import FAMILY, check_model
+from cascade_fast.criteria import model_criteria
 from cascade_fast.input_checks import InputError, check_fields, check_type, one_line, shown
 from cascade_fast.runtime.files import check_json
 from cascade_fast.settings import RESUME_MAY_CHANGE, STAGE_KINDS
@@ -16,7 +17,6 @@ from cascade_fast.stages.stage import StageConfig
 REFERENCE_FIELDS = ("name", "source", "revision", "fingerprint", "quantization")
 MEASURED_FIELDS = {"tokens": int, "base_ppl": float, "cascade_ppl": float}
 ATTENTION_FIELDS = ("attn_implementation", "_attn_implementation")
-MODEL_CRITERIA = ("cosine", "entropy")  # a random score is a baseline of training, nothing to run a model by
 
 
 class CascadeConfig(PreTrainedConfig):
@@ -26,7 +26,7 @@ class CascadeConfig(PreTrainedConfig):
         base_config: transformers' configuration of the base.
         base: where the base comes from: ``name``, ``source``, ``revision``, ``fingerprint`` (SHA-256 of its
             configuration and weights, checked when stages are loaded onto it) and ``quantization``.
-        criterion: ``cosine`` or ``entropy``.
+        criterion: ``cosine``, ``entropy``, or one that is registered here and now.
         stages: in order, all of one kind, each ``threshold`` and the fields of :class:`StageConfig` or
             :class:`SecondLookConfig`. A token enters a stage iff its score is at or below the threshold (-inf: none
             does).
@@ -64,8 +64,8 @@ class CascadeConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raises InputError as the class does; called when made, and again where another base takes its place."""
-        if self.criterion not in MODEL_CRITERIA:
-            raise InputError(f"criterion: {shown(self.criterion)}; must be one of {', '.join(MODEL_CRITERIA)}")
+        if self.criterion not in model_criteria():
+            raise InputError(f"criterion: {shown(self.criterion)}; must be one of {', '.join(model_criteria())}")
         for name, kind in (("self_contained", bool), ("base", dict), ("settings", dict), ("measured", dict)):
             check_type(name, getattr(self, name), kind)
         check_type("stages", self.stages, list)
@@ -123,6 +123,11 @@ class CascadeConfig(PreTrainedConfig):
     def kind(self) -> str:
         """Of the stages."""
         return _kind_of(1, self.stages[0]) if self.stages else StageConfig.kind
+
+    @property
+    def attends(self) -> bool:
+        """Whether tokens in a stage attend to their text."""
+        return get_kind(self.kind).attends
 
     @property
     def quantization(self) -> str:

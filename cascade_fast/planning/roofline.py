@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cascade_fast.criteria import get_criterion
 from cascade_fast.input_checks import InputError
 from cascade_fast.losses import chunk_tokens
 from cascade_fast.planning.counts import Shape, base_weight_bytes, saved_activation_bytes
@@ -248,7 +249,7 @@ def base_flops(shape: Shape, seq_len: int, *, with_logits: bool) -> int:
 
 def tokens_with_logits(settings: RunSettings, tokens: int, train_tokens: int) -> int:
     """Of the ``tokens`` of a base pass: the training tokens' logits are made where their scores come from them."""
-    return tokens - train_tokens if settings.criterion == "cosine" else tokens
+    return tokens if get_criterion(settings.criterion).in_base_pass.needs_logits else tokens - train_tokens
 
 
 def epoch_time(settings: RunSettings, base_config: Any, device: Device, dtype: torch.dtype, micro: int) -> Time:

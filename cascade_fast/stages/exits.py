@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_fast import ops
 from cascade_fast.base.hidden_store import HiddenStore
-from cascade_fast.criteria import random_scores
+from cascade_fast.criteria import Criterion, Places, TokensAtExit
 from cascade_fast.input_checks import one_line
-from cascade_fast.losses import token_losses
+from cascade_fast.losses import perplexity
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import DamagedFile, load_tensors, save_tensors, write_json
 from cascade_fast.selection import select_below
@@ -25,7 +24,7 @@ TOKENS_AT_ONCE = 2048
 
 @dataclass(frozen=True)
 class ExitStage:
-    """A trained stage and the threshold at its door: a token enters iff ``score <= threshold``."""
+    """A trained stage and its exit threshold: a token enters iff ``score <= threshold``, else it exits before."""
 
     stage: Stage
     threshold: float
@@ -64,15 +63,20 @@ def run_stage(
     inputs: Tensor | SequencePack,
     label_K: Tensor,
     *,
-    criterion: str,
+    criterion: Criterion,
     compute: Compute,
+    places: Places | None = None,
 ) -> StageOutput:
-    """Takes K tokens through ``stage``. The score compares the stage's input with its output (``cosine``) or reads
-    the stage's own logits (``entropy``)."""
+    """Takes K tokens through ``stage``. Their scores are of the stage's input and output, and of its own logits."""
     with compute.autocast():
         ran = stage.run(inputs.to(compute.device))
-    loss_K, entropy_K = token_losses(ran.normed_KD, stage.head, label_K.to(compute.device), dtype=compute.dtype)
-    score_K = -entropy_K if criterion == "entropy" else ops.cosine_score(ran.entered_KD.float(), ran.output_KD.float())
+    score_K, loss_K = criterion.score_with_losses(
+        TokensAtExit(ran.entered_KD.float(), ran.output_KD.float(), places=places),
+        ran.normed_KD,
+        stage.head,
+        label_K.to(compute.device),
+        dtype=compute.dtype,
+    )
     kv_KL2GE = None if ran.kv_KL2GE is None else ran.kv_KL2GE.cpu()
     return StageOutput(ran.next_KD.float().cpu(), score_K.cpu(), loss_K.cpu(), kv_KL2GE)
 
@@ -82,18 +86,22 @@ def advance(
     tokens: StageTokens,
     picked: Tensor,
     *,
-    criterion: str,
+    criterion: Criterion,
     compute: Compute,
 ) -> dict[str, Tensor]:
     """The units ``picked`` of ``tokens`` after ``stage``, as arrays of the next hidden store; their order is kept."""
     inputs, label_K = tokens.batch(picked, compute.device)
-    result = run_stage(stage, inputs, label_K, criterion=criterion, compute=compute)
     store, row_K = tokens.store, tokens.rows(picked)
     arrays = {name: store[name][row_K] for name in ("label", "sequence", "position")}
+    places = Places(
+        arrays["sequence"],
+        arrays["position"],
+        seed=store.meta["seed"],
+        split=store.meta["split"],
+        stage=store.meta.get("stage", 0) + 1,
+    )
+    result = run_stage(stage, inputs, label_K, criterion=criterion, compute=compute, places=places)
     arrays |= {"hidden": result.hidden_KD.to(store.handed_on_dtype), "score": result.score_K, "loss": result.loss_K}
-    if criterion == "random":
-        seed, split, number = store.meta["seed"], store.meta["split"], store.meta.get("stage", 0) + 1
-        arrays["score"] = random_scores(arrays["sequence"], arrays["position"], seed=seed, split=split, stage=number)
     if result.kv_KL2GE is not None:
         arrays["kv"] = result.kv_KL2GE.to(store.handed_on_dtype)
     return arrays
@@ -102,7 +110,7 @@ def advance(
 @dataclass(frozen=True)
 class ExitEvaluation:
     """``loss_N``: every token's cross-entropy at its own exit. ``exit_N``: 0 for the base, k for stage k.
-    ``score_NP``: its score at each of the P doors, NaN at those it did not come to; without stages, the base's."""
+    ``score_NP``: its score before each of P stages, NaN where it did not come so far; without stages, the base's."""
 
     loss_N: Tensor
     exit_N: Tensor
@@ -111,7 +119,7 @@ class ExitEvaluation:
     @property
     def perplexity(self) -> float:
         """Over all tokens: the number that counts."""
-        return self.loss_N.double().mean().clamp(max=700.0).exp().item()
+        return perplexity(self.loss_N.double().mean())
 
     def shares(self, stages: int) -> dict[str, float]:
         """Share of the tokens that leaves at each exit."""
@@ -124,7 +132,7 @@ def evaluate_exits(
     stages: list[ExitStage],
     store: HiddenStore,
     *,
-    criterion: str,
+    criterion: Criterion,
     compute: Compute,
     recompute: Callable[[Tensor], Tensor] | None = None,
 ) -> ExitEvaluation:
