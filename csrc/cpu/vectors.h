@@ -60,9 +60,9 @@ CASCADE_INLINE void store(float* p, const typename V::Floats& x) {
 
 // --- two vectors at once ----------------------------------------------------------------------------------------------
 
-// The next V::kStep values. 16-bit values are read as 32-bit words and split into lower and upper halves, which is
-// quicker than to widen them, so even and odd columns part: the order within a row is the same for all arrays of one
-// dtype, which is all that sums of products ask for.
+// The next V::kStep values. 16-bit values are read as 32-bit words and split into lower and upper halves, so even and odd
+// columns part: the order within a row is the same for all arrays of one dtype, which is all that sums of products ask
+// for.
 template <class V>
 CASCADE_INLINE void load_pair(const float* p, typename V::Floats& x, typename V::Floats& y) {
   load<V>(p, x);
