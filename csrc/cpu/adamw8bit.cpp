@@ -230,7 +230,7 @@ struct Job {
   int64_t n;
   Rates rates;
 
-  template <class V, class G>
+  template <class V>
   CASCADE_INLINE void run(int64_t begin, int64_t end) const;
 };
 
@@ -265,9 +265,18 @@ CASCADE_INLINE void step_blocks(const Job& job, int64_t begin, int64_t end) {
 }
 
 template <class V, class G>
+CASCADE_INLINE void step_blocks(const Job& job, int64_t begin, int64_t end) {
+  if (job.absmax1 == nullptr) return step_blocks<V, G, float>(job, begin, end);
+  step_blocks<V, G, uint8_t>(job, begin, end);
+}
+
+// All dtypes of a gradient in one function. In functions of their own GCC 12 makes the constants of the AVX2 loops anew
+// in every turn: 5 % slower with bfloat16, 13 % with float16.
+template <class V>
 void Job::run(int64_t begin, int64_t end) const {
-  if (absmax1 == nullptr) return step_blocks<V, G, float>(*this, begin, end);
-  step_blocks<V, G, uint8_t>(*this, begin, end);
+  if (grad_dtype == ScalarType::BFloat16) return step_blocks<V, BFloat16>(*this, begin, end);
+  if (grad_dtype == ScalarType::Half) return step_blocks<V, Half>(*this, begin, end);
+  step_blocks<V, float>(*this, begin, end);
 }
 
 void adamw8bit(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& state1,
@@ -295,12 +304,13 @@ void adamw8bit(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
     blocks += ceil_div(params[i].numel(), kBlock);
     ends.push_back(blocks);
   }
+  const auto run = run_for_this_cpu<Job>();
   // Over the blocks of all tensors in a row, so that threads share them evenly whatever the tensors' sizes.
   parallel_blocks(blocks, kBlocksAtOnce, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
       const int64_t first = i == 0 ? 0 : ends[i - 1], stop = std::min(end, ends[i]);
-      run_for_this_cpu<Job>(jobs[i].grad_dtype)(jobs[i], begin - first, stop - first);
+      run(jobs[i], begin - first, stop - first);
       begin = stop;
     }
   });

@@ -7,8 +7,9 @@
 //   template <class V, class T>
 //   CASCADE_INLINE void run(int64_t begin, int64_t end) const;
 //
-// V are the instruction set's Vectors, T is the element type. The member and all it calls are always inlined: that is
-// what has them compiled for the instruction set of the function below that they end up in.
+// V are the instruction set's Vectors; T is the element type, if the body wants to be compiled for each by itself. The
+// member and all it calls are always inlined: that is what has them compiled for the instruction set of the function
+// below that they end up in.
 #pragma once
 
 #include "common.h"
@@ -30,21 +31,21 @@ struct Vectors {  // of one instruction set
   static_assert(sizeof(Floats) == 4 * Lanes && sizeof(Bits) == 4 * Lanes && sizeof(Ints) == 4 * Lanes);
 };
 
-template <class T, class Body>
+template <class Body, class... T>
 void run_baseline(const Body& body, int64_t begin, int64_t end) {
-  body.template run<Vectors<4>, T>(begin, end);
+  body.template run<Vectors<4>, T...>(begin, end);
 }
 
 #if defined(__x86_64__)
-template <class T, class Body>
+template <class Body, class... T>
 __attribute__((target("avx2,fma"))) void run_avx2(const Body& body, int64_t begin, int64_t end) {
-  body.template run<Vectors<8>, T>(begin, end);
+  body.template run<Vectors<8>, T...>(begin, end);
 }
 
-template <class T, class Body>
+template <class Body, class... T>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) void run_avx512(
     const Body& body, int64_t begin, int64_t end) {
-  body.template run<Vectors<16>, T>(begin, end);
+  body.template run<Vectors<16>, T...>(begin, end);
 }
 
 inline bool cpu_has_avx512() {
@@ -54,16 +55,19 @@ inline bool cpu_has_avx512() {
 inline bool cpu_has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 
-// The function (body, begin, end) that is Body's `run` for `dtype` and the best instruction set of this CPU.
+// The function (body, begin, end) that is Body's `run` for the best instruction set of this CPU.
+template <class Body, class... T>
+auto run_for_this_cpu() {
+#if defined(__x86_64__)
+  if (cpu_has_avx512()) return &run_avx512<Body, T...>;
+  if (cpu_has_avx2()) return &run_avx2<Body, T...>;
+#endif
+  return &run_baseline<Body, T...>;
+}
+
 template <class Body>
 auto run_for_this_cpu(ScalarType dtype) {
-  return for_dtype(dtype, []<class T>() {
-#if defined(__x86_64__)
-    if (cpu_has_avx512()) return &run_avx512<T, Body>;
-    if (cpu_has_avx2()) return &run_avx2<T, Body>;
-#endif
-    return &run_baseline<T, Body>;
-  });
+  return for_dtype(dtype, []<class T>() { return run_for_this_cpu<Body, T>(); });
 }
 
 }  // namespace

@@ -145,13 +145,12 @@ CASCADE_INLINE float sum(const typename V::Floats& v) {
   return lane[0];
 }
 
-// A NaN is passed over, unless it is the first.
+// A NaN is passed over, unless it is the first. Not through memory, as sum: adamw8bit with float16 gradients was then 13 %
+// slower on AVX2 (GCC 12).
 template <class V>
 CASCADE_INLINE float max(const typename V::Floats& v) {
-  float lane[V::kLanes];
-  std::memcpy(lane, &v, sizeof(lane));
-  float most = lane[0];
-  for (int i = 1; i < V::kLanes; ++i) most = lane[i] > most ? lane[i] : most;
+  float most = v[0];
+  for (int i = 1; i < V::kLanes; ++i) most = v[i] > most ? v[i] : most;
   return most;
 }
 
