@@ -19,7 +19,7 @@ from stage_training import CPU, base_config
 
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.planning.counts import Shape
-from cascade_fast.planning.roofline import training_flops
+from cascade_fast.planning.times import training_flops
 from cascade_fast.runtime.compute import Compute, choose_dtype, keep_freed_memory
 from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.settings import RunSettings, make_settings

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from cascade_fast.cascade import run_cascade
 from cascade_fast.planning.counts import Shape
 from cascade_fast.planning.ledger import compute_ledger, seed_flops, stage_work
-from cascade_fast.planning.roofline import base_flops, training_flops
+from cascade_fast.planning.times import base_flops, training_flops
 from cascade_fast.settings import make_settings
 
 
@@ -21,7 +21,7 @@ def test_flops_of_a_step_are_those_counted(tmp_path, preset):
     trainer = _trainer(tmp_path / "run", preset=preset)
     with FlopCounterMode(display=False) as counter:
         trainer._train_step(torch.arange(32))
-    assert counter.get_total_flops() == 32 * training_flops(Shape.of(trainer.config, tiny_llama_config()), 128)
+    assert counter.get_total_flops() == 32 * training_flops(Shape.of(trainer.settings, tiny_llama_config()), 128)
 
 
 def test_flops_of_the_original_recipe_are_those_of_transformers_layers():
