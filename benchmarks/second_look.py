@@ -19,13 +19,11 @@ from stage_training import CPU, base_config
 
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.planning.counts import Shape
-from cascade_fast.planning.times import training_flops
 from cascade_fast.runtime.compute import Compute, choose_dtype, keep_freed_memory
 from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.settings import RunSettings, make_settings
-from cascade_fast.stages.append import Stage, StageConfig
-from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage
-from cascade_fast.stages.tokens import stage_tokens
+from cascade_fast.stages.kind import get_kind
+from cascade_fast.stages.second_look import SecondLookConfig
 from cascade_fast.training.stage_trainer import StageTrainer
 
 BLOCKS = 64
@@ -33,7 +31,7 @@ BLOCKS = 64
 
 def random_store(folder: Path, settings: RunSettings, dtype: torch.dtype) -> HiddenStore:
     """Blocks of random tokens with keys and values."""
-    shape = SecondLookConfig.of_base(base_config(), layers=settings.layers_per_stage)
+    shape = SecondLookConfig.from_base(base_config(), layers=settings.layers_per_stage)
     n, generator = BLOCKS * settings.seq_len, torch.Generator().manual_seed(0)
     store_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     store = HiddenStore.create(folder, n, 576, store_dtype, with_loss=False, meta={}, kv_shape=shape.kv_shape)
@@ -53,19 +51,11 @@ def steps(settings: RunSettings, store: HiddenStore, folder: Path, dtype: torch.
     """A function that trains one step and says how many hard tokens it took."""
     generator = torch.Generator().manual_seed(1)
     head_VD = (torch.randn(49_152, 576, generator=generator) * 0.02).to(dtype)
-    stage: Stage | SecondLookStage
-    if settings.stage_kind == "second-look":
-        stage = SecondLookStage(
-            SecondLookConfig.of_base(base_config(), layers=settings.layers_per_stage), head_VD=head_VD
-        )
-    else:
-        shape = StageConfig.from_base(
-            base_config(), layers=settings.layers_per_stage, init="identity", head="shared", reads="residual"
-        )
-        stage = Stage(shape, head_VD=head_VD)
+    kind = get_kind(settings.stage_kind)
+    stage = kind.empty(kind.config(settings, base_config()), head_VD)
     order = torch.randperm(len(store), generator=generator)
     index_K = order[: round(settings.hard_ratio * len(store))].sort().values
-    tokens = stage_tokens(settings.stage_kind, [store], index_K)
+    tokens = kind.tokens([store], index_K)
     folder.mkdir()
     trainer = StageTrainer(
         stage, tokens, tokens, settings, number=1, folder=folder, compute=Compute(CPU, dtype),
@@ -77,7 +67,7 @@ def steps(settings: RunSettings, store: HiddenStore, folder: Path, dtype: torch.
     def step() -> int:
         nonlocal done
         done += 1
-        return trainer._train_step(batches[done % (len(batches) - 1)])
+        return trainer.train_step(batches[done % (len(batches) - 1)])
 
     return step
 
@@ -97,7 +87,9 @@ def measure(rounds: int, layers: int, seq_len: int) -> dict[str, Any]:
         seconds = common.interleaved(variants, rounds)
     mean = {kind: sum(tokens) / len(tokens) for kind, tokens in taken.items()}
     per_token = common.ratio(seconds, "second-look", "append", mean["append"] / mean["second-look"])
-    flops = {kind: training_flops(Shape.of(c, base_config()), c.seq_len) for kind, c in configs.items()}
+    flops = {
+        kind: Shape.from_settings(c, base_config()).counts.training_flops(c.seq_len) for kind, c in configs.items()
+    }
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "layers": layers,

@@ -35,12 +35,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cascade_fast.base import base_pass as ours_pass
 from cascade_fast.base.hidden_store import HiddenStore
+from cascade_fast.criteria import get_criterion
 from cascade_fast.losses import linear_cross_entropy
 from cascade_fast.runtime.compute import Compute, choose_dtype, keep_freed_memory
 from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.settings import RunSettings, make_settings
-from cascade_fast.stages.append import Stage, StageConfig
-from cascade_fast.training.stage_trainer import StageTokens, StageTrainer
+from cascade_fast.stages.append import AppendedStage
+from cascade_fast.stages.stage import StageConfig
+from cascade_fast.stages.tokens import StageTokens
+from cascade_fast.training.stage_trainer import StageTrainer
 
 CPU = torch.device("cpu")
 LAYERS, TOKENS, BLOCKS, SEQ_LEN = 8, 8192, 16, 128
@@ -112,7 +115,7 @@ def trainer(settings: RunSettings, folder: Path, dtype: torch.dtype) -> StageTra
         base_config(), layers=settings.layers_per_stage, init=settings.init, head=settings.head, reads=settings.reads
     )
     head_VD = (torch.randn(49_152, 576, generator=torch.Generator().manual_seed(1)) * 0.02).to(dtype)
-    stage = Stage(shape, head_VD=head_VD if settings.head == "shared" else None)
+    stage = AppendedStage(shape, head_VD=head_VD if settings.head == "shared" else None)
     store = random_store(folder / "store", torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     tokens = StageTokens(store, torch.arange(TOKENS))
     return StageTrainer(
@@ -128,7 +131,7 @@ def steps_of(trainer: StageTrainer, count: int) -> Callable[[], None]:
     def run() -> None:
         nonlocal done
         for _ in range(count):
-            trainer._train_step(batches[done % (len(batches) - 1)])
+            trainer.train_step(batches[done % (len(batches) - 1)])
             done += 1
 
     return run
@@ -166,12 +169,12 @@ def our_base_pass(folder: Path, dtype: torch.dtype, criterion: str) -> Callable[
     ).eval()
     ids_BT = torch.randint(0, 49_152, (BLOCKS, SEQ_LEN + 1), dtype=torch.int32)
     store_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    tokens, meta = BLOCKS * SEQ_LEN, {"reads": "residual"}
+    tokens, needs, scores = BLOCKS * SEQ_LEN, ours_pass.BaseNeeds("residual"), get_criterion(criterion)
 
     def run() -> None:
-        store = HiddenStore.create(folder, tokens, 576, store_dtype, with_loss=criterion == "entropy", meta=meta)
+        store = HiddenStore.create(folder, tokens, 576, store_dtype, with_loss=scores.needs_logits, meta={})
         with ours_pass.Progress("base pass", tokens) as progress:
-            ours_pass._fill(model, ids_BT, store, criterion, progress)
+            ours_pass._fill(model, ids_BT, store, needs, scores, progress)
 
     return run
 

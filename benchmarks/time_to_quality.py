@@ -22,14 +22,18 @@ from transformers import AutoModelForCausalLM
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.model import BaseModel, find_base
 from cascade_fast.base.texts import TokenBlocks, load_blocks
+from cascade_fast.criteria import get_criterion
 from cascade_fast.runtime.compute import Compute, choose_dtype, keep_freed_memory
 from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.selection import select_below, select_hardest
 from cascade_fast.settings import RunSettings, make_settings
-from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.stages.append import AppendedStage
 from cascade_fast.stages.exits import evaluate_exits
+from cascade_fast.stages.kind import base_needs
+from cascade_fast.stages.stage import StageConfig
 from cascade_fast.stages.tokens import StageTokens
-from cascade_fast.training.stage_trainer import StageTrainer, validation_loss
+from cascade_fast.training.stage_trainer import StageTrainer
+from cascade_fast.training.trainer import validation_loss
 
 CPU = torch.device("cpu")
 LAYERS = 8
@@ -81,7 +85,7 @@ def our_course(base: BaseModel, blocks: TokenBlocks, settings: RunSettings, fold
     dtype, _ = choose_dtype(CPU, settings.dtype)
     folder.mkdir()
     start = time.perf_counter()
-    passed = base_pass(base, blocks, settings, Compute(CPU, dtype), folder)
+    passed = base_pass(base, blocks, settings, base_needs(settings), Compute(CPU, dtype), folder)
     pass_seconds = time.perf_counter() - start
     train, val = passed.stores["train"], passed.stores["val"]
     selection = select_hardest(train["score"], settings.hard_ratio)
@@ -93,7 +97,7 @@ def our_course(base: BaseModel, blocks: TokenBlocks, settings: RunSettings, fold
         base.config, layers=settings.layers_per_stage, init=settings.init, head=settings.head, reads=settings.reads
     )
     head_VD = passed.head_VD if settings.head == "shared" else None
-    stage = Stage(shape, head_VD=head_VD, norm_D=passed.norm_D, seed=settings.seed + 1)
+    stage = AppendedStage(shape, head_VD=head_VD, norm_D=passed.norm_D, seed=settings.seed + 1)
     hard, hard_val = StageTokens(train, selection.index_K), StageTokens(val, val_index_K)
     before = math.exp(validation_loss(stage, hard_val, Compute(CPU, dtype)))
     points = [{"step": 0, "val_ppl": before, "seconds": time.perf_counter() - start}]
@@ -105,7 +109,8 @@ def our_course(base: BaseModel, blocks: TokenBlocks, settings: RunSettings, fold
     for epoch in trainer.run().epochs:
         spent += epoch["seconds"]
         points.append({"step": epoch["epoch"] * trainer.steps_per_epoch, "val_ppl": epoch["val_ppl"], "seconds": spent})
-    all_tokens = evaluate_exits([], val, criterion=settings.criterion, compute=Compute(CPU, dtype)).perplexity
+    how = {"criterion": get_criterion(settings.criterion), "compute": Compute(CPU, dtype)}
+    all_tokens = evaluate_exits([], val, **how).perplexity
     return {
         "base_pass_seconds": pass_seconds,
         "points": points,

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from cascade_fast.base.base_pass import BasePass, base_pass
 from cascade_fast.base.hidden_store import HiddenStore, StoreError
-from cascade_fast.base.model import BaseModel, cache_folder, check_cache, find_base
+from cascade_fast.base.model import BaseModel, cache_folder, check_cache
 from cascade_fast.base.texts import load_blocks
+from cascade_fast.criteria import get_criterion
 from cascade_fast.planning.ledger import compute_ledger, matmul_rate, stage_work
 from cascade_fast.planning.plan import plan_run
 from cascade_fast.reporting.heat_map import heat_map
@@ -27,20 +28,20 @@ from cascade_fast.runtime.files import DamagedFile
 from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.selection import check_finite, select_below, select_hardest
 from cascade_fast.settings import RunSettings
-from cascade_fast.stages.append import Stage, StageConfig
 from cascade_fast.stages.exits import (
     TOKENS_AT_ONCE,
     ExitEvaluation,
     ExitStage,
     advance,
     evaluate_exits,
-    handed_on_dtype,
 )
-from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage
-from cascade_fast.stages.tokens import StageTokens, stage_tokens
+from cascade_fast.stages.kind import StageKind, base_needs, find_base_for_stages, get_kind
+from cascade_fast.stages.stage import Stage
+from cascade_fast.stages.tokens import StageTokens
 from cascade_fast.training.messages import say_base_pass, say_stage, say_start, say_summary
 from cascade_fast.training.run_folder import RunFolder
-from cascade_fast.training.stage_trainer import StageTrainer, StageTraining
+from cascade_fast.training.stage_trainer import StageTrainer
+from cascade_fast.training.trainer import TrainingHistory
 
 EXIT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the tokens that arrive; tried on validation
 
@@ -63,29 +64,28 @@ class CascadeRun:
     micro_batch_tokens: int | None = None  # of the memory plan
     stages: list[ExitStage] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)  # of each stage trained, kept or not
+    evaluation: ExitEvaluation | None = None  # of the stages kept, on validation; None: not known yet
 
     def train(self) -> None:
         """Steps 3 to 6 of the algorithm, for each stage."""
         settings = self.settings
-        # What the base and each stage so far have left. Tokens on their way are in the last store; a second look
-        # attends to all of them.
+        # What the base and each stage so far have left. Tokens on their way are in the last store; those that attend
+        # read all of them.
         train, val = [self.base_pass.stores["train"]], [self.base_pass.stores["val"]]
-        perplexity = self._all_tokens("val").perplexity
         for number in range(1, settings.num_stages + 1):
             check_finite(train[-1]["score"], train[-1]["sequence"], train[-1]["position"])
             selection = select_hardest(train[-1]["score"], settings.hard_ratio)
-            hard = stage_tokens(settings.stage_kind, train, selection.index_K, self.recompute)
+            hard = self.kind.tokens(train, selection.index_K, self.recompute)
             hard_val_index_K = self._hard_validation_index(val[-1], selection.threshold)
             if len(hard_val_index_K) == 0:
                 say(
                     f"stage {number}: no validation token is hard at threshold {selection.threshold:.4f}; stopping here"
                 )
                 break
-            hard_val = stage_tokens(settings.stage_kind, val, hard_val_index_K, self.recompute)
-            record = self._stage(number, selection.threshold, train[-1]["score"], hard, hard_val, perplexity)
+            hard_val = self.kind.tokens(val, hard_val_index_K, self.recompute)
+            record = self._stage(number, selection.threshold, train[-1]["score"], hard, hard_val)
             if not record["accepted"] or record["stopped"] in ("time is up", "non-finite loss"):
                 break
-            perplexity = record["all_token_val_ppl"]
             if number < settings.num_stages:
                 train = [*train, self._advance(number, hard, "train")]
                 val = [*val, self._advance(number, hard_val, "val")]
@@ -96,41 +96,17 @@ class CascadeRun:
             return select_hardest(val["score"], self.settings.hard_ratio).index_K
         return select_below(val["score"], threshold)
 
-    def _new_stage(self, number: int) -> Stage | SecondLookStage:
-        settings = self.settings
-        if settings.stage_kind == "second-look":  # a copy of the stage before, the first of the base
-            return self._second_look(self.stages[-1].stage.state_dict() if self.stages else None)
-        shape = StageConfig.from_base(
-            self.base.config,
-            layers=settings.layers_per_stage,
-            init=settings.init,
-            head=settings.head,
-            reads=settings.reads,
-        )
-        shared = self.base_pass.head_VD if settings.head == "shared" else None
-        norm_D = self.stages[-1].stage.norm.weight if self.stages else self.base_pass.norm_D
-        return Stage(shape, head_VD=shared, norm_D=norm_D, seed=settings.seed + number)
+    def _new_stage(self, number: int) -> Stage:
+        before = self.stages[-1].stage if self.stages else None
+        return self.kind.new(self.settings, self.base.config, self.base_pass, before, number)
 
-    def _second_look(self, weights: dict[str, Tensor] | None = None) -> SecondLookStage:
-        """With ``weights``, or the base's own."""
-        shape = SecondLookConfig.of_base(self.base.config, layers=self.settings.layers_per_stage)
-        if weights is None:
-            weights = {**self.base_pass.layers, "norm.weight": self.base_pass.norm_D}
-        return SecondLookStage(shape, head_VD=self.base_pass.head_VD, weights=weights)
+    @functools.cached_property
+    def kind(self) -> StageKind:
+        return get_kind(self.settings.stage_kind)
 
     @functools.cached_property
     def recompute(self) -> Callable[[Tensor], Tensor] | None:
-        """The base's keys and values anew, from its residual stream; None where the base pass has kept them."""
-        if self.settings.stage_kind != "second-look" or self.settings.kv != "recompute":
-            return None
-        frozen = self._second_look().eval().requires_grad_(False).to(self.compute.device)
-        kv_dtype = handed_on_dtype(self.base_pass.stores["train"])
-
-        def keys_and_values(hidden_BSD: Tensor) -> Tensor:
-            with self.compute.autocast():
-                return frozen.keys_and_values(hidden_BSD.to(self.compute.device)).to("cpu", kv_dtype)
-
-        return keys_and_values
+        return self.kind.recompute(self.settings, self.base.config, self.base_pass, self.compute)
 
     def _stage(
         self,
@@ -139,7 +115,6 @@ class CascadeRun:
         score_N: Tensor,
         hard: StageTokens,
         hard_val: StageTokens,
-        perplexity: float,
     ) -> dict[str, Any]:
         """Trains stage ``number``, keeps it if it is worth it, and leaves its record; or finds all that done."""
         done = self._done(number)
@@ -162,7 +137,7 @@ class CascadeRun:
         entry, evaluation = ExitStage(stage.eval(), threshold), None
         if training.best_epoch:
             entry, evaluation = self._choose_exit(entry, score_N)
-        accepted, verdict = self._judge(training, evaluation, perplexity)
+        accepted, verdict = self._judge(training, evaluation)
         record = {
             "stage": number,
             "threshold": threshold,
@@ -185,11 +160,12 @@ class CascadeRun:
         }
         if accepted:
             self.stages.append(entry)
+            self.evaluation = evaluation
             self.folder.keep_stage(number, entry, criterion=self.settings.criterion)
         self.records.append(record)
         self.log.write("stage", **{k: v for k, v in record.items() if k != "epochs"})
         self.folder.write_stage_record(number, record, self.log.size())
-        if self.settings.stage_kind == "append":  # a second look attends to what every exit before it has left
+        if not self.kind.attends:  # tokens that attend read what every exit before them has left
             self.folder.drop_hidden(number - 2)
         say_stage(record)
         return record
@@ -202,10 +178,11 @@ class CascadeRun:
         try:
             done = self.folder.stage_record(number)
             if done is not None and done["accepted"]:
-                folder, shape = self.folder.stage(number), self._new_stage(number).config
+                folder, shape = self.folder.stage(number), self.kind.config(self.settings, self.base.config)
                 entry = ExitStage.load(folder, shape, done["exit_threshold"], self.base_pass.head_VD)
                 entry.stage.to(self.compute.device)
                 self.stages.append(entry)
+                self.evaluation = None
         except DamagedFile as error:
             say(f"stage {number}: {error}; trained anew")
             done = None
@@ -216,9 +193,7 @@ class CascadeRun:
             self.records.append(done)
         return done
 
-    def _train_stage(
-        self, stage: Stage | SecondLookStage, number: int, hard: StageTokens, hard_val: StageTokens
-    ) -> StageTraining:
+    def _train_stage(self, stage: Stage, number: int, hard: StageTokens, hard_val: StageTokens) -> TrainingHistory:
         trainer = StageTrainer(
             stage,
             hard,
@@ -242,8 +217,8 @@ class CascadeRun:
         return training
 
     def _choose_exit(self, trained: ExitStage, score_N: Tensor) -> tuple[ExitStage, ExitEvaluation]:
-        """The stage behind the door it was trained at, or behind the best of those that let in more, and what comes of
-        it. ``score_N``: of the training tokens that arrive at the door."""
+        """The stage with the exit threshold it was trained at, or with the best of those that let in more tokens, and
+        what comes of it. ``score_N``: of the training tokens that arrive."""
         entries = [trained]
         if self.settings.exit_threshold == "validation":
             wider = [share for share in EXIT_SHARES if share > self.settings.hard_ratio]
@@ -251,15 +226,15 @@ class CascadeRun:
         evaluations = []
         for entry in entries:
             evaluations.append(self._all_tokens("val", [*self.stages, entry]))
-            release_memory()  # other doors, other sizes: what has been freed would not fit
+            release_memory()  # other thresholds, other sizes: what has been freed would not fit
         best = min(range(len(entries)), key=lambda i: evaluations[i].perplexity)
         return entries[best], evaluations[best]
 
-    def _judge(self, training: StageTraining, evaluation: ExitEvaluation | None, before: float) -> tuple[bool, str]:
+    def _judge(self, training: TrainingHistory, evaluation: ExitEvaluation | None) -> tuple[bool, str]:
         """Whether the stage is kept, and the sentence that says why."""
         if evaluation is None:
             return False, f"rejected: no epoch ended with a finite loss ({training.stopped})"
-        after = evaluation.perplexity
+        before, after = self.final.perplexity, evaluation.perplexity
         change = f"all-token validation perplexity {before:.4f} -> {after:.4f} ({after / before - 1:+.2%})"
         if self.settings.accept == "always":
             return True, f"kept, as the preset keeps every stage: {change}"
@@ -292,7 +267,7 @@ class CascadeRun:
             folder,
             len(hard),
             source.hidden.shape[1],
-            handed_on_dtype(source),
+            source.handed_on_dtype,
             with_loss=True,
             meta=meta,
             kv_shape=self.stages[-1].stage.config.kv_shape,
@@ -305,10 +280,12 @@ class CascadeRun:
 
     # --- results -----------------------------------------------------------------------------------------------------
 
-    @functools.cached_property
+    @property
     def final(self) -> ExitEvaluation:
-        """Of validation, once training is over."""
-        return self._all_tokens("val")
+        """Of the stages kept so far, on validation."""
+        if self.evaluation is None:
+            self.evaluation = self._all_tokens("val")
+        return self.evaluation
 
     def heat_map(self, ids_BT: Tensor) -> dict[str, Any]:
         """``heat_map.json``, of the validation blocks ``ids_BT``."""
@@ -363,7 +340,7 @@ class CascadeRun:
 
     @property
     def _how(self) -> dict[str, Any]:
-        return {"criterion": self.settings.criterion, "compute": self.compute}
+        return {"criterion": get_criterion(self.settings.criterion), "compute": self.compute}
 
 
 def run_cascade(settings: RunSettings) -> RunFolder:
@@ -381,7 +358,7 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     if compute.device.type == "cpu":
         keep_freed_memory()
     check_cache(settings)
-    base = find_base(settings)
+    base = find_base_for_stages(settings)
     blocks = load_blocks(settings, base.tokenizer())
     settings = blocks.settle(settings)
     release_memory()  # of tokenization
@@ -398,7 +375,7 @@ def run_cascade(settings: RunSettings) -> RunFolder:
         say_start(settings, folder, base, blocks, compute)
         for line in plan.lines():
             say(line)
-        passed = base_pass(base, blocks, settings, compute, cache_folder(settings))
+        passed = base_pass(base, blocks, settings, base_needs(settings), compute, cache_folder(settings))
         say_base_pass(passed)
         passed = dataclasses.replace(passed, head_VD=passed.head_VD.to(compute.device))  # once, for all stages
         run = CascadeRun(settings, folder, base, passed, compute, folder.log, deadline, plan.memory.micro_batch_tokens)

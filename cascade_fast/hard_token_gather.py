@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade_fast import ops
-from cascade_fast.criteria import Criterion, get_criterion, score_tokens
+from cascade_fast.criteria import Criterion, ScoreFunction, get_criterion, score_tokens
 from cascade_fast.ops.reference import LARGEST_KEY, sort_key
 from cascade_fast.ops.schema import FLOAT_DTYPES
 from cascade_fast.runtime.compute import dtype_name
@@ -88,9 +88,10 @@ class HardTokenGather(nn.Module):
         threshold: a number that is not NaN, or the ``threshold`` of an earlier call with scope "batch".
         scope: ``"batch"`` selects among all tokens of a call, ``"sequence"`` the same share in each sequence (the
             second last dimension of the hidden states). A threshold means the same in both.
-        criterion: ``"cosine"``, ``"entropy"`` (needs ``logits``), a name given to
-            :func:`cascade_fast.criteria.register_criterion`, or a callable ``f(h_in_ND, h_out_ND, *, logits) -> (N,)``
-            float scores, low = hard. If that is a module, its parameters become this module's.
+        criterion: ``"cosine"``, ``"entropy"`` (needs ``logits``), ``"random"`` (noise that ``torch.manual_seed``
+            repeats), a name given to :func:`cascade_fast.criteria.register_criterion`, or a callable
+            ``f(h_in_ND, h_out_ND, *, logits) -> (N,)`` float scores, low = hard. If that is a module, its parameters
+            become this module's.
         backend: ``"auto"`` or one of :data:`cascade_fast.ops.BACKENDS`.
 
     Raises:
@@ -103,7 +104,7 @@ class HardTokenGather(nn.Module):
         *,
         threshold: float | Tensor | None = None,
         scope: str = "batch",
-        criterion: str | Criterion = "cosine",
+        criterion: str | Criterion | ScoreFunction = "cosine",
         backend: str = "auto",
     ) -> None:
         super().__init__()

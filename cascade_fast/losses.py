@@ -9,14 +9,22 @@ Shape legend: N tokens, D hidden size, V vocabulary, C tokens of a chunk.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from cascade_fast import ops
 
+LARGEST_LOSS = 700.0  # nats; exp(710) is no float
 CHUNK_BYTES = 48 * 2**20  # of logits: 512 tokens of a vocabulary of 49,152 in 16 bit
+
+
+def perplexity(mean_loss: float | Tensor) -> float:
+    """``exp`` of a mean cross-entropy in nats, as a number (0-d tensor: float64); above 700 as of 700, NaN as NaN."""
+    if isinstance(mean_loss, Tensor):  # torch's exp and Python's may differ in the last bit: each stays what it was
+        return mean_loss.clamp(max=LARGEST_LOSS).exp().item()
+    return math.exp(min(mean_loss, LARGEST_LOSS))
 
 
 def chunk_tokens(vocab_size: int, dtype: torch.dtype) -> int:
@@ -101,11 +109,21 @@ def linear_cross_entropy(
 
 @torch.no_grad()
 def token_losses(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, dtype: torch.dtype = torch.float32
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    score: Callable[[slice, Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every token and entropy of its logits, both ``(N,)`` float32 in nats; logits in chunks."""
+    """Cross-entropy of every token and entropy of its logits, both ``(N,)`` float32 in nats; logits in chunks.
+
+    With ``score``, its ``score(rows, logits_CV, entropy_C) -> (C,)`` of every chunk takes the place of the entropy. The
+    memory of the logits is used again for the next chunk.
+    """
     loss_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
-    entropy_N = torch.empty_like(loss_N)
+    score_N = torch.empty_like(loss_N)
     for rows, _, logits_CV in _logit_chunks(hidden_ND, weight_VD.to(dtype)):
-        loss_N[rows], entropy_N[rows] = ops.cross_entropy_(logits_CV, labels_N[rows])
-    return loss_N, entropy_N
+        loss_N[rows], entropy_C = ops.cross_entropy_(logits_CV, labels_N[rows])
+        score_N[rows] = entropy_C if score is None else score(rows, logits_CV, entropy_C)
+    return loss_N, score_N

@@ -17,14 +17,72 @@ def _setting(default: Any, group: str, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **extra})
 
 
-CRITERIA = ("cosine", "entropy", "random")
-STAGE_KINDS = ("append", "second-look")
+CRITERIA = ["cosine", "entropy", "random"]  # criteria.register_criterion adds to them
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_QUANTIZATIONS = ("none", "nf4")
 EXIT_THRESHOLDS = ("trained", "validation")
 LR_SCHEDULES = ("constant", "linear", "cosine")
+SPLITS = ("train", "val", "test")  # of the blocks of a text
+
+
+@dataclass(frozen=True)
+class KindEntry:
+    """A stage kind by what the settings know of it; its code is ``stages/<name>.py``, with underscores for dashes.
+
+    ``allows``: values of other settings that go with it, where not all do, and why.
+    """
+
+    help: str
+    allows: dict[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
+
+
+STAGE_KINDS = {
+    "append": KindEntry(
+        "new layers after the base's last", {"kv": (("auto", "store"), "stages of kind append use none")}
+    ),
+    "second-look": KindEntry(
+        "a trained copy of the base's last layers, in which hard tokens attend to their whole text",
+        {"init": (("identity",), "a second look starts as the base's own layers, with its head")},
+    ),
+}
 ALL = -1  # ``all`` as a number of blocks; once the text is read its real number takes its place
+
+
+# The recipe of the original experiment: random layers with a head of their own, tokens in batches of 32, fp32.
+SEED_PRESET: dict[str, Any] = {
+    "dataset": "tatsu-lab/alpaca",
+    "train_blocks": 1000,
+    "val_blocks": 100,
+    "test_blocks": 0,
+    "shuffle": "off",
+    "dtype": "float32",
+    "store_dtype": "float32",
+    "hard_ratio": 0.9,
+    "criterion": "cosine",
+    "val_selection": "quantile",
+    "num_stages": 5,
+    "init": "random",
+    "head": "own",
+    "accept": "always",
+    "epochs": 10,
+    "batch_tokens": 32,
+    "lr": 1e-4,
+    "lr_schedule": "constant",
+    "warmup_steps": 0,
+    "grad_clip": 0.0,
+    "patience": 1,
+}
+# The best perplexity for the training: see docs/log.md, 2026-11-24.
+SECOND_LOOK_PRESET: dict[str, Any] = {
+    "stage_kind": "second-look",
+    "num_stages": 1,
+    "layers_per_stage": 16,
+    "epochs": 1,
+    "batch_tokens": 256,
+    "lr": 2e-4,
+}
+PRESETS: dict[str, dict[str, Any]] = {"warm": {}, "second-look": SECOND_LOOK_PRESET, "seed": SEED_PRESET}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +93,7 @@ class RunSettings:
         InputError: on a value out of range, before any work is done.
     """
 
-    preset: str = _setting(
-        "warm", "run", "recipe to start from; every flag given overrides it", choices=("seed", "warm", "second-look")
-    )
+    preset: str = _setting("warm", "run", "recipe to start from; every flag given overrides it", choices=tuple(PRESETS))
     out: str | None = _setting(None, "run", "folder of the run (default: runs/<time>-<preset>)")
     resume: str = _setting(
         "never",
@@ -123,8 +179,7 @@ class RunSettings:
     stage_kind: str = _setting(
         "append",
         "stages",
-        "append: new layers after the base's last; second-look: a trained copy of the base's last layers, in which "
-        "hard tokens attend to their whole text",
+        "; ".join(f"{name}: {kind.help}" for name, kind in STAGE_KINDS.items()),
         choices=STAGE_KINDS,
     )
     layers_per_stage: int = _setting(8, "stages", "decoder layers in each stage")
@@ -231,13 +286,8 @@ class RunSettings:
             raise InputError("text_columns and text_template are both given; give one")
         if self.text_template is not None:
             template_parts(self.text_template)
-        if self.kv == "recompute" and self.stage_kind != "second-look":
-            raise InputError(f"kv: {self.kv!r}; stages of kind {self.stage_kind} use none: must be auto or store")
-        if self.stage_kind == "second-look" and self.init != "identity":
-            raise InputError(
-                f"init: {self.init!r}; a second look starts as the base's own layers, with its head: init must be "
-                "identity and head shared"
-            )
+        for name, (allowed, why) in STAGE_KINDS[self.stage_kind].allows.items():
+            self._require(name, getattr(self, name) in allowed, f"{why}: must be {' or '.join(allowed)}")
         if self.init == "identity" and self.head == "own":
             raise InputError("init: identity needs head: shared (a stage that starts as the base uses the base's head)")
 
@@ -261,41 +311,6 @@ def _plain(f: "dataclasses.Field[Any]", value: Any) -> Any:
         return "all"
     return list(value) if isinstance(value, tuple) else value
 
-
-# The recipe of the original experiment: random layers with a head of their own, tokens in batches of 32, fp32.
-SEED_PRESET: dict[str, Any] = {
-    "dataset": "tatsu-lab/alpaca",
-    "train_blocks": 1000,
-    "val_blocks": 100,
-    "test_blocks": 0,
-    "shuffle": "off",
-    "dtype": "float32",
-    "store_dtype": "float32",
-    "hard_ratio": 0.9,
-    "criterion": "cosine",
-    "val_selection": "quantile",
-    "num_stages": 5,
-    "init": "random",
-    "head": "own",
-    "accept": "always",
-    "epochs": 10,
-    "batch_tokens": 32,
-    "lr": 1e-4,
-    "lr_schedule": "constant",
-    "warmup_steps": 0,
-    "grad_clip": 0.0,
-    "patience": 1,
-}
-# The best perplexity for the training: see docs/log.md, 2026-11-24.
-SECOND_LOOK_PRESET: dict[str, Any] = {
-    "stage_kind": "second-look",
-    "num_stages": 1,
-    "layers_per_stage": 16,
-    "epochs": 1,
-    "batch_tokens": 256,
-    "lr": 2e-4,
-}
-PRESETS: dict[str, dict[str, Any]] = {"warm": {}, "second-look": SECOND_LOOK_PRESET, "seed": SEED_PRESET}
 
 _FIELDS = {f.name: f for f in dataclasses.fields(RunSettings)}
 # What may differ between a run and its resumption: where things lie and when to stop, not what is computed.

@@ -84,6 +84,17 @@ def text_ids(rows: int = 4, length: int = 24) -> torch.Tensor:
     return text[starts + torch.arange(length)]
 
 
+@pytest.fixture
+def own_criteria(monkeypatch):
+    """What a test registers is forgotten after it."""
+    from cascade_fast import criteria, settings
+
+    names = list(settings.CRITERIA)
+    monkeypatch.setattr(criteria, "CRITERIA", dict(criteria.CRITERIA))
+    yield
+    settings.CRITERIA[:] = names
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny")

@@ -212,9 +212,9 @@ def test_what_is_pinned_is_allowed(file):
 
 
 # What a base pass uses without its values depending on it: where and how it is stored, read, told and scheduled. The
-# settings, the tokens and the base are in its key themselves; of the layers for a second look it takes the shape.
+# settings, the tokens and the base are in its key themselves.
 NOT_IN_THE_KEY = {
-    "base/gguf", "base/texts", "input_checks", "runtime", "settings", "stages/append", "stages/attention",
+    "base/gguf", "base/texts", "input_checks", "runtime", "settings",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from cascade_fast import criteria, ops
 from cascade_fast.base import base_pass as module
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.hidden_store import HiddenStore
@@ -24,6 +25,7 @@ from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.selection import NonFiniteScores
 from cascade_fast.settings import make_settings
+from cascade_fast.stages.kind import base_needs
 
 CPU = torch.device("cpu")
 
@@ -32,7 +34,7 @@ def _pass(settings, tmp_path, dtype=torch.float32, **changes):
     settings = make_settings({**settings, **changes})
     base = find_base(settings)
     blocks = load_blocks(settings, base.tokenizer())
-    return base_pass(base, blocks, settings, Compute(CPU, dtype), tmp_path / "cache"), blocks
+    return base_pass(base, blocks, settings, base_needs(settings), Compute(CPU, dtype), tmp_path / "cache"), blocks
 
 
 @pytest.mark.parametrize("init", ["identity", "random"])
@@ -68,8 +70,8 @@ def test_what_is_kept_is_what_transformers_computes(tiny_settings, tmp_path, ini
 
 def test_training_tokens_get_no_logits_unless_the_criterion_needs_them(tiny_settings, tmp_path, monkeypatch):
     tokens = []
-    real = module.token_losses
-    monkeypatch.setattr(module, "token_losses", lambda h, *a, **k: tokens.append(len(h)) or real(h, *a, **k))
+    real = criteria.token_losses
+    monkeypatch.setattr(criteria, "token_losses", lambda h, *a, **k: tokens.append(len(h)) or real(h, *a, **k))
     passed, blocks = _pass(tiny_settings, tmp_path, criterion="cosine")
     assert "loss" not in passed.stores["train"]
     assert sum(tokens) == 32 * (len(blocks.ids["val"]) + len(blocks.ids["test"]))
@@ -131,7 +133,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(tiny_settings, tmp_path, m
     whole, _ = _pass(tiny_settings, tmp_path / "whole")
     monkeypatch.setattr(module, "SAVE_PROGRESS_SECONDS", 0.0)
     monkeypatch.setitem(module.TOKENS_AT_ONCE, "cpu", 128)
-    real, calls = module.ops.cosine_score, []
+    real, calls = ops.cosine_score, []
 
     def dies_in_the_seventh_batch(*args, **kwargs):
         calls.append(1)
@@ -141,7 +143,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(tiny_settings, tmp_path, m
 
     settings = {**tiny_settings, "criterion": "cosine"}
     reference, _ = _pass(settings, tmp_path / "reference")
-    monkeypatch.setattr(module.ops, "cosine_score", dies_in_the_seventh_batch)
+    monkeypatch.setattr(ops, "cosine_score", dies_in_the_seventh_batch)
     with pytest.raises(KeyboardInterrupt):
         _pass(settings, tmp_path)
     (folder,) = (tmp_path / "cache" / "base-pass").iterdir()
@@ -155,14 +157,14 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(tiny_settings, tmp_path, m
 
 
 def test_a_score_that_is_not_finite_names_block_and_position(tiny_settings, tmp_path, monkeypatch):
-    real = module.token_losses
+    real = criteria.token_losses
 
     def one_nan(hidden, *args, **kwargs):
-        loss, entropy = real(hidden, *args, **kwargs)
-        entropy[3 * 32 + 5] = torch.nan
-        return loss, entropy
+        loss, score = real(hidden, *args, **kwargs)
+        score[3 * 32 + 5] = torch.nan
+        return loss, score
 
-    monkeypatch.setattr(module, "token_losses", one_nan)
+    monkeypatch.setattr(criteria, "token_losses", one_nan)
     with pytest.raises(NonFiniteScores, match="not finite, the first at block 3, position 5"):
         _pass(tiny_settings, tmp_path)
 

@@ -17,14 +17,17 @@ from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.model import find_base
 from cascade_fast.base.texts import load_blocks
 from cascade_fast.cascade import NonFiniteLoss, run_cascade
+from cascade_fast.criteria import get_criterion
 from cascade_fast.reporting.report import diagnose
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import read_json
 from cascade_fast.selection import hard_count
 from cascade_fast.settings import make_settings
-from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.stages.append import AppendedStage
 from cascade_fast.stages.exits import ExitStage, evaluate_exits, run_stage
-from cascade_fast.training.stage_trainer import StageTraining, epoch_order
+from cascade_fast.stages.kind import base_needs
+from cascade_fast.stages.stage import StageConfig
+from cascade_fast.training.trainer import TrainingHistory, epoch_order
 
 sys.path.append(str(Path(__file__).parent.parent))
 from benchmarks.naive_loop import naive_losses, naive_stage
@@ -42,7 +45,12 @@ def _stores(settings, tmp_path, **changes):
     settings = make_settings({**settings, **changes})
     base = find_base(settings)
     return base, base_pass(
-        base, load_blocks(settings, base.tokenizer()), settings, Compute(CPU, torch.float32), tmp_path / "cache"
+        base,
+        load_blocks(settings, base.tokenizer()),
+        settings,
+        base_needs(settings),
+        Compute(CPU, torch.float32),
+        tmp_path / "cache",
     )
 
 
@@ -106,7 +114,7 @@ def test_records_tie_the_cascade_together(tiny_settings, tmp_path):
     base, passed = _stores(tiny_settings, tmp_path)
     shape = StageConfig.from_base(base.config, layers=2, init="identity", head="shared", reads="residual")
     entry = ExitStage.load(run.path / "stages/1", shape, cascade["stages"][0]["threshold"], passed.head_VD)
-    evaluation = evaluate_exits([entry], passed.stores["val"], criterion="entropy", **HOW)
+    evaluation = evaluate_exits([entry], passed.stores["val"], criterion=get_criterion("entropy"), **HOW)
     assert evaluation.perplexity == results["final"]["all_token_val_ppl"]
 
 
@@ -184,15 +192,15 @@ def test_time_is_up(tiny_settings, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_keeps_the_best_and_says_what_to_try(tiny_settings, tmp_path, monkeypatch):
-    from cascade_fast.training import stage_trainer
+    from cascade_fast.training import trainer
 
-    real, steps = stage_trainer.linear_cross_entropy, []
+    real, steps = trainer.linear_cross_entropy, []
 
     def explodes_in_epoch_two(*args, **kwargs):
         steps.append(1)
         return real(*args, **kwargs) * (math.inf if len(steps) > 14 else 1.0)
 
-    monkeypatch.setattr(stage_trainer, "linear_cross_entropy", explodes_in_epoch_two)
+    monkeypatch.setattr(trainer, "linear_cross_entropy", explodes_in_epoch_two)
     with pytest.raises(NonFiniteLoss, match=r"the loss is not finite.*Try a lower --lr"):
         _run(tiny_settings, tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -209,7 +217,7 @@ def _entries(base, passed, thresholds, randomise=True):
     shape = StageConfig.from_base(base.config, layers=2, init="identity", head="shared", reads="residual")
     entries = []
     for number, threshold in enumerate(thresholds):
-        stage = Stage(shape, head_VD=passed.head_VD, norm_D=passed.norm_D, seed=number)
+        stage = AppendedStage(shape, head_VD=passed.head_VD, norm_D=passed.norm_D, seed=number)
         if randomise:
             for parameter in stage.parameters():
                 nn.init.normal_(parameter, std=0.2)
@@ -220,7 +228,7 @@ def _entries(base, passed, thresholds, randomise=True):
 def test_nothing_selected_is_the_base_exactly(tiny_settings, tmp_path):
     base, passed = _stores(tiny_settings, tmp_path)
     val = passed.stores["val"]
-    evaluation = evaluate_exits(_entries(base, passed, [-math.inf] * 2), val, criterion="entropy", **HOW)
+    evaluation = evaluate_exits(_entries(base, passed, [-math.inf] * 2), val, criterion=get_criterion("entropy"), **HOW)
     assert torch.equal(evaluation.loss_N, val["loss"])
     assert evaluation.shares(2) == {"base": 1.0, "stage_1": 0.0, "stage_2": 0.0}
 
@@ -229,7 +237,7 @@ def test_nothing_selected_is_the_base_exactly(tiny_settings, tmp_path):
 def test_everything_selected_is_every_stage_in_a_row(tiny_settings, tmp_path, criterion):
     base, passed = _stores(tiny_settings, tmp_path, criterion=criterion, store_dtype="float32")
     val, entries = passed.stores["val"], _entries(base, passed, [math.inf] * 2)
-    evaluation = evaluate_exits(entries, val, criterion=criterion, **HOW)
+    evaluation = evaluate_exits(entries, val, criterion=get_criterion(criterion), **HOW)
     with torch.no_grad():
         _, normed = entries[1].stage(entries[0].stage(val.hidden)[0])
         expected = nn.functional.cross_entropy(normed @ passed.head_VD.T, val["label"], reduction="none")
@@ -241,9 +249,9 @@ def test_tokens_exit_where_their_score_says(tiny_settings, tmp_path):
     base, passed = _stores(tiny_settings, tmp_path, store_dtype="float32")
     val = passed.stores["val"]
     entries = _entries(base, passed, [val["score"].median().item(), 0.0])
-    arriving = run_stage(entries[0].stage, val.hidden, val["label"], criterion="entropy", **HOW).score_K
+    arriving = run_stage(entries[0].stage, val.hidden, val["label"], criterion=get_criterion("entropy"), **HOW).score_K
     entries[1] = ExitStage(entries[1].stage, arriving.median().item())
-    evaluation = evaluate_exits(entries, val, criterion="entropy", **HOW)
+    evaluation = evaluate_exits(entries, val, criterion=get_criterion("entropy"), **HOW)
     for token in range(0, len(val), 7):  # one by one, as on paper
         hidden, loss, exit_ = val.hidden[token : token + 1], val["loss"][token], 0
         score = val["score"][token]
@@ -262,7 +270,7 @@ def test_tokens_exit_where_their_score_says(tiny_settings, tmp_path):
 def test_an_untrained_warm_cascade_is_the_base(tiny_settings, tmp_path):
     base, passed = _stores(tiny_settings, tmp_path)
     entries = _entries(base, passed, [math.inf, math.inf], randomise=False)
-    evaluation = evaluate_exits(entries, passed.stores["val"], criterion="entropy", **HOW)
+    evaluation = evaluate_exits(entries, passed.stores["val"], criterion=get_criterion("entropy"), **HOW)
     torch.testing.assert_close(evaluation.loss_N, passed.stores["val"]["loss"], rtol=2e-3, atol=2e-3)  # 16-bit store
 
 
@@ -290,11 +298,11 @@ def test_the_seed_preset_trains_as_the_naive_loop_does(tiny_settings, tmp_path):
             "epochs": 1,
         }
     )
-    from cascade_fast.training import stage_trainer
+    from cascade_fast.training import trainer
 
     losses: list[float] = []
     initial: dict[str, torch.Tensor] = {}
-    real_step, real_stage = stage_trainer.linear_cross_entropy, module.CascadeRun._new_stage
+    real_step, real_stage = trainer.linear_cross_entropy, module.CascadeRun._new_stage
 
     def record_loss(*args, **kwargs):
         loss = real_step(*args, **kwargs)
@@ -307,7 +315,7 @@ def test_the_seed_preset_trains_as_the_naive_loop_does(tiny_settings, tmp_path):
         return stage
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage_trainer, "linear_cross_entropy", record_loss)
+        patch.setattr(trainer, "linear_cross_entropy", record_loss)
         patch.setattr(module.CascadeRun, "_new_stage", record_stage)
         run_cascade(settings)
 
@@ -341,7 +349,7 @@ def test_the_seed_preset_s_counts_at_the_seed_s_sizes(tmp_path, monkeypatch):
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": t}) + "\n" for t in english_texts(1110, 300)))
     monkeypatch.setattr(
-        module.StageTrainer, "run", lambda self: StageTraining(best_epoch=1, best_val_loss=1.0, stopped="stub")
+        module.StageTrainer, "run", lambda self: TrainingHistory(best_epoch=1, best_val_loss=1.0, stopped="stub")
     )
     run, results = _run(
         {

@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cascade_fast import ops
+from cascade_fast.criteria import get_criterion, register_criterion
 from cascade_fast.hard_token_gather import HardTokenGather
 
 
@@ -35,6 +36,31 @@ def test_compiles_without_a_graph_break(scope, masked, backend):
     full.square().sum().backward()
     compiled_full.square().sum().backward()
     assert torch.equal(compiled_in.grad, eager_in.grad)
+
+
+class Router(torch.nn.Linear):
+    def forward(self, h_in_ND, h_out_ND, *, logits=None):
+        return super().forward(h_out_ND).squeeze(-1)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    ["entropy", "random", "a name", as_given, Router(12, 1), get_criterion("cosine")],
+    ids=["entropy", "random", "registered", "function", "module", "object"],
+)
+@pytest.mark.usefixtures("own_criteria")
+def test_every_kind_of_criterion_compiles(criterion):
+    register_criterion("a name", needs_logits=True)(lambda h_in_ND, h_out_ND, *, logits: logits.flatten(0, 1)[:, 0])
+    gather = HardTokenGather(0.6, criterion=criterion)
+    compiled = torch.compile(gather, fullgraph=True, backend="aot_eager")
+    h_in, h_out = hidden(4, 9)
+    logits = torch.randn(4, 9, 20)
+    torch.manual_seed(1)
+    hard = gather(h_in, h_out, logits=logits)
+    torch.manual_seed(1)
+    again = compiled(h_in, h_out, logits=logits)
+    assert torch.equal(again.scores, hard.scores)
+    assert torch.equal(again.hidden_KD, hard.hidden_KD)
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])

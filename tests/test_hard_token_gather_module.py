@@ -10,8 +10,6 @@ import pytest
 import torch
 from hard_token_cases import as_given, hidden
 
-from cascade_fast import criteria
-from cascade_fast.criteria import CRITERIA
 from cascade_fast.hard_token_gather import HardTokenGather
 
 
@@ -117,11 +115,11 @@ def test_other_errors():
         hard.scatter(hard.hidden_KD.half(), into=H)
 
 
-def test_the_page_runs(monkeypatch):
-    monkeypatch.setattr(criteria, "CRITERIA", dict(CRITERIA))
+@pytest.mark.usefixtures("own_criteria")
+def test_the_page_runs():
     page = Path(__file__).parent.parent / "docs" / "hard-token-gather.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(page), "exec"), names)

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from cascade_fast.cascade import run_cascade
 from cascade_fast.planning.counts import Shape
 from cascade_fast.planning.ledger import compute_ledger, seed_flops, stage_work
-from cascade_fast.planning.times import base_flops, training_flops
+from cascade_fast.planning.times import base_flops
 from cascade_fast.settings import make_settings
 
 
@@ -20,8 +20,9 @@ from cascade_fast.settings import make_settings
 def test_flops_of_a_step_are_those_counted(tmp_path, preset):
     trainer = _trainer(tmp_path / "run", preset=preset)
     with FlopCounterMode(display=False) as counter:
-        trainer._train_step(torch.arange(32))
-    assert counter.get_total_flops() == 32 * training_flops(Shape.of(trainer.settings, tiny_llama_config()), 128)
+        trainer.train_step(torch.arange(32))
+    counts = Shape.from_settings(trainer.settings, tiny_llama_config()).counts
+    assert counter.get_total_flops() == 32 * counts.training_flops(128)
 
 
 def test_flops_of_the_original_recipe_are_those_of_transformers_layers():
@@ -46,7 +47,7 @@ def test_flops_of_the_base_are_those_counted():
         model(torch.zeros(2, 32, dtype=torch.long))
     attention = base.num_hidden_layers * 4 * 32 * base.num_attention_heads * base.head_dim
     products = counter.get_total_flops()  # torch's counter does not know the CPU's attention
-    shape = Shape.of(settings, base)
+    shape = Shape.from_settings(settings, base)
     assert 64 * (base_flops(shape, 32, with_logits=True) - attention) == products
     without = base_flops(shape, 32, with_logits=True) - base_flops(shape, 32, with_logits=False)
     assert without == 2 * base.vocab_size * base.hidden_size
@@ -64,8 +65,10 @@ def test_the_ledger_adds_up():
     )
     assert ledger["training"]["tokens"] == 1200
     assert ledger["training"]["layer_tokens"] == 2400
-    assert ledger["training"]["mfu"] == pytest.approx(1200 * training_flops(Shape.of(config, base), 128) / 3e9)
-    shape = Shape.of(config, base)
+    assert ledger["training"]["mfu"] == pytest.approx(
+        1200 * Shape.from_settings(config, base).counts.training_flops(128) / 3e9
+    )
+    shape = Shape.from_settings(config, base)
     without, with_logits = (base_flops(shape, 128, with_logits=logits) for logits in (False, True))
     assert ledger["base_pass"]["flops"] == pytest.approx(1000 * without + 100 * with_logits)
     assert ledger["base_pass"]["layer_tokens"] == 1100 * base.num_hidden_layers

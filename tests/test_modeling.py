@@ -14,13 +14,15 @@ from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.cache_name import cache_of, with_cache
 from cascade_fast.base.model import find_base
 from cascade_fast.base.texts import load_blocks
+from cascade_fast.criteria import get_criterion
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.model.modeling import CascadeForCausalLM
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import make_settings
-from cascade_fast.stages.append import StageConfig
 from cascade_fast.stages.exits import ExitStage, evaluate_exits
+from cascade_fast.stages.kind import base_needs
+from cascade_fast.stages.stage import StageConfig
 
 CPU = torch.device("cpu")
 CLOSED, OPEN = [-math.inf] * 2, [math.inf] * 2
@@ -85,7 +87,14 @@ def test_every_token_has_the_loss_and_exit_of_evaluate_exits(tiny_runs, name, dt
     run = tiny_runs[name]
     settings = make_settings(_settings(run))
     base = find_base(settings)
-    passed = base_pass(base, load_blocks(settings, base.tokenizer()), settings, Compute(CPU, dtype), tmp_path)
+    passed = base_pass(
+        base,
+        load_blocks(settings, base.tokenizer()),
+        settings,
+        base_needs(settings),
+        Compute(CPU, dtype),
+        tmp_path,
+    )
     model = CascadeForCausalLM.from_pretrained(run, dtype=dtype)
     entries = [
         ExitStage.load(
@@ -93,7 +102,8 @@ def test_every_token_has_the_loss_and_exit_of_evaluate_exits(tiny_runs, name, dt
         )
         for n in (1, 2)
     ]
-    expected = evaluate_exits(entries, passed.stores["val"], criterion=settings.criterion, compute=Compute(CPU, dtype))
+    how = {"criterion": get_criterion(settings.criterion), "compute": Compute(CPU, dtype)}
+    expected = evaluate_exits(entries, passed.stores["val"], **how)
     blocks = _blocks(run)
     with torch.no_grad():
         output = model(blocks[:, :-1], output_exits=True)

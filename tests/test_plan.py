@@ -18,6 +18,7 @@ from cascade_fast.plan import main
 from cascade_fast.planning.base_configs import BUILT_IN, base_configuration
 from cascade_fast.planning.counts import Shape, base_weight_bytes, optimizer_bytes, saved_activation_bytes
 from cascade_fast.planning.devices import DEVICES, find_device
+from cascade_fast.planning.kv import choose_kv
 from cascade_fast.planning.memory import (
     CONTEXT_BYTES,
     GIB,
@@ -25,11 +26,11 @@ from cascade_fast.planning.memory import (
     memory_plan,
     micro_batch_tokens,
 )
-from cascade_fast.planning.times import base_pass_time, epoch_time, training_flops
+from cascade_fast.planning.times import base_pass_time, epoch_time
 from cascade_fast.settings import make_settings
-from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.stages.append import AppendedStage
 from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage
-from cascade_fast.stages.second_look_sizes import choose_kv
+from cascade_fast.stages.stage import StageConfig
 
 SIZES = dict(
     vocab_size=200,
@@ -55,20 +56,20 @@ SMALL = base_configuration("smollm2-135m")
 def test_the_base_s_parameters_are_counted_as_transformers_makes_them(base):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base)
-    assert Shape.of(WARM, base).base_parameters() == sum(p.numel() for p in model.parameters())
+    assert Shape.from_settings(WARM, base).base_parameters() == sum(p.numel() for p in model.parameters())
     linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
-    assert Shape.of(WARM, base).base_quantized() == sum(m.weight.numel() for m in linear)
+    assert Shape.from_settings(WARM, base).base_quantized() == sum(m.weight.numel() for m in linear)
 
 
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 @pytest.mark.parametrize("config", [WARM, SEED], ids=["warm", "seed"])
 def test_a_stage_s_parameters_are_counted_as_the_stage_has_them(base, config):
-    shape = Shape.of(config, base)
+    shape = Shape.from_settings(config, base)
     with torch.device("meta"):
-        stage = Stage(shape.stage, head_VD=torch.empty(200, 64))
+        stage = AppendedStage(shape.stage, head_VD=torch.empty(200, 64))
     unused = {id(p) for p in stage.decayed_only()}
-    assert shape.stage_parameters() == stage.parameter_count()
-    assert shape.stage_trained() == sum(p.numel() for p in stage.parameters() if id(p) not in unused)
+    assert shape.counts.parameters() == stage.parameter_count()
+    assert shape.counts.trained() == sum(p.numel() for p in stage.parameters() if id(p) not in unused)
 
 
 @pytest.mark.parametrize(
@@ -81,19 +82,19 @@ def test_a_stage_s_parameters_are_counted_as_the_stage_has_them(base, config):
     ],
 )
 def test_built_in_bases_have_their_published_sizes(name, parameters):
-    assert Shape.of(WARM, base_configuration(name)).base_parameters() == parameters
+    assert Shape.from_settings(WARM, base_configuration(name)).base_parameters() == parameters
 
 
 def test_the_seed_s_stage_is_the_one_of_the_original_experiment():
-    assert Shape.of(SEED, SMALL).stage_parameters() == 56_632_896
+    assert Shape.from_settings(SEED, SMALL).counts.parameters() == 56_632_896
 
 
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 def test_a_second_look_s_parameters_are_counted_as_it_has_them(base):
-    shape = Shape.of(LOOK, base)
+    shape = Shape.from_settings(LOOK, base)
     with torch.device("meta"):
-        stage = SecondLookStage(SecondLookConfig.of_base(base, layers=8), head_VD=torch.empty(200, 64))
-    assert shape.stage_parameters() == shape.stage_trained() == stage.parameter_count()
+        stage = SecondLookStage(SecondLookConfig.from_base(base, layers=8), head_VD=torch.empty(200, 64))
+    assert shape.counts.parameters() == shape.counts.trained() == stage.parameter_count()
 
 
 def test_the_plan_of_a_second_look():
@@ -128,19 +129,19 @@ def test_the_command_knows_second_looks(capsys):
     said = capsys.readouterr().out
     assert "28,321,344 parameters of its own" in said
     assert "kv: " in said
-    flops = [training_flops(Shape.of(config, SMALL), 128) for config in (WARM, LOOK)]
+    flops = [Shape.from_settings(config, SMALL).counts.training_flops(128) for config in (WARM, LOOK)]
     assert flops[1] - flops[0] == 8 * (6 * 576 * (576 + 192) + 12 * 128 * 576)
 
 
 def test_optimizer_bytes():
-    shape = Shape.of(WARM, SMALL)
-    trained, norms = shape.stage_trained(), (2 * 8 + 1) * 576
+    shape = Shape.from_settings(WARM, SMALL)
+    trained, norms = shape.counts.trained(), (2 * 8 + 1) * 576
     assert optimizer_bytes(shape, "adamw") == 8 * trained
     assert optimizer_bytes(shape, "adamw8bit") == 8 * norms + (trained - norms) * (2 + 8 / 256)
 
 
 def test_weight_bytes_in_4_bit():
-    shape = Shape.of(WARM, SMALL)
+    shape = Shape.from_settings(WARM, SMALL)
     rest = shape.base_parameters() - shape.base_quantized()
     assert base_weight_bytes(shape, "none", 2) == 2 * 134_515_008
     assert base_weight_bytes(shape, "nf4", 2) == shape.base_quantized() * 0.5625 + 2 * rest
@@ -153,7 +154,7 @@ def test_activations_are_what_autograd_saves(dtype):
 
     def saved(layers: int) -> int:
         shape = StageConfig.from_base(base, layers=layers, init="identity", head="shared", reads="residual")
-        stage = Stage(shape, head_VD=torch.zeros(200, 64))
+        stage = AppendedStage(shape, head_VD=torch.zeros(200, 64))
         storages: dict[int, torch.Tensor] = {}
 
         def pack(tensor):
@@ -169,7 +170,7 @@ def test_activations_are_what_autograd_saves(dtype):
         del output
         return sum(t.untyped_storage().nbytes() for t in storages.values())
 
-    assert saved(3) - saved(2) == tokens * saved_activation_bytes(Shape.of(WARM, base), dtype.itemsize)
+    assert saved(3) - saved(2) == tokens * saved_activation_bytes(Shape.from_settings(WARM, base), dtype.itemsize)
 
 
 def test_the_peak_is_the_largest_phase_and_logits_are_a_chunk_whatever_the_batch():
@@ -179,7 +180,7 @@ def test_the_peak_is_the_largest_phase_and_logits_are_a_chunk_whatever_the_batch
 
     small, large = plan(batch_tokens=512), plan(batch_tokens=2**14)
     assert small.worst.peak == max(phase.peak for phase in small.phases)
-    per_token = 8 * saved_activation_bytes(Shape.of(WARM, SMALL), 2, on_cpu=False) + 16 * 576
+    per_token = 8 * saved_activation_bytes(Shape.from_settings(WARM, SMALL), 2, on_cpu=False) + 16 * 576
     grown = large.phases[1].peak - small.phases[1].peak
     assert grown == (2**14 - 512) * per_token
 

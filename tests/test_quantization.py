@@ -19,6 +19,7 @@ from cascade_fast.model.modeling import CascadeForCausalLM
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import read_json
 from cascade_fast.settings import make_settings
+from cascade_fast.stages.kind import base_needs
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -72,10 +73,10 @@ def test_the_4_bit_base_is_near_the_one_it_was_made_from(settings):
 def test_the_fingerprint_of_the_base_pass_tells_the_two_apart_and_the_head_is_shared_unquantised(settings, tmp_path):
     passes = {}
     for quantization in ("none", "nf4"):
-        settings = make_settings({**settings, "base_quantization": quantization})
-        base = find_base(settings)
-        blocks = load_blocks(settings, base.tokenizer())
-        passes[quantization] = base_pass(base, blocks, settings, Compute(CPU, torch.float32), tmp_path)
+        asked = make_settings({**settings, "base_quantization": quantization})
+        base = find_base(asked)
+        blocks = load_blocks(asked, base.tokenizer())
+        passes[quantization] = base_pass(base, blocks, asked, base_needs(asked), Compute(CPU, torch.float32), tmp_path)
     plain, nf4 = passes["none"], passes["nf4"]
     assert not nf4.reused
     assert nf4.stores["train"].meta["fingerprint"] != plain.stores["train"].meta["fingerprint"]

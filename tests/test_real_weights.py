@@ -10,13 +10,16 @@ from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.model import SMOLLM2_HUB_ID, _from_hub, _packaged_gguf, cache_folder, find_base
 from cascade_fast.base.texts import load_blocks
 from cascade_fast.cascade import run_cascade
+from cascade_fast.criteria import get_criterion
 from cascade_fast.model.measuring import measure
 from cascade_fast.model.modeling import CascadeForCausalLM
 from cascade_fast.runtime.compute import Compute, choose_dtype
 from cascade_fast.selection import select_hardest
 from cascade_fast.settings import make_settings
-from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.stages.append import AppendedStage
 from cascade_fast.stages.exits import ExitStage, evaluate_exits
+from cascade_fast.stages.kind import base_needs
+from cascade_fast.stages.stage import StageConfig
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -41,7 +44,14 @@ def passed(cache):
     base = find_base(settings)
     dtype, _ = choose_dtype(CPU, "auto")
     blocks = load_blocks(settings, base.tokenizer())
-    return base, base_pass(base, blocks, settings, Compute(CPU, dtype), cache_folder(settings))
+    return base, base_pass(
+        base,
+        blocks,
+        settings,
+        base_needs(settings),
+        Compute(CPU, dtype),
+        cache_folder(settings),
+    )
 
 
 def test_the_base_is_the_original_s(passed):
@@ -62,7 +72,7 @@ def test_thresholds_are_near_the_original_s(passed):
 def test_stages_have_the_original_s_size(passed):
     base, _ = passed
     shape = StageConfig.from_base(base.config, layers=8, init="random", head="own", reads="last_hidden")
-    assert Stage(shape).parameter_count() == 56_632_896
+    assert AppendedStage(shape).parameter_count() == 56_632_896
 
 
 @pytest.mark.parametrize("compute", ["float32", "auto"])
@@ -72,12 +82,17 @@ def test_a_warm_cascade_begins_as_the_base(cache, compute):
     settings = make_settings({**SETTINGS, **few, "cache_dir": cache})
     base, (dtype, _) = find_base(settings), choose_dtype(CPU, compute)
     result = base_pass(
-        base, load_blocks(settings, base.tokenizer()), settings, Compute(CPU, dtype), cache_folder(settings)
+        base,
+        load_blocks(settings, base.tokenizer()),
+        settings,
+        base_needs(settings),
+        Compute(CPU, dtype),
+        cache_folder(settings),
     )
     shape = StageConfig.from_base(base.config, layers=2, init="identity", head="shared", reads="residual")
-    entry = ExitStage(Stage(shape, head_VD=result.head_VD, norm_D=result.norm_D).eval(), torch.inf)
+    entry = ExitStage(AppendedStage(shape, head_VD=result.head_VD, norm_D=result.norm_D).eval(), torch.inf)
     val = result.stores["val"]
-    evaluation = evaluate_exits([entry], val, criterion="entropy", compute=Compute(CPU, dtype))
+    evaluation = evaluate_exits([entry], val, criterion=get_criterion("entropy"), compute=Compute(CPU, dtype))
     assert evaluation.shares(1)["stage_1"] == 1.0
     if dtype == torch.float32:
         torch.testing.assert_close(evaluation.loss_N, val["loss"], rtol=1e-4, atol=1e-4)

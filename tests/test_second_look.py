@@ -18,19 +18,21 @@ from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.model import find_base
 from cascade_fast.base.texts import load_blocks
 from cascade_fast.cascade import run_cascade
+from cascade_fast.criteria import get_criterion
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import read_json, write_json
 from cascade_fast.selection import select_hardest
 from cascade_fast.settings import make_settings
 from cascade_fast.stages.exits import ExitStage, advance, evaluate_exits
-from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage, check_second_look
+from cascade_fast.stages.kind import base_needs, find_base_for_stages
+from cascade_fast.stages.second_look import KIND, SecondLookConfig, SecondLookStage
 from cascade_fast.stages.tokens import SequenceTokens
-from cascade_fast.training import stage_trainer
-from cascade_fast.training.stage_trainer import epoch_order, validation_loss
+from cascade_fast.training import trainer
+from cascade_fast.training.trainer import epoch_order, validation_loss
 
 CPU = torch.device("cpu")
-HOW = {"criterion": "entropy", "compute": Compute(CPU, torch.float32)}
+HOW = {"criterion": get_criterion("entropy"), "compute": Compute(CPU, torch.float32)}
 LAYERS = 2
 
 
@@ -43,11 +45,22 @@ def _passed(settings, tmp_path, **changes):
     settings = make_settings({**settings, **changes})
     base = find_base(settings)
     blocks = load_blocks(settings, base.tokenizer())
-    return base, blocks, base_pass(base, blocks, settings, Compute(CPU, torch.float32), tmp_path / "cache")
+    return (
+        base,
+        blocks,
+        base_pass(
+            base,
+            blocks,
+            settings,
+            base_needs(settings),
+            Compute(CPU, torch.float32),
+            tmp_path / "cache",
+        ),
+    )
 
 
 def _stage(base, passed, *, noise=0.0, seed=0) -> SecondLookStage:
-    shape = SecondLookConfig.of_base(base.config, layers=LAYERS)
+    shape = SecondLookConfig.from_base(base.config, layers=LAYERS)
     weights = {**passed.layers, "norm.weight": passed.norm_D}
     stage = SecondLookStage(shape, head_VD=passed.head_VD, weights=weights)
     generator = torch.Generator().manual_seed(seed)
@@ -134,16 +147,14 @@ def test_a_changed_stage_is_what_it_is_on_paper(look_settings, tmp_path, hard_ra
 
 def test_everything_hard_is_fine_tuning_the_last_layers(look_settings, tmp_path, monkeypatch):
     """r = 1: the losses of 20 steps are those of a plain loop over transformers' model, the rest of it frozen."""
-    from cascade_fast.training import stage_trainer
-
-    real, losses = stage_trainer.linear_cross_entropy, []
+    real, losses = trainer.linear_cross_entropy, []
 
     def record(*args, **kwargs):
         loss = real(*args, **kwargs)
         losses.append(loss.item())
         return loss
 
-    monkeypatch.setattr(stage_trainer, "linear_cross_entropy", record)
+    monkeypatch.setattr(trainer, "linear_cross_entropy", record)
     changes = {
         "hard_ratio": 1.0,
         "num_stages": 1,
@@ -320,7 +331,7 @@ def test_a_run_saves_what_it_measured(look_settings, tmp_path):
     cascade = json.loads((run.path / "cascade.json").read_text())
     assert cascade["kind"] == json.loads((run.path / "stages/1/config.json").read_text())["kind"] == "second-look"
     base, _, passed = _passed(look_settings, tmp_path)
-    shape = SecondLookConfig.of_base(base.config, layers=LAYERS)
+    shape = SecondLookConfig.from_base(base.config, layers=LAYERS)
     entries = [
         ExitStage.load(run.path / f"stages/{n}", shape, cascade["stages"][n - 1]["threshold"], passed.head_VD)
         for n in (1, 2)
@@ -360,9 +371,9 @@ def test_in_sixteen_bit_too(look_settings, tmp_path, dtype):
 @pytest.mark.parametrize(("kind", "trims"), [("second-look", True), ("append", False)])
 def test_memory_goes_back_to_the_system_within_an_epoch(look_settings, tmp_path, monkeypatch, kind, trims):
     """Packs differ in size, and what one has freed seldom fits the next; tokens of an appended stage's batch do not."""
-    monkeypatch.setattr(stage_trainer, "TRIM_STEPS", 2)
+    monkeypatch.setattr(trainer, "TRIM_STEPS", 2)
     trimmed = []
-    monkeypatch.setattr(stage_trainer, "trim_host_memory", lambda: trimmed.append(True))
+    monkeypatch.setattr(trainer, "trim_host_memory", lambda: trimmed.append(True))
     run, _ = _run(look_settings, tmp_path / "run", stage_kind=kind, num_stages=1, epochs=1, batch_tokens=32)
     events = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     steps = max(event["step"] for event in events if event["event"] == "steps")
@@ -428,25 +439,26 @@ def test_what_makes_no_sense_is_refused(tiny_settings):
     with pytest.raises(InputError, match="head: shared"):
         make_settings({**look, "head": "own"})
     with pytest.raises(InputError, match=r"layers_per_stage: 4; .* which has 3"):
-        find_base(make_settings({**look, "layers_per_stage": 4}))
-    find_base(make_settings({**look, "layers_per_stage": 3}))
+        find_base_for_stages(make_settings({**look, "layers_per_stage": 4}))
+    find_base_for_stages(make_settings({**look, "layers_per_stage": 3}))
 
 
 def test_bases_it_cannot_copy_are_refused():
     shape = {k: v for k, v in tiny_llama_config().to_dict().items() if k not in ("model_type", "rope_parameters")}
+    settings, check = make_settings({"preset": "second-look", "layers_per_stage": 2, "seq_len": 32}), KIND.check
     with pytest.raises(InputError, match=r"seq_len: 32; 'x' attends to the last 8 tokens only.*must be at most 8"):
-        check_second_look("x", MistralConfig(**{**shape, "sliding_window": 8}), layers=2, seq_len=32)
-    check_second_look("x", MistralConfig(**{**shape, "sliding_window": 32}), layers=2, seq_len=32)
+        check("x", MistralConfig(**{**shape, "sliding_window": 8}), settings)
+    check("x", MistralConfig(**{**shape, "sliding_window": 32}), settings)
     dynamic = tiny_llama_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(InputError, match="rotary positions of type dynamic, must be one of default, linear"):
-        check_second_look("x", dynamic, layers=2, seq_len=32)
+        check("x", dynamic, settings)
 
 
 def test_all_layers_may_look_again(look_settings, tmp_path):
     """L = the base's layers: a hard token re-enters at its embedding."""
     _, _, passed = _passed(look_settings, tmp_path, layers_per_stage=3)
     base = find_base(make_settings(look_settings))
-    shape = SecondLookConfig.of_base(base.config, layers=3)
+    shape = SecondLookConfig.from_base(base.config, layers=3)
     stage = SecondLookStage(shape, head_VD=passed.head_VD, weights={**passed.layers, "norm.weight": passed.norm_D})
     val = passed.stores["val"]
     assert shape.entry_layer == 0

@@ -24,7 +24,7 @@ CRITERIA = ["entropy", "cosine"]
 
 def _cascade(base, criterion="entropy", *, noise=0.1, stages=2) -> CascadeForCausalLM:
     """``base`` with two looks, each the base's last layers and noise; half of the tokens go on at each door."""
-    shape = SecondLookConfig.of_base(base.config, layers=LAYERS)
+    shape = SecondLookConfig.from_base(base.config, layers=LAYERS)
     config = CascadeConfig(
         base_config=base.config,
         base={"name": "nowhere", "fingerprint": "0" * 64},

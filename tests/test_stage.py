@@ -14,7 +14,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cascade_fast.stages.append import Stage, StageConfig
+from cascade_fast.stages.append import AppendedStage
+from cascade_fast.stages.stage import StageConfig
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
@@ -36,13 +37,13 @@ SMOLLM2 = dict(
 )
 
 
-def _random_stage(base_config, layers: int = 2, seed: int = 1) -> Stage:
-    return Stage(
+def _random_stage(base_config, layers: int = 2, seed: int = 1) -> AppendedStage:
+    return AppendedStage(
         StageConfig.from_base(base_config, layers=layers, init="random", head="own", reads="last_hidden"), seed=seed
     )
 
 
-def hugging_face_names(stage: Stage) -> dict[str, torch.Tensor]:
+def hugging_face_names(stage: AppendedStage) -> dict[str, torch.Tensor]:
     """The stage's weights under the names of a whole language model with a tied head."""
     state = {name if name.startswith("lm_head") else f"model.{name}": t for name, t in stage.state_dict().items()}
     return {**state, "model.embed_tokens.weight": state["lm_head.weight"]}
@@ -77,8 +78,8 @@ def test_the_seed_s_stage_has_the_seed_s_parameters():
 def _parameters_on_meta(config: StageConfig):
     from unittest import mock
 
-    with mock.patch.object(Stage, "_initialise"):
-        return list(Stage(config).parameters())
+    with mock.patch.object(AppendedStage, "_initialise"):
+        return list(AppendedStage(config).parameters())
 
 
 def _identity_stage(dtype=torch.float32):
@@ -86,7 +87,9 @@ def _identity_stage(dtype=torch.float32):
     with torch.no_grad():
         base.model.norm.weight.normal_(1.0, 0.2)
     shape = StageConfig.from_base(base.config, layers=3, init="identity", head="shared", reads="residual")
-    return base, Stage(shape, head_VD=base.lm_head.weight.detach(), norm_D=base.model.norm.weight.detach(), seed=3)
+    return base, AppendedStage(
+        shape, head_VD=base.lm_head.weight.detach(), norm_D=base.model.norm.weight.detach(), seed=3
+    )
 
 
 def test_an_identity_stage_is_the_base_s_own_last_step():
@@ -128,7 +131,7 @@ def test_same_seed_same_weights():
 def test_a_shared_head_has_to_be_given():
     shape = StageConfig.from_base(tiny_llama_config(), layers=1, init="identity", head="shared", reads="residual")
     with pytest.raises(ValueError, match="head_VD: None"):
-        Stage(shape)
+        AppendedStage(shape)
 
 
 def test_only_queries_and_keys_have_no_gradient():

@@ -23,14 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_fast import ops
 from cascade_fast.base.cache_name import with_cache
 from cascade_fast.base.hidden_store import HiddenStore, StoreError
-from cascade_fast.base.model import BaseModel
-from cascade_fast.base.texts import SPLITS, TokenBlocks
-from cascade_fast.criteria import random_scores
+from cascade_fast.base.model import BaseModel, attention_shape
+from cascade_fast.base.texts import TokenBlocks
+from cascade_fast.criteria import Criterion, Places, TokensAtExit, get_criterion
 from cascade_fast.input_checks import InputError
-from cascade_fast.losses import token_losses
 from cascade_fast.runtime.compute import Compute, release_memory
 from cascade_fast.runtime.console import Progress, say
 from cascade_fast.runtime.files import (
@@ -45,25 +43,41 @@ from cascade_fast.runtime.files import (
     write_json,
 )
 from cascade_fast.selection import check_finite
-from cascade_fast.settings import RunSettings
-from cascade_fast.stages.second_look import SecondLookConfig
+from cascade_fast.settings import SPLITS, RunSettings
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 KEEP_PASSES = 4  # base passes kept in the cache folder; the oldest are removed
 FLOAT16_MAX = 65504.0
 SAVE_PROGRESS_SECONDS = 5.0
+HEAD = "head.safetensors"
 RECORD = "base_pass.json"  # written last: a folder with this file is complete
 # The modules that decide what is stored, beside operators and kernels: a pass is reused by the same code only.
 CODE = (
     "base/base_pass", "base/cache_name", "base/hidden_store", "base/model", "criteria", "losses", "selection",
-    "stages/second_look",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BaseNeeds:
+    """What the base pass keeps for stages of a kind, beside scores and losses.
+
+    Attributes:
+        reads: the hidden state that the stages start from: ``residual`` (the residual stream) or ``last_hidden`` (after
+            the final norm).
+        last_layers: how many of the base's last layers the stages copy: their weights are kept, and the residual
+            stream before them; 0: none, and the residual stream before the final norm.
+        keys_and_values: whether those of these layers are kept, too.
+    """
+
+    reads: str
+    last_layers: int = 0
+    keys_and_values: bool = False
 
 
 @dataclass(frozen=True)
 class BasePass:
     """What the base leaves behind. ``head_VD`` and ``norm_D`` are its output head and final norm, for the stages;
-    ``layers`` are the weights that a second look copies, under its own names (empty for appended stages)."""
+    ``layers`` are the weights of the layers that they copy, as ``layers.<n>.<name>`` with n from 0."""
 
     stores: dict[str, HiddenStore]
     head_VD: Tensor
@@ -74,7 +88,9 @@ class BasePass:
     reused: bool
 
 
-def base_pass(base: BaseModel, blocks: TokenBlocks, settings: RunSettings, compute: Compute, cache: Path) -> BasePass:
+def base_pass(
+    base: BaseModel, blocks: TokenBlocks, settings: RunSettings, needs: BaseNeeds, compute: Compute, cache: Path
+) -> BasePass:
     """The base pass over ``blocks``, or the one with the same fingerprint from the cache folder.
 
     An interrupted pass goes on where it stopped.
@@ -82,32 +98,35 @@ def base_pass(base: BaseModel, blocks: TokenBlocks, settings: RunSettings, compu
     Raises:
         NonFiniteScores: a score that is NaN or infinite; names block and position.
     """
-    if settings.criterion == "random":  # the pass of the entropy, with other scores: compared runs share one
-        passed = base_pass(base, blocks, dataclasses.replace(settings, criterion="entropy"), compute, cache)
-        stores = {split: _with_random_scores(store, settings.seed, split) for split, store in passed.stores.items()}
-        return dataclasses.replace(passed, stores=stores)
-    meta = _meta(base, blocks, settings, compute)
-    folder = pass_folder(base, blocks, settings, compute, cache)
+    passed = _stored_pass(base, blocks, settings, needs, compute, cache)
+    stores = {split: _of_run(store, settings, split) for split, store in passed.stores.items()}
+    return dataclasses.replace(passed, stores=stores)
+
+
+def _stored_pass(
+    base: BaseModel, blocks: TokenBlocks, settings: RunSettings, needs: BaseNeeds, compute: Compute, cache: Path
+) -> BasePass:
+    """The pass as it is in the cache folder, made if it is not there."""
+    meta = _meta(base, blocks, settings, needs, compute)
+    folder = pass_folder(base, blocks, settings, needs, compute, cache)
     with _locked(cache, folder.name):  # another run on the same text waits, and then finds the pass
         found = _open(folder, meta["fingerprint"])
         if found is not None:
             folder.touch()  # recently used: pruned last
             return found
         clear_temporaries(folder)
-        parameters, seconds = _read_all(base, blocks, settings, compute, folder, meta)
+        passed = _read_all(base, blocks, settings, needs, compute, folder, meta)
         release_memory()  # of the base, which nobody needs any more
-        write_json(folder / RECORD, {**meta, "parameters": parameters, "seconds": seconds})
+        write_json(folder / RECORD, {**meta, "parameters": passed.parameters, "seconds": passed.seconds})
         _prune(cache, keep=folder.name)
-        done = _open(folder, meta["fingerprint"])
-    assert done is not None
-    return dataclasses.replace(done, seconds=seconds, reused=False)
+    return passed
 
 
-def pass_folder(base: BaseModel, blocks: TokenBlocks, settings: RunSettings, compute: Compute, cache: Path) -> Path:
+def pass_folder(
+    base: BaseModel, blocks: TokenBlocks, settings: RunSettings, needs: BaseNeeds, compute: Compute, cache: Path
+) -> Path:
     """Where in the cache folder the pass is, or will be."""
-    if settings.criterion == "random":
-        settings = dataclasses.replace(settings, criterion="entropy")
-    return cache / "base-pass" / _meta(base, blocks, settings, compute)["fingerprint"][:16]
+    return cache / "base-pass" / _meta(base, blocks, settings, needs, compute)["fingerprint"][:16]
 
 
 def _lock_path(cache: Path, name: str) -> Path:
@@ -129,39 +148,63 @@ def _locked(cache: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-def _with_random_scores(store: HiddenStore, seed: int, split: str) -> HiddenStore:
-    score_N = random_scores(store["sequence"], store["position"], seed=seed, split=split)
-    return HiddenStore(store.folder, {**store.arrays, "score": score_N}, {**store.meta, "seed": seed, "split": split})
+def _stored_criterion(settings: RunSettings) -> Criterion:
+    """Whose scores the pass keeps: compared runs may share one."""
+    return get_criterion(settings.criterion).in_base_pass
+
+
+def _of_run(store: HiddenStore, settings: RunSettings, split: str) -> HiddenStore:
+    """``store`` with what the run's own scores go by, and those of its criterion if the pass keeps another's."""
+    arrays, criterion = store.arrays, get_criterion(settings.criterion)
+    if criterion is not criterion.in_base_pass:  # it goes by places alone: what went into the base is not kept
+        places = Places(store["sequence"], store["position"], seed=settings.seed, split=split)
+        arrays = {**arrays, "score": criterion.score(TokensAtExit(store.hidden, store.hidden, places=places))}
+    return HiddenStore(store.folder, arrays, {**store.meta, "seed": settings.seed, "split": split})
 
 
 def _read_all(
     base: BaseModel,
     blocks: TokenBlocks,
     settings: RunSettings,
+    needs: BaseNeeds,
     compute: Compute,
     folder: Path,
     meta: dict[str, Any],
-) -> tuple[int, float]:
-    """Runs the base over every split; its number of parameters, and the seconds it took."""
+) -> BasePass:
+    """Runs the base over every split."""
+    stores = {}
     with Progress("base pass", sum(ids.shape[0] * settings.seq_len for ids in blocks.ids.values())) as progress:
         model = base.load(compute.device, compute.dtype)
         for split in SPLITS:
-            with_loss = split != "train" or settings.criterion == "entropy"
-            _run_split(model, blocks.ids[split], folder / split, settings, meta, progress, with_loss)
+            with_loss = split != "train" or _stored_criterion(settings).needs_logits
+            stores[split] = _run_split(
+                model, blocks.ids[split], folder / split, settings, needs, meta, progress, with_loss
+            )
         tensors = {"head": model.lm_head.weight, "norm": model.model.norm.weight}
-        for number, layer in enumerate(_copied_layers(model, meta)):
+        for number, layer in enumerate(_last_layers(model, needs)):
             tensors |= {f"layers.{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
-        save_tensors(folder / "head.safetensors", tensors)
-        return model.num_parameters(), progress.seconds()  # numel() of a 4-bit weight counts bytes, not numbers
+        save_tensors(folder / HEAD, tensors)
+        parameters = model.num_parameters()  # numel() of a 4-bit weight counts bytes, not numbers
+        return _base_pass(stores, load_tensors(folder / HEAD)[0], parameters, progress.seconds(), reused=False)
 
 
-def _meta(base: BaseModel, blocks: TokenBlocks, settings: RunSettings, compute: Compute) -> dict[str, Any]:
+def _base_pass(
+    stores: dict[str, HiddenStore], tensors: dict[str, Tensor], parameters: int, seconds: float, *, reused: bool
+) -> BasePass:
+    layers = {name: tensor for name, tensor in tensors.items() if name.startswith("layers.")}
+    return BasePass(stores, tensors["head"], tensors["norm"], layers, parameters, seconds, reused)
+
+
+def _meta(
+    base: BaseModel, blocks: TokenBlocks, settings: RunSettings, needs: BaseNeeds, compute: Compute
+) -> dict[str, Any]:
     """Everything the stored values depend on, and its hash."""
-    meta: dict[str, Any] = {
+    criterion = _stored_criterion(settings)
+    meta = {
         "base": base.fingerprint,
         "blocks": blocks.fingerprint(),
-        "reads": settings.reads,
-        "criterion": settings.criterion,
+        **dataclasses.asdict(needs),
+        "criterion": criterion.name,
         "store_dtype": settings.store_dtype,
         "base_quantization": settings.base_quantization,
         "dtype": str(compute.dtype),
@@ -170,9 +213,8 @@ def _meta(base: BaseModel, blocks: TokenBlocks, settings: RunSettings, compute: 
         "transformers": version("transformers"),
         "code": code_fingerprint(),
     }
-    if settings.stage_kind == "second-look":
-        meta["second_look_layers"] = settings.layers_per_stage
-        meta["kv"] = "recompute" if settings.kv == "recompute" else "store"
+    if criterion.code is not None:
+        meta["criterion_code"] = criterion.code
     return {**meta, "fingerprint": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
 
 
@@ -202,21 +244,17 @@ def _open(folder: Path, fingerprint: str) -> BasePass | None:
     try:
         record = read_json(folder / RECORD, needs=("parameters", "seconds"))
         stores = {split: HiddenStore.open(folder / split, fingerprint=fingerprint) for split in SPLITS}
-        tensors, _ = load_tensors(folder / "head.safetensors")
+        tensors, _ = load_tensors(folder / HEAD)
     except InputError as error:
         say(f"base pass: {error}; what is damaged is made anew")
         (folder / RECORD).unlink()
         return None
-    layers = {name: tensor for name, tensor in tensors.items() if name.startswith("layers.")}
-    return BasePass(
-        stores, tensors["head"], tensors["norm"], layers, record["parameters"], record["seconds"], reused=True
-    )
+    return _base_pass(stores, tensors, record["parameters"], record["seconds"], reused=True)
 
 
-def _copied_layers(model: Any, meta: dict[str, Any]) -> list[Any]:
-    """The base's layers that a second look copies; none for appended stages."""
-    count = meta.get("second_look_layers", 0)
-    return list(model.model.layers[len(model.model.layers) - count :])
+def _last_layers(model: Any, needs: BaseNeeds) -> list[Any]:
+    """The base's layers that the stages copy."""
+    return list(model.model.layers[len(model.model.layers) - needs.last_layers :])
 
 
 def _prune(cache: Path, keep: str) -> None:
@@ -238,22 +276,22 @@ def _run_split(
     ids_BT: Tensor,
     folder: Path,
     settings: RunSettings,
+    needs: BaseNeeds,
     meta: dict[str, Any],
     progress: Progress,
     with_loss: bool,
-) -> None:
+) -> HiddenStore:
     """Fills the store of one split, in the narrowest dtype that holds what the base computes."""
     start = progress.done
     with contextlib.suppress(StoreError):  # done before the pass was interrupted, or still whole
-        HiddenStore.open(folder, fingerprint=meta["fingerprint"])
+        store = HiddenStore.open(folder, fingerprint=meta["fingerprint"])
         progress.restart(start + ids_BT.shape[0] * settings.seq_len)
-        return
+        return store
     for store_dtype in _store_dtypes(settings, model.dtype):
-        store = _resume_or_create(folder, ids_BT, store_dtype, model.config, with_loss, meta)
+        store = _resume_or_create(folder, ids_BT, store_dtype, model.config, needs, with_loss, meta)
         progress.restart(start + store.rows)
-        if _fill(model, ids_BT, store, settings.criterion, progress):
-            store.finish()
-            return
+        if _fill(model, ids_BT, store, needs, _stored_criterion(settings), progress):
+            return store.finish()
     raise AssertionError("float32 and bfloat16 hold every finite hidden state")
 
 
@@ -265,7 +303,13 @@ def _store_dtypes(settings: RunSettings, computed: torch.dtype) -> list[torch.dt
 
 
 def _resume_or_create(
-    folder: Path, ids_BT: Tensor, dtype: torch.dtype, base_config: Any, with_loss: bool, meta: dict[str, Any]
+    folder: Path,
+    ids_BT: Tensor,
+    dtype: torch.dtype,
+    base_config: Any,
+    needs: BaseNeeds,
+    with_loss: bool,
+    meta: dict[str, Any],
 ) -> HiddenStore:
     """The store of an interrupted pass, or a new one."""
     try:
@@ -275,23 +319,25 @@ def _resume_or_create(
     except StoreError:
         pass  # nothing usable there: begin anew
     kv_shape = None
-    if meta.get("kv") == "store":
-        kv_shape = SecondLookConfig.of_base(base_config, layers=meta["second_look_layers"]).kv_shape
+    if needs.keys_and_values:
+        _, kv_heads, head_dim = attention_shape(base_config)
+        kv_shape = (needs.last_layers, 2, kv_heads, head_dim)
     tokens, hidden_size = ids_BT[:, 1:].numel(), base_config.hidden_size
     return HiddenStore.create(folder, tokens, hidden_size, dtype, with_loss=with_loss, meta=meta, kv_shape=kv_shape)
 
 
 @torch.inference_mode()
-def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, criterion: str, progress: Progress) -> bool:
+def _fill(
+    model: Any, ids_BT: Tensor, store: HiddenStore, needs: BaseNeeds, criterion: Criterion, progress: Progress
+) -> bool:
     """Runs the blocks that the store does not have yet; False as soon as a hidden state does not fit its dtype."""
     from transformers import DynamicCache
 
     seq_len = ids_BT.shape[1] - 1
     device = model.device
     at_once = max(1, TOKENS_AT_ONCE.get(device.type, 2048) // seq_len)
-    reads = store.meta["reads"]
     residual: dict[str, Tensor] = {}
-    copied = _copied_layers(model, store.meta)
+    copied = _last_layers(model, needs)
     entry = copied[0] if copied else model.model.norm
     hook = entry.register_forward_pre_hook(lambda _module, args: residual.update(hidden=args[0]))
     last_saved = time.monotonic()
@@ -303,22 +349,19 @@ def _fill(model: Any, ids_BT: Tensor, store: HiddenStore, criterion: str, progre
             cache = DynamicCache() if "kv" in store else None
             output = model.model(inputs_embeds=embedded_BSD, use_cache=cache is not None, **with_cache(cache))
             last_BSD = output.last_hidden_state
-            kept = {"hidden": (residual["hidden"] if reads == "residual" else last_BSD).flatten(0, 1)}
+            kept = {"hidden": (residual["hidden"] if needs.reads == "residual" else last_BSD).flatten(0, 1)}
             if "kv" in store:
                 kept["kv"] = _keys_and_values(cache, len(copied))
             if store.hidden.dtype == torch.float16 and any(t.abs().max() > FLOAT16_MAX for t in kept.values()):
                 return False
             label_N = ids[:, 1:].flatten()
-            loss_N = entropy_N = None
+            tokens, loss_N = TokensAtExit(embedded_BSD.flatten(0, 1), last_BSD.flatten(0, 1)), None
             if "loss" in store:
-                loss_N, entropy_N = token_losses(
-                    last_BSD.flatten(0, 1), model.lm_head.weight, label_N, dtype=model.dtype
+                score_N, loss_N = criterion.score_with_losses(
+                    tokens, tokens.after_ND, model.lm_head.weight, label_N, dtype=model.dtype
                 )
-            if criterion == "entropy":
-                assert entropy_N is not None
-                score_N = -entropy_N
             else:
-                score_N = ops.cosine_score(embedded_BSD.flatten(0, 1), last_BSD.flatten(0, 1))
+                score_N = criterion.score(tokens)
             blocks = torch.arange(first, first + ids.shape[0], dtype=torch.int32)
             sequence_N = blocks.repeat_interleave(seq_len)
             position_N = torch.arange(seq_len, dtype=torch.int32).repeat(ids.shape[0])

@@ -80,6 +80,12 @@ class HiddenStore:
     def hidden(self) -> Tensor:
         return self.arrays["hidden"]
 
+    @property
+    def handed_on_dtype(self) -> torch.dtype:
+        """How hidden states travel from stage to stage: bfloat16 if they came so, else float32 (float16 might
+        overflow)."""
+        return torch.bfloat16 if self.hidden.dtype == torch.bfloat16 else torch.float32
+
     def part(self, rows: slice) -> "HiddenStore":
         """Those rows, as views: nothing is copied."""
         return HiddenStore(self.folder, {name: array[rows] for name, array in self.arrays.items()}, self.meta)

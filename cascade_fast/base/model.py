@@ -27,7 +27,6 @@ from cascade_fast.base.gguf import converted
 from cascade_fast.input_checks import InputError, check_type, one_line, shown
 from cascade_fast.runtime.files import file_sha256
 from cascade_fast.settings import RunSettings
-from cascade_fast.stages.second_look import check_second_look
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -120,8 +119,8 @@ def find_base(settings: RunSettings) -> BaseModel:
     """Finds ``settings.base`` and checks that a cascade can be built on it; downloads or converts it if need be.
 
     Raises:
-        InputError: nothing of that name, not of the Llama family, ``seq_len`` beyond its positions, a package that is
-            missing, or one that a second look cannot copy.
+        InputError: nothing of that name, not of the Llama family, ``seq_len`` beyond its positions, or a package
+            that is missing.
     """
     _check_quantization(settings.base_quantization)
     source, path, revision = _locate(settings.base, cache_folder(settings))
@@ -135,15 +134,15 @@ def find_base(settings: RunSettings) -> BaseModel:
     longest = hf_config.max_position_embeddings
     if settings.seq_len > longest:
         raise InputError(f"seq_len: {settings.seq_len}; {settings.base!r} has {longest} positions")
-    if settings.stage_kind == "second-look":
-        if settings.base_quantization != "none":
-            raise InputError(
-                f"base_quantization: {settings.base_quantization!r}; must be none with stage_kind second-look, which "
-                "copies the base's layers"
-            )
-        check_second_look(settings.base, hf_config, layers=settings.layers_per_stage, seq_len=settings.seq_len)
     fingerprint = _fingerprint(settings.base, path)
     return BaseModel(settings.base, source, path, revision, hf_config, fingerprint, settings.base_quantization)
+
+
+def attention_shape(base_config: Any) -> tuple[int, int, int]:
+    """Heads, key/value heads and the size of one, of transformers' ``base_config``."""
+    heads = base_config.num_attention_heads
+    size = getattr(base_config, "head_dim", None) or base_config.hidden_size // heads
+    return heads, base_config.num_key_value_heads or heads, size
 
 
 def _check_quantization(quantization: str) -> None:

@@ -64,11 +64,11 @@ def train_all(
     Raises:
         InputError: a base that cannot be had or copied, or a folder that holds something else; before any training.
     """
-    from cascade_fast.base.model import find_base
     from cascade_fast.cascade import NonFiniteLoss
+    from cascade_fast.stages.kind import find_base_for_stages
 
     for settings in {(c.stage_kind, c.layers_per_stage): c for _, c, _ in runs}.values():
-        find_base(settings)
+        find_base_for_stages(settings)
     open_folder(folder, command)
     rows = []
     for number, (name, settings, train) in enumerate(runs, 1):

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from cascade_fast.input_checks import InputError
-from cascade_fast.stages.second_look import SequencePack
+from cascade_fast.stages.tokens import SequencePack
 
 
 def open_cache(
@@ -76,7 +76,7 @@ class CachedPack(SequencePack):
         return mask_UQT[:, None]
 
 
-class SecondLookContext:
+class StageContext:
     """What the stages attend to in one forward pass, and where they leave theirs.
 
     Args:
@@ -132,11 +132,11 @@ class SecondLookContext:
             attended_UT=None if self.attended_BT is None else self.attended_BT[picked],
         )
 
-    def leave(self, stage: int, token_K: Tensor, kv_LK2GE: list[Tensor]) -> None:
+    def leave(self, stage: int, token_K: Tensor, kv_KL2GE: Tensor) -> None:
         """Keys and values that ``stage`` has made of its tokens, for the tokens after them and the stages behind it."""
         sequence_K, column_K = self._place(token_K)
         layers: list[Any] = self._layers(stage)
-        for kept, kv_K2GE in zip(layers, kv_LK2GE, strict=True):
+        for kept, kv_K2GE in zip(layers, kv_KL2GE.unbind(1), strict=True):
             kept.keys[sequence_K, :, column_K] = kv_K2GE[:, 0].to(kept.keys.dtype)
             kept.values[sequence_K, :, column_K] = kv_K2GE[:, 1].to(kept.values.dtype)
 

@@ -7,15 +7,16 @@ from typing import Any
 import yaml
 
 from cascade_fast.base.model import SMOLLM2, SMOLLM2_HUB_ID
+from cascade_fast.criteria import score_label
 from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.runtime.console import format_count, literal, markdown_table
+from cascade_fast.stages.kind import get_kind
 
 _RECIPE = (
     "preset", "dataset", "seq_len", "train_blocks", "val_blocks", "shuffle", "hard_ratio", "criterion", "stage_kind",
     "layers_per_stage", "init", "head", "epochs", "batch_tokens", "lr", "lr_schedule", "weight_decay", "optimizer",
     "seed",
 )  # fmt: skip
-_CRITERIA = {"entropy": "minus the entropy of the logits, in nats", "cosine": "cosine between what goes in and out"}
 
 
 def render_card(config: CascadeConfig, *, parameters: int, license: dict[str, str] | None = None) -> str:
@@ -62,7 +63,7 @@ def _body(config: CascadeConfig, parameters: int, license: dict[str, str]) -> li
     held = "base and stages" if config.self_contained else "the stages; the base is fetched by name and checked"
     return [
         f"# CASCADE on {name}",
-        f"A frozen language model with {len(config.stages)} stage(s), {_stages(config)}. Every token leaves at the "
+        f"A frozen language model with {len(config.stages)} stage(s){_stages(config)}. Every token leaves at the "
         "first exit where it is no longer hard, with the logits of that exit. It always passes the whole base first: a "
         "cascade costs more than its base, never less.",
         markdown_table(
@@ -80,7 +81,7 @@ def _body(config: CascadeConfig, parameters: int, license: dict[str, str]) -> li
             ["stage", "layers", "a token enters if its score is at or below"],
             [[str(n), str(s["layers"]), f"{s['threshold']:.4f}"] for n, s in enumerate(config.stages, 1)],
         ),
-        f"Score: {_CRITERIA[config.criterion]}; low = hard.",
+        f"Score: {score_label(config.criterion)}; low = hard.",
         *_measured(config),
         *_settings(config),
         "## Use",
@@ -94,9 +95,7 @@ def _body(config: CascadeConfig, parameters: int, license: dict[str, str]) -> li
 
 
 def _stages(config: CascadeConfig) -> str:
-    if config.kind == "second-look":
-        return f"copies of its last {config.stages[0]['layers']} layers trained to read its *hard* tokens again"
-    return "new layers trained on its *hard* tokens"
+    return f", {get_kind(config.kind).describe(config.stage_config(1))}" if config.stages else ""
 
 
 def _bits(config: CascadeConfig) -> str:

@@ -7,17 +7,16 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from cascade_fast.base.model import FAMILY, check_model
+from cascade_fast.criteria import model_criteria
 from cascade_fast.input_checks import InputError, check_fields, check_type, one_line, shown
 from cascade_fast.runtime.files import check_json
-from cascade_fast.settings import RESUME_MAY_CHANGE
-from cascade_fast.stages.append import StageConfig
-from cascade_fast.stages.second_look import SecondLookConfig
+from cascade_fast.settings import RESUME_MAY_CHANGE, STAGE_KINDS
+from cascade_fast.stages.kind import get_kind
+from cascade_fast.stages.stage import StageConfig
 
-STAGE_CONFIGS: dict[str, type[StageConfig]] = {"append": StageConfig, "second-look": SecondLookConfig}
 REFERENCE_FIELDS = ("name", "source", "revision", "fingerprint", "quantization")
 MEASURED_FIELDS = {"tokens": int, "base_ppl": float, "cascade_ppl": float}
 ATTENTION_FIELDS = ("attn_implementation", "_attn_implementation")
-MODEL_CRITERIA = ("cosine", "entropy")  # a random score is a baseline of training, nothing to run a model by
 
 
 class CascadeConfig(PreTrainedConfig):
@@ -27,7 +26,7 @@ class CascadeConfig(PreTrainedConfig):
         base_config: transformers' configuration of the base.
         base: where the base comes from: ``name``, ``source``, ``revision``, ``fingerprint`` (SHA-256 of its
             configuration and weights, checked when stages are loaded onto it) and ``quantization``.
-        criterion: ``cosine`` or ``entropy``.
+        criterion: ``cosine``, ``entropy``, or one that is registered here and now.
         stages: in order, all of one kind, each ``threshold`` and the fields of :class:`StageConfig` or
             :class:`SecondLookConfig`. A token enters a stage iff its score is at or below the threshold (-inf: none
             does).
@@ -65,8 +64,8 @@ class CascadeConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raises InputError as the class does; called when made, and again where another base takes its place."""
-        if self.criterion not in MODEL_CRITERIA:
-            raise InputError(f"criterion: {shown(self.criterion)}; must be one of {', '.join(MODEL_CRITERIA)}")
+        if self.criterion not in model_criteria():
+            raise InputError(f"criterion: {shown(self.criterion)}; must be one of {', '.join(model_criteria())}")
         for name, kind in (("self_contained", bool), ("base", dict), ("settings", dict), ("measured", dict)):
             check_type(name, getattr(self, name), kind)
         check_type("stages", self.stages, list)
@@ -123,7 +122,12 @@ class CascadeConfig(PreTrainedConfig):
     @property
     def kind(self) -> str:
         """Of the stages."""
-        return self.stages[0].get("kind", "append") if self.stages else "append"
+        return _kind_of(1, self.stages[0]) if self.stages else StageConfig.kind
+
+    @property
+    def attends(self) -> bool:
+        """Whether tokens in a stage attend to their text."""
+        return get_kind(self.kind).attends
 
     @property
     def quantization(self) -> str:
@@ -143,7 +147,7 @@ class CascadeConfig(PreTrainedConfig):
     def stage_config(self, number: int) -> StageConfig:
         """The shape of stage ``number``, from 1."""
         fields = {name: value for name, value in self.stages[number - 1].items() if name != "threshold"}
-        return STAGE_CONFIGS[self.kind](**fields)
+        return get_kind(self.kind).config_class(**fields)
 
     def portable_settings(self) -> dict[str, Any]:
         """The settings without those that only say where and when the run took place."""
@@ -189,9 +193,9 @@ def _base_config(given: Any) -> PreTrainedConfig:
 
 def _kind_of(number: int, stage: Any) -> str:
     check_type(f"stages: stage {number}", stage, dict)
-    kind = stage.get("kind", "append")
-    if not isinstance(kind, str) or kind not in STAGE_CONFIGS:
-        raise InputError(f"stages: stage {number} is of kind {shown(kind)}; must be one of {', '.join(STAGE_CONFIGS)}")
+    kind = stage.get("kind", StageConfig.kind)  # the first runs had none
+    if not isinstance(kind, str) or kind not in STAGE_KINDS:
+        raise InputError(f"stages: stage {number} is of kind {shown(kind)}; must be one of {', '.join(STAGE_KINDS)}")
     return kind
 
 
@@ -204,7 +208,7 @@ def _check_same(name: str, values: list[Any]) -> None:
 def _check_stage(number: int, stage: dict[str, Any], base_config: Any) -> None:
     """Raises InputError unless ``stage`` has the fields of its kind, and the sizes of the base."""
     where, kind = f"stages: stage {number}", _kind_of(number, stage)
-    kinds = {field.name: field.type for field in dataclasses.fields(STAGE_CONFIGS[kind])}
+    kinds = {field.name: field.type for field in dataclasses.fields(get_kind(kind).config_class)}
     check_fields(where, stage, {**kinds, "threshold": float}, optional=("kind",))
     if math.isnan(stage["threshold"]):
         raise InputError(f"{where}: threshold {stage['threshold']}; must not be NaN")
@@ -215,7 +219,8 @@ def _check_stage(number: int, stage: dict[str, Any], base_config: Any) -> None:
         raise InputError(f"{where}: reads {shown(stage['reads'])}; must be residual or last_hidden")
     check_model(where, stage, layers="layers")
     try:
-        expected = _stage_of_base(kind, stage, base_config).to_dict()
+        asked = {name: stage[name] for name in ("layers", "init", "head", "reads")}
+        expected = get_kind(kind).shape(base_config, **asked).to_dict()
     except Exception as error:  # a base whose sizes do not go together
         raise InputError(f"base_config: {one_line(error)}") from error
     for name, value in expected.items():
@@ -225,13 +230,6 @@ def _check_stage(number: int, stage: dict[str, Any], base_config: Any) -> None:
             same = stage.get(name, kind) == value
         if not same:
             raise InputError(f"{where}: {name} {shown(stage[name])}; must be {shown(value)}, as the base has it")
-
-
-def _stage_of_base(kind: str, stage: dict[str, Any], base_config: Any) -> StageConfig:
-    if kind == "second-look":
-        return SecondLookConfig.of_base(base_config, layers=stage["layers"])
-    same = {name: stage[name] for name in ("layers", "init", "head", "reads")}
-    return StageConfig.from_base(base_config, **same)
 
 
 AutoConfig.register(CascadeConfig.model_type, CascadeConfig, exist_ok=True)

@@ -10,16 +10,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cascade_fast.criteria import token_entropy
 from cascade_fast.losses import chunk_tokens
 
 Head = Callable[[Tensor], Tensor]
+ChunkScore = Callable[[slice | Tensor, Tensor], Tensor]  # of the rows of a chunk and their logits
 
 
 class ExitLogits:
     """Logits of the positions ``column_T`` (None: all) of ``batch`` sequences with S = ``positions``.
 
-    Logits of other positions are computed only where their entropy is asked for, and not kept.
+    Logits of other positions are computed only where they are scored, and not kept.
     """
 
     def __init__(self, batch: int, positions: int, column_T: Tensor | None, *, vocab_size: int) -> None:
@@ -34,30 +34,39 @@ class ExitLogits:
             self.row_N = row_BS.flatten()
         self.logits_WV: Tensor | None = None
 
-    def put(self, head: Head, normed_KD: Tensor, token_K: Tensor, *, entropy: bool = False) -> Tensor:
+    def put(self, head: Head, normed_KD: Tensor, token_K: Tensor, *, score: ChunkScore | None = None) -> Tensor:
         """Keeps what ``head`` says of the tokens ``token_K`` (ascending), in the place of what was there.
 
+        Args:
+            score: ``score(rows, logits_CV) -> (C,)`` of some of the K tokens, without gradients.
+
         Returns:
-            Where asked for, the entropy of every one of them, (K,) float32, those included that are not kept; else
-            nothing, (0,).
+            The scores of all of them, (K,) float32, those included that are not kept; without ``score`` nothing, (0,).
         """
+        step, chunks = self.chunk, list[tuple[slice | Tensor, Tensor]]()
+        other_J = token_K[:0]
         if self.row_N is None:
             logits_KV = head(normed_KD)
             self._keep(logits_KV, token_K)
-            return token_entropy(logits_KV) if entropy else logits_KV.new_empty(0)
-        row_K = self.row_N[token_K]
-        wanted_J, other_J = (row_K >= 0).nonzero().squeeze(1), (row_K < 0).nonzero().squeeze(1)
-        entropy_K = torch.empty(len(token_K) if entropy else 0, device=normed_KD.device)
-        if len(wanted_J):
-            logits_JV = head(normed_KD[wanted_J])
-            self._keep(logits_JV, row_K[wanted_J])
-            if entropy:
-                entropy_K[wanted_J] = token_entropy(logits_JV)
-        if entropy:
-            with torch.no_grad():
-                for part_C in other_J.split(self.chunk):
-                    entropy_K[part_C] = token_entropy(head(normed_KD[part_C]))
-        return entropy_K
+            rows = (slice(start, start + step) for start in range(0, len(token_K), step))
+            chunks += ((some, logits_KV[some]) for some in rows)
+        else:
+            row_K = self.row_N[token_K]
+            kept_J, other_J = (row_K >= 0).nonzero().squeeze(1), (row_K < 0).nonzero().squeeze(1)
+            if len(kept_J):
+                logits_JV = head(normed_KD[kept_J])
+                self._keep(logits_JV, row_K[kept_J])
+                chunks += zip(kept_J.split(step), logits_JV.split(step), strict=True)
+        if score is None:
+            return normed_KD.new_empty(0)
+        score_K = torch.empty(len(token_K), dtype=torch.float32, device=normed_KD.device)
+        with torch.no_grad():
+            for some, logits_CV in chunks:
+                score_K[some] = score(some, logits_CV)
+            for start in range(0, len(other_J), step):
+                some_C = other_J[start : start + step]
+                score_K[some_C] = score(some_C, head(normed_KD[some_C]))
+        return score_K
 
     def _keep(self, logits_KV: Tensor, row_K: Tensor) -> None:
         if len(row_K) == math.prod(self.shape):

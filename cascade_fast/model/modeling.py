@@ -7,7 +7,7 @@ and values in the cache for those to come (see ``cascade_cache.py``).
 
 Shape legend: B sequences, S sequence length, T kept positions of a sequence, N tokens that the stages may see (B * T
 for appended ones, B * S for a second look), K those of them that have come to an exit, M = B * T tokens that get
-logits, D hidden size, V vocabulary, E doors (one before each stage).
+logits, D hidden size, V vocabulary, E stages.
 """
 
 import copy
@@ -29,8 +29,9 @@ from transformers.utils.generic import can_return_tuple
 
 from cascade_fast import ops
 from cascade_fast.base.cache_name import cache_of, one_cache, with_cache
+from cascade_fast.criteria import TokensAtExit, get_criterion
 from cascade_fast.input_checks import InputError
-from cascade_fast.model.cache import SecondLookContext, open_cache
+from cascade_fast.model.cache import StageContext, open_cache
 from cascade_fast.model.card import base_license, render_card
 from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.model.exit_logits import ExitLogits
@@ -45,16 +46,16 @@ from cascade_fast.model.weights import (
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import atomic_write_text
 from cascade_fast.selection import select_below
-from cascade_fast.stages.append import Stage
-from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage
+from cascade_fast.settings import STAGE_KINDS
+from cascade_fast.stages.kind import get_kind
 
 
 @dataclass
 class CascadeOutput(CausalLMOutputWithPast):
     """Also, where asked for with ``output_exits``:
 
-    ``exits``: (B, T) int64, 0 for the base, k for stage k, -1 for padding. ``scores``: (B, T, E) float32, the score at
-    the door of stage 1, 2, ..., low = hard; NaN where the token did not come to that door.
+    ``exits``: (B, T) int64, 0 for the base, k for stage k, -1 for padding. ``scores``: (B, T, E) float32, the score
+    before stage 1, 2, ..., low = hard; NaN where the token did not come so far.
     """
 
     exits: Tensor | None = None
@@ -66,7 +67,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = CascadeConfig
     config: CascadeConfig
-    _no_split_modules = ["StageLayer", "SecondLookLayer"]  # noqa: RUF012 (as transformers has it)
+    _no_split_modules = [get_kind(name).layer_class.__name__ for name in STAGE_KINDS]  # noqa: RUF012 (as transformers has it)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -76,16 +77,11 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CascadeConfig) -> None:
         super().__init__(config)
         self.base = AutoModelForCausalLM.from_config(config.base_config, trust_remote_code=False)
-        self.stages = nn.ModuleList(self._new_stage(config, n) for n in range(1, len(config.stages) + 1))
+        self.stages = nn.ModuleList(
+            get_kind(config.kind).empty(config.stage_config(n)) for n in range(1, len(config.stages) + 1)
+        )
         self.base_folder: str | None = None  # where the base was found; its tokenizer is there
         self.post_init()
-
-    @staticmethod
-    def _new_stage(config: CascadeConfig, number: int) -> Stage | SecondLookStage:
-        shape = config.stage_config(number)
-        if isinstance(shape, SecondLookConfig):
-            return SecondLookStage(shape, head_VD=None)
-        return Stage(shape, seed=None)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
@@ -137,15 +133,14 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of them")
-        doors = self._doors(thresholds)
-        looks = self.config.kind == "second-look"
+        thresholds = self._exit_thresholds(thresholds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        batch, new = inputs_embeds.shape[:2]
+        attends = self.config.attends
         given = one_cache(cache, past_key_values)
         cache, keeps_cache = given, self.base.config.use_cache if use_cache is None else use_cache
-        if looks and (doors or keeps_cache or cache is not None):  # it reads the base's keys and values in any case
-            cache = open_cache(cache, self.config.base_config, new, position_ids, attention_mask)
+        if attends and (thresholds or keeps_cache or cache is not None):  # stages read the base's keys and values
+            cache = open_cache(cache, self.config.base_config, inputs_embeds.shape[1], position_ids, attention_mask)
         with self._stages_input() as entered:
             read = self.base.model(
                 inputs_embeds=inputs_embeds,
@@ -155,41 +150,16 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
                 **with_cache(cache),
                 **kwargs,
             )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        ran = slice(None) if looks else kept  # later tokens attend to those that get no logits
-        last_BSD = read.last_hidden_state[:, ran]
-        reads_BSD = entered[0][:, ran] if self.config.reads == "residual" else last_BSD
-        valid_BS = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            valid_BS = attention_mask[:, -new:][:, ran].bool()
-        context = None
-        if looks and cache is not None:
-            context = SecondLookContext(
-                cache,
-                base_layers=self.config.num_hidden_layers,
-                stages=len(self.stages),
-                depth=self.config.stages[0]["layers"],
-                shape=(batch, new),
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-            )
-        column_T = None  # positions that get logits; None: all that the stages see
-        if looks and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            column_T = torch.arange(new, device=last_BSD.device)[kept]
-        logits = ExitLogits(batch, last_BSD.shape[1], column_T, vocab_size=self.config.vocab_size)
-        exit_N, score_NE = self._cascade(
-            inputs_embeds[:, ran].flatten(0, 1),
-            last_BSD.flatten(0, 1),
-            reads_BSD.flatten(0, 1),
-            None if valid_BS is None else valid_BS.flatten(),
-            doors,
-            logits,
+        context = self._context(cache, inputs_embeds, position_ids, attention_mask) if attends else None
+        logits_BTV, exit_BT, score_BTE = self._exits(
+            inputs_embeds,
+            read.last_hidden_state,
+            entered[0] if self.config.reads == "residual" else read.last_hidden_state,
+            attention_mask,
+            logits_to_keep,
+            thresholds,
             context,
         )
-        logits_BTV = logits.together()
-        exit_BT, score_BTE = (of_N.unflatten(0, last_BSD.shape[:2]) for of_N in (exit_N, score_NE))
-        if column_T is not None:
-            exit_BT, score_BTE = exit_BT[:, column_T], score_BTE[:, column_T]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -206,17 +176,33 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
             scores=score_BTE if output_exits else None,
         )
 
-    def _doors(self, thresholds: Sequence[float] | None) -> list[float]:
+    def _exit_thresholds(self, asked: Sequence[float] | None) -> list[float]:
         """The thresholds in use, up to the first that lets no token in."""
-        doors = self.config.thresholds if thresholds is None else [float(t) for t in thresholds]
-        if len(doors) != len(self.stages) or any(math.isnan(t) for t in doors):
-            raise InputError(f"thresholds: {doors}; must be {len(self.stages)} numbers, one for each stage")
-        return doors[: doors.index(-math.inf)] if -math.inf in doors else doors
+        thresholds = self.config.thresholds if asked is None else [float(t) for t in asked]
+        if len(thresholds) != len(self.stages) or any(math.isnan(t) for t in thresholds):
+            raise InputError(f"thresholds: {thresholds}; must be {len(self.stages)} numbers, one for each stage")
+        return thresholds[: thresholds.index(-math.inf)] if -math.inf in thresholds else thresholds
+
+    def _context(
+        self, cache: Any, inputs_embeds: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> StageContext | None:
+        """What the stages' tokens attend to; None where nobody keeps keys and values."""
+        if cache is None:
+            return None
+        return StageContext(
+            cache,
+            base_layers=self.config.num_hidden_layers,
+            stages=len(self.stages),
+            depth=self.config.stages[0]["layers"],
+            shape=(inputs_embeds.shape[0], inputs_embeds.shape[1]),
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+        )
 
     @contextmanager
     def _stages_input(self) -> Iterator[list[Tensor]]:
         """The base's residual stream where stages that read it begin: before its final norm, or before the layers that
-        a second look copies. transformers does not return it as it is."""
+        the stages copy. transformers does not return it as it is."""
         kept: list[Tensor] = []
         entry = self.config.entry_layer
         module = self.base.model.norm if entry is None else self.base.model.layers[entry]
@@ -226,17 +212,55 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         finally:
             hook.remove()
 
+    def _exits(
+        self,
+        embedded_BSD: Tensor,
+        last_BSD: Tensor,
+        reads_BSD: Tensor,
+        attention_mask: Tensor | None,
+        logits_to_keep: int | Tensor,
+        thresholds: list[float],
+        context: StageContext | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the positions that get logits: these (B, T, V), exits (B, T) and scores (B, T, E)."""
+        batch, new = last_BSD.shape[:2]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        attends = self.config.attends
+        ran = slice(None) if attends else kept  # later tokens attend to those that get no logits
+        valid_N = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            valid_N = attention_mask[:, -new:][:, ran].bool().flatten()
+        column_T = None  # positions that get logits; None: all that the stages see
+        if attends and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            column_T = torch.arange(new, device=last_BSD.device)[kept]
+        last_BSD = last_BSD[:, ran]
+        logits = ExitLogits(batch, last_BSD.shape[1], column_T, vocab_size=self.config.vocab_size)
+        exit_N, score_NE = self._cascade(
+            embedded_BSD[:, ran].flatten(0, 1),
+            last_BSD.flatten(0, 1),
+            reads_BSD[:, ran].flatten(0, 1),
+            valid_N,
+            thresholds,
+            logits,
+            context,
+        )
+        exit_BT, score_BTE = (of_N.unflatten(0, last_BSD.shape[:2]) for of_N in (exit_N, score_NE))
+        if column_T is not None:
+            exit_BT, score_BTE = exit_BT[:, column_T], score_BTE[:, column_T]
+        return logits.together(), exit_BT, score_BTE
+
     def _cascade(
         self,
         embedded_ND: Tensor,
         last_ND: Tensor,
         reads_ND: Tensor,
         valid_N: Tensor | None,
-        doors: list[float],
+        thresholds: list[float],
         logits: ExitLogits,
-        context: SecondLookContext | None,
+        context: StageContext | None,
     ) -> tuple[Tensor, Tensor]:
         """Sends N tokens through base and stages: exits (N,) and scores (N, E); their logits go to ``logits``."""
+        criterion = get_criterion(self.config.criterion)
         n, device = last_ND.shape[0], last_ND.device
         exit_N = torch.zeros(n, dtype=torch.int64, device=device)
         if valid_N is not None:
@@ -244,20 +268,23 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         score_NE = torch.full((n, len(self.stages)), math.nan, device=device)
         token_K = torch.arange(n, device=device)  # which tokens have come this far
         before_KD, after_KD, normed_KD, hidden_KD = embedded_ND, last_ND, last_ND, reads_ND
-        for number, threshold in enumerate([*doors, None]):
+        for number, threshold in enumerate([*thresholds, None]):
             head = functools.partial(self._head, number)
             if threshold is None:  # the last exit takes all that is left
                 logits.put(head, normed_KD, token_K)
                 break
-            if self.config.criterion == "entropy":
-                score_K = -logits.put(head, normed_KD, token_K, entropy=True)
+            before_KD, after_KD = before_KD.detach(), after_KD.detach()
+            if criterion.needs_logits:
+                score = functools.partial(criterion.score_chunk, TokensAtExit(before_KD, after_KD))
+                score_K = logits.put(head, normed_KD, token_K, score=score)
             else:
-                score_K = ops.cosine_score(before_KD.detach().float(), after_KD.detach().float())
+                with torch.no_grad():
+                    score_K = criterion.score(TokensAtExit(before_KD.float(), after_KD.float()))
             if valid_N is not None and number == 0:
                 score_K = score_K.masked_fill(~valid_N, math.nan)  # NaN is below no threshold: padding enters no stage
             score_NE[token_K, number] = score_K
             hard_J = select_below(score_K, threshold)
-            if self.config.criterion != "entropy":  # logits only of those that leave: nobody asks for the others'
+            if not criterion.needs_logits:  # logits only of those that leave: nobody asks for the others'
                 easy_K = torch.ones_like(token_K, dtype=torch.bool).index_fill_(0, hard_J, False)
                 if easy_K.any():
                     logits.put(head, normed_KD[easy_K], token_K[easy_K])
@@ -276,24 +303,21 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         return head(normed_KD.to(head.weight.dtype))
 
     def _run_stage(
-        self, index: int, hidden_KD: Tensor, token_K: Tensor, dtype: torch.dtype, context: SecondLookContext | None
+        self, index: int, hidden_KD: Tensor, token_K: Tensor, dtype: torch.dtype, context: StageContext | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Takes K tokens through a stage: its output, what its head takes, and what the next stage reads.
 
         As in training: matrix products in the base's dtype, everything else in float32, and what is handed on in
-        bfloat16 if the base computes so, else in float32; the next look enters where this one did. The one place that
-        knows how a stage is run.
+        bfloat16 if the base computes so, else in float32.
         """
-        compute = Compute(hidden_KD.device, dtype)
-        if context is None:
-            with compute.autocast():
-                output_KD, normed_KD = self.stages[index](hidden_KD)
-            return output_KD, normed_KD, output_KD.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-        pack, left = context.pack(index + 1, hidden_KD, token_K), list[Tensor]()
-        with compute.autocast():
-            output_KD, normed_KD = self.stages[index](pack, left)
-        context.leave(index + 1, token_K, left)
-        return output_KD, normed_KD, hidden_KD
+        stage: Any = self.stages[index]
+        inputs = hidden_KD if context is None else context.pack(index + 1, hidden_KD, token_K)
+        with Compute(hidden_KD.device, dtype).autocast():
+            ran = stage.run(inputs)
+        if context is not None and ran.kv_KL2GE is not None:
+            context.leave(index + 1, token_K, ran.kv_KL2GE)
+        handed_on = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        return ran.output_KD, ran.normed_KD, ran.next_KD.to(handed_on)
 
     # --- loading and saving ------------------------------------------------------------------------------------------
 

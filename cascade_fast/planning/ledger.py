@@ -12,7 +12,7 @@ from typing import Any
 
 from cascade_fast.planning.counts import Shape
 from cascade_fast.planning.devices import this_machine
-from cascade_fast.planning.times import base_flops, tokens_with_logits, training_flops
+from cascade_fast.planning.times import base_flops, tokens_with_logits
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import SEED_PRESET, RunSettings
 
@@ -20,8 +20,10 @@ from cascade_fast.settings import SEED_PRESET, RunSettings
 def seed_flops(settings: RunSettings, base_config: Any) -> float:
     """Of training the original recipe's stage of as many layers on one token: as a sequence of length one in
     transformers' layers, queries and keys included, with a head of its own."""
-    shape = Shape.of(settings, base_config)
-    return 6 * (shape.stage.layers * (shape.value_output_mlp() + shape.query_key_matrices()) + shape.head)
+    shape = Shape.from_settings(settings, base_config)
+    return 6 * (
+        shape.stage.layers * (shape.counts.value_output_mlp() + shape.counts.query_key_matrices()) + shape.counts.head
+    )
 
 
 def matmul_rate(compute: Compute) -> float:
@@ -71,8 +73,11 @@ def compute_ledger(
     """
     every = sum(tokens.values())
     base_layers = base_config.num_hidden_layers
-    shape, with_logits = Shape.of(settings, base_config), tokens_with_logits(settings, every, tokens["train"])
-    flops = base_flops(shape, settings.seq_len, with_logits=False) + 2 * shape.head * with_logits / max(every, 1)
+    shape, with_logits = (
+        Shape.from_settings(settings, base_config),
+        tokens_with_logits(settings, every, tokens["train"]),
+    )
+    flops = base_flops(shape, settings.seq_len, with_logits=False) + 2 * shape.counts.head * with_logits / max(every, 1)
     done = [stage["compute"] for stage in stages]
     training = {key: sum(line[key] for line in done) for key in ("tokens", "layer_tokens", "flops", "seconds")}
     training["mfu"] = training["flops"] / (training["seconds"] * rate) if training["seconds"] > 0 else None
@@ -85,7 +90,7 @@ def compute_ledger(
 
 
 def _stage_flops(settings: RunSettings, base_config: Any) -> int:
-    return training_flops(Shape.of(settings, base_config), settings.seq_len)
+    return Shape.from_settings(settings, base_config).counts.training_flops(settings.seq_len)
 
 
 def _compared(settings: RunSettings, base_config: Any, train_tokens: int, stage: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from cascade_fast.planning.counts import Shape, base_weight_bytes, optimizer_byt
 from cascade_fast.selection import hard_count
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.exits import TOKENS_AT_ONCE as EVAL_TOKENS
-from cascade_fast.stages.second_look_sizes import SecondLookSizes
 
 GIB = 2**30
 # Resident set of the trainer before it loads a base: Python, torch (CPU build), transformers, datasets. Measured.
@@ -128,7 +127,7 @@ def memory_plan(
     micro = min(micro, settings.batch_tokens)
     if memory_bytes is not None and settings.micro_batch_tokens is None:
         micro = micro_batch_tokens(settings, base_config, memory_bytes, dtype=dtype, on_cpu=on_cpu)
-    shape, width = Shape.of(settings, base_config), dtype.itemsize
+    shape, width = Shape.from_settings(settings, base_config), dtype.itemsize
     process = {"process": float(process_bytes)} if on_cpu else {}
     stores, store_disk = _store_bytes(settings, shape, width)
     base = _base_phase(settings, shape, width, fused_attention, on_cpu)
@@ -151,13 +150,14 @@ def memory_plan(
         if settings.optimizer.startswith("paged"):  # managed memory: the GPU's where there is room, else the host's
             ram[f"optimizer state ({settings.optimizer})"] = state
             state = 0.0
-        ram["a checkpoint on its way to disk"] = 4.0 * shape.stage_parameters() + state
+        ram["a checkpoint on its way to disk"] = 4.0 * shape.counts.parameters() + state
         # In 4 bit the base goes to the GPU tensor by tensor.
         whole = 0.0 if settings.base_quantization == "nf4" else float(shape.base_parameters() * width)
-        loading = HOST_BYTES + max(whole, 4.0 * shape.stage_parameters())
-    saved = 4.0 * shape.stage_parameters()
+        loading = HOST_BYTES + max(whole, 4.0 * shape.counts.parameters())
+    saved = 4.0 * shape.counts.parameters()
+    copied = shape.counts.parameters() if shape.kind.needs(settings).last_layers else 0
     disk = {
-        BASE_PASS_DISK: store_disk + (shape.head + shape.attends * shape.stage_parameters()) * width,
+        BASE_PASS_DISK: store_disk + (shape.counts.head + copied) * width,
         "hidden stores of later stages": stores - store_disk,
         # Two of each are kept, and a third is there while it is written.
         "checkpoints, best weights": 3 * (2 * saved + optimizer_bytes(shape, settings.optimizer)),
@@ -173,32 +173,30 @@ def _base_phase(settings: RunSettings, shape: Shape, width: int, fused_attention
     mlp = 3 * s.intermediate_size * width
     layer = n * (4 * s.hidden_size * width + 2 * s.hidden_size * 4 + mlp) + attention
     passing = {"activations": layer, "logits (a chunk)": _logit_bytes(shape, width, on_cpu=on_cpu)}
-    look = SecondLookSizes.of(settings, shape, width)
-    if look is not None and settings.kv != "recompute":
-        passing["keys and values"] = look.base_pass_bytes(n, shape.base.num_hidden_layers)
+    if shape.kind.needs(settings).keys_and_values:
+        extra = shape.kind.memory(settings, shape.stage, width)
+        passing["keys and values"] = extra.base_pass_bytes(n, shape.base.num_hidden_layers)
     weights = base_weight_bytes(shape, settings.base_quantization, width)
     return Phase("base pass", on_cpu, {"base weights": weights, "states kept": 3 * n * s.hidden_size * width}, passing)
 
 
 def _training_phase(settings: RunSettings, shape: Shape, width: int, micro: int, on_cpu: bool) -> Phase:
-    s, trained = shape.stage, shape.stage_trained()
-    phase = Phase("training", on_cpu, {"stage weights (float32)": 4.0 * shape.stage_parameters()})
+    s, trained = shape.stage, shape.counts.trained()
+    phase = Phase("training", on_cpu, {"stage weights (float32)": 4.0 * shape.counts.parameters()})
     if on_cpu and settings.num_stages > 1:  # beside a GPU they wait in the host's memory
         phase.lasting["earlier stages (float32)"] = _earlier_stage_bytes(settings, shape)
     if on_cpu or not settings.optimizer.startswith("paged"):
         phase.lasting[f"optimizer state ({settings.optimizer})"] = optimizer_bytes(shape, settings.optimizer)
-    gradients, own_head = 4.0 * trained, 4.0 * shape.head if s.head == "own" else 0.0
+    gradients, own_head = 4.0 * trained, 4.0 * shape.counts.head if s.head == "own" else 0.0
     activations: float = micro * (
         s.layers * saved_activation_bytes(shape, width, on_cpu=on_cpu) + 4 * 4 * s.hidden_size
     )
     casts = _cast_bytes(shape, width)  # kept for the backward pass
     logits = _logit_bytes(shape, width, on_cpu=on_cpu)
-    look = SecondLookSizes.of(settings, shape, width)
-    if look is not None:
-        activations += look.training_bytes(micro, on_cpu)
-        casts += _add_frozen_copy(phase, settings, shape, width)
+    activations += shape.kind.memory(settings, shape.stage, width).training_bytes(micro, on_cpu)
+    casts += _add_frozen_copy(phase, settings, shape, width)
     if s.head == "own":  # its gradient is made a chunk at a time and added to the sum
-        logits += shape.head * (2 * width if width < 4 else 0) + shape.head * 4
+        logits += shape.counts.head * (2 * width if width < 4 else 0) + shape.counts.head * 4
     parts = {"activations": activations, "weights in the compute dtype": casts, "logits (a chunk)": logits}
     if on_cpu:
         phase.lasting["gradients"] = gradients
@@ -211,7 +209,7 @@ def _training_phase(settings: RunSettings, shape: Shape, width: int, micro: int,
             "activations, casts, logits (a chunk)": sum(parts.values()) + own_head,
             "gradients": gradients,
         }
-    _add_head(phase, shape, width)
+    _add_head(phase, settings, shape, width)
     return phase
 
 
@@ -219,12 +217,12 @@ def _add_frozen_copy(phase: Phase, settings: RunSettings, shape: Shape, width: i
     """Where the base's keys and values are recomputed; returns the bytes of its weights' casts."""
     if settings.kv != "recompute":
         return 0.0
-    phase.lasting["frozen copy of the layers (float32)"] = 4.0 * shape.stage_parameters()
+    phase.lasting["frozen copy of the layers (float32)"] = 4.0 * shape.counts.parameters()
     return _cast_bytes(shape, width)
 
 
 def _earlier_stage_bytes(settings: RunSettings, shape: Shape) -> float:
-    return (settings.num_stages - 1) * 4.0 * shape.stage_parameters()
+    return (settings.num_stages - 1) * 4.0 * shape.counts.parameters()
 
 
 def _keeping_phase(step: Phase, shape: Shape) -> Phase:
@@ -233,45 +231,43 @@ def _keeping_phase(step: Phase, shape: Shape) -> Phase:
     s, at_once = shape.stage, 32 * 2**20
     lasting, passing = dict(step.lasting), dict(step.passing)
     del passing["logits (a chunk)"]
-    head = 4.0 * shape.head if s.head == "own" else 0.0
+    head = 4.0 * shape.counts.head if s.head == "own" else 0.0
     if 4 * s.hidden_size * s.intermediate_size >= at_once:
         lasting["gradients"] = head
     if head >= at_once:
         lasting["gradients"] -= head
-    best = {"best weights read back": 4.0 * shape.stage_parameters()}
+    best = {"best weights read back": 4.0 * shape.counts.parameters()}
     return Phase("best epoch kept", True, lasting, passing, {**step.mapped, **best})
 
 
 def _evaluation_phase(settings: RunSettings, shape: Shape, width: int, on_cpu: bool) -> Phase:
     s = shape.stage
-    phase = Phase("evaluation", on_cpu, {"stages (float32)": 4.0 * settings.num_stages * shape.stage_parameters()})
+    phase = Phase("evaluation", on_cpu, {"stages (float32)": 4.0 * settings.num_stages * shape.counts.parameters()})
     casts = _cast_bytes(shape, width)
     layer: float = EVAL_TOKENS * (6 * s.hidden_size * 4 + 3 * s.intermediate_size * width)
-    head_cast = shape.head * width if s.head == "own" and width < 4 else 0
+    head_cast = shape.counts.head * width if s.head == "own" and width < 4 else 0
     logits = _logit_bytes(shape, width, on_cpu=on_cpu) + head_cast
-    look = SecondLookSizes.of(settings, shape, width)
-    if look is not None:
-        layer += look.evaluation_bytes(EVAL_TOKENS, on_cpu)
-        casts += _add_frozen_copy(phase, settings, shape, width)
+    layer += shape.kind.memory(settings, shape.stage, width).evaluation_bytes(EVAL_TOKENS, on_cpu)
+    casts += _add_frozen_copy(phase, settings, shape, width)
     if on_cpu:
         phase.passing = {"weights in the compute dtype": casts, "activations": layer, "logits (a chunk)": logits}
     else:
         phase.passing = {"activations, casts, logits (a chunk)": casts + layer + logits}
-    _add_head(phase, shape, width)
+    _add_head(phase, settings, shape, width)
     return phase
 
 
 def _cast_bytes(shape: Shape, width: int) -> float:
     """Autocast's copies of a stage's matrices in the compute dtype."""
-    return float(width * shape.stage_matrices()) if width < 4 else 0.0
+    return float(width * shape.counts.matrices()) if width < 4 else 0.0
 
 
-def _add_head(phase: Phase, shape: Shape, width: int) -> None:
+def _add_head(phase: Phase, settings: RunSettings, shape: Shape, width: int) -> None:
     """The base's head is a mapped file on the CPU."""
     if shape.stage.head == "shared":
-        (phase.mapped if phase.on_cpu else phase.lasting)["shared head"] = float(shape.head * width)
-    if shape.attends and phase.on_cpu:
-        phase.mapped["the base's layers"] = float(shape.stage_parameters() * width)
+        (phase.mapped if phase.on_cpu else phase.lasting)["shared head"] = float(shape.counts.head * width)
+    if shape.kind.needs(settings).last_layers and phase.on_cpu:
+        phase.mapped["the base's layers"] = float(shape.counts.parameters() * width)
 
 
 def _logit_bytes(shape: Shape, width: int, *, on_cpu: bool) -> float:
@@ -287,13 +283,12 @@ def _store_bytes(settings: RunSettings, shape: Shape, width: int) -> tuple[float
     size = shape.stage.hidden_size
     stored = 4 if settings.store_dtype == "float32" else 2  # float16 of a float32 base, where it fits
     handed_on = 2 if width == 2 and stored == 2 else 4
-    look = SecondLookSizes.of(settings, shape, width)
-    numbers = look.kv_numbers if look else 0  # keys and values of a token
-    kept = numbers if settings.kv != "recompute" else 0
+    numbers = shape.kind.memory(settings, shape.stage, width).kv_numbers  # keys and values of a token
+    kept = numbers if shape.kind.needs(settings).keys_and_values else 0
     base = (train_val + test * settings.seq_len) * ((size + kept) * stored + TOKEN_BYTES)
     later, tokens = 0.0, train_val
-    # Those of two stages back are removed, unless a second look attends to what they left.
-    for _ in range(settings.num_stages - 1 if look else min(settings.num_stages - 1, 2)):
+    # Those of two stages back are removed, unless tokens attend to what they left.
+    for _ in range(settings.num_stages - 1 if shape.kind.attends else min(settings.num_stages - 1, 2)):
         tokens = hard_count(settings.hard_ratio, tokens)
         later += tokens * ((size + numbers) * handed_on + TOKEN_BYTES)
     return base + later, base
@@ -314,7 +309,7 @@ def micro_batch_tokens(
     where not even one token does: smaller parts cannot help then, and the plan says that the run does not fit.
     ``settings.micro_batch_tokens``, if set, is a bound.
     """
-    shape = Shape.of(settings, base_config)
+    shape = Shape.from_settings(settings, base_config)
     batch = settings.batch_tokens
     bound = min(batch, settings.micro_batch_tokens or batch)
     reserved = PROCESS_BYTES if on_cpu else CONTEXT_BYTES
@@ -336,7 +331,7 @@ def largest_batch_tokens(
     settings: RunSettings, base_config: Any, memory_bytes: float, dtype: torch.dtype, on_cpu: bool
 ) -> int:
     """The largest batch that fits without accumulation, up to 2^20 tokens; 0 if none does."""
-    shape = Shape.of(settings, base_config)
+    shape = Shape.from_settings(settings, base_config)
     reserved = PROCESS_BYTES if on_cpu else CONTEXT_BYTES
     low, high = 0, 2**20
     while low < high:

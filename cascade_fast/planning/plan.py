@@ -15,12 +15,13 @@ from cascade_fast.base.texts import TokenBlocks
 from cascade_fast.planning.counts import Shape
 from cascade_fast.planning.devices import Device, this_machine
 from cascade_fast.planning.disk import check_disk
+from cascade_fast.planning.kv import choose_kv, kv_disk_bytes, kv_seconds
 from cascade_fast.planning.memory import GIB, PROCESS_BYTES, MemoryPlan, memory_plan
 from cascade_fast.planning.times import Time, base_pass_time, epoch_time
 from cascade_fast.runtime.compute import Compute, resident_bytes
 from cascade_fast.runtime.files import free_disk_bytes
 from cascade_fast.settings import RunSettings
-from cascade_fast.stages.second_look_sizes import SecondLookSizes, choose_kv
+from cascade_fast.stages.kind import base_needs
 
 PCIE_BYTES_PER_SECOND = 12e9  # third generation, 16 lanes, as copies reach
 
@@ -107,7 +108,8 @@ def plan_run(
     if kv is not None:
         settings = dataclasses.replace(settings, kv=kv)
     plan = make_plan(settings, base.config, this_machine(compute), free_disk_bytes(cache))
-    check_disk(plan.memory.disk, out=out, base_pass=pass_folder(base, blocks, plan.settings, compute, cache))
+    passed = pass_folder(base, blocks, plan.settings, base_needs(plan.settings), compute, cache)
+    check_disk(plan.memory.disk, out=out, base_pass=passed)
     return plan
 
 
@@ -117,12 +119,13 @@ def _settle_kv(
     """``settings`` with ``kv: auto`` settled for ``device`` and so much free disk, and the line that says why."""
     if settings.kv != "auto":
         return settings, None
-    look = SecondLookSizes.of(settings, Shape.of(settings, base_config), device.dtype.itemsize)
-    if look is None:
+    shape = Shape.from_settings(settings, base_config)
+    memory = shape.kind.memory(settings, shape.stage, device.dtype.itemsize)
+    if memory.kv_numbers == 0:
         return settings, None  # nobody asks
     read = device.bandwidth if device.on_cpu else PCIE_BYTES_PER_SECOND
-    seconds = look.kv_seconds(device.rate, read, device.ram_bytes)
-    chosen, why = choose_kv(seconds, look.kv_disk_bytes(), disk_bytes)
+    seconds = kv_seconds(memory, device.rate, read, device.ram_bytes)
+    chosen, why = choose_kv(seconds, kv_disk_bytes(memory), disk_bytes)
     return dataclasses.replace(settings, kv=chosen), f"kv: {chosen} ({why})"
 
 

@@ -11,7 +11,7 @@ from cascade_fast.runtime.visible import visible
 
 def plan_record(plan: RunPlan) -> dict[str, Any]:
     """For programs: bytes and seconds."""
-    shape = Shape.of(plan.settings, plan.base_config)
+    shape = Shape.from_settings(plan.settings, plan.base_config)
     return {
         **plan.memory.to_dict(),
         "device": plan.device.name,
@@ -21,7 +21,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "base_pass_limit": plan.base_pass.limit,
         "epoch_seconds": plan.epoch.seconds,
         "epoch_limit": plan.epoch.limit,
-        "kv": plan.settings.kv if shape.attends else None,
+        "kv": plan.settings.kv if shape.kind.attends else None,
     }
 
 
@@ -32,11 +32,11 @@ def plan_text(plan: RunPlan) -> str:
 
 
 def _what(plan: RunPlan) -> str:
-    shape = Shape.of(plan.settings, plan.base_config)
+    shape = Shape.from_settings(plan.settings, plan.base_config)
     layers = plan.base_config.num_hidden_layers
     return (
         f"{visible(plan.settings.base)}: {shape.base_parameters():,} parameters, {layers} layers\n"
-        f"a stage: {shape.stage.layers} layers, {shape.stage_parameters():,} parameters of its own\n"
+        f"a stage: {shape.stage.layers} layers, {shape.counts.parameters():,} parameters of its own\n"
         f"{plan.device.name}, {dtype_name(plan.device.dtype)}"
     )
 

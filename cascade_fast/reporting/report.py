@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from cascade_fast.criteria import model_criteria, score_label
 from cascade_fast.input_checks import InputError, one_line
-from cascade_fast.model.configuration import MODEL_CRITERIA
 from cascade_fast.reporting.heat_map import read_heat_map
 from cascade_fast.reporting.html import HEAT_MAP, MACHINE, SETTINGS, render_page
 from cascade_fast.reporting.plots import write_plots
@@ -32,10 +32,11 @@ def write_report(folder: Path) -> Path:
     results = read_json(folder / "results.json", needs=("base", "tokens", "settings", "stages", "final"))
     tokens, samples = read_heat_map(folder), read_samples(folder)
     try:
-        plots = write_plots(folder, results, score_name=_score_name(results))
+        score_name = score_label(results["settings"]["criterion"])
+        plots = write_plots(folder, results, score_name=score_name)
         markdown = render_report(config, results, plots, samples=samples, heat_map=tokens is not None)
         images = {name: (folder / name).read_bytes() for name in plots}
-        page = render_page(markdown, images, tokens, score_name=_score_name(results))
+        page = render_page(markdown, images, tokens, score_name=score_name)
     except InputError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -105,7 +106,8 @@ def render_report(
             ["stage", "threshold", "hard of those that arrive"],
             [[_n(s["stage"]), f"{s['threshold']:.4f}", f"{s['train_hard']:,} / {s['train_total']:,}"] for s in stages],
         ),
-        f"A token enters a stage if its score ({_score_name(results)}) is at or below the threshold.",
+        f"A token enters a stage if its score ({score_label(results['settings']['criterion'])}) is at or below the "
+        "threshold.",
         "### Validation",
         "Perplexity on the hard tokens is measured on a different set at each stage; the column over all tokens, each "
         "at its own exit, is the one that compares.",
@@ -203,7 +205,7 @@ def advice(results: dict[str, Any]) -> list[str]:
 
 def _next(results: dict[str, Any]) -> str:
     parts = ["\n".join(f"- {sentence}" for sentence in advice(results))]
-    if results["settings"]["criterion"] in MODEL_CRITERIA and results["final"]["stages_kept"]:
+    if results["settings"]["criterion"] in model_criteria() and results["final"]["stages_kept"]:
         parts.append("With the cascade as it is, `RUN` being this folder:")
         parts.append(
             '```\npython -m cascade_fast.generate RUN "Your text" --compare-base\n'
@@ -313,14 +315,6 @@ def _compute(results: dict[str, Any]) -> str:
             f"{seed['flops'] / ours['flops']:.2f} times the FLOPs on the same tokens, in {seed['steps']:,} steps."
         )
     return f"{table}\n\n{text}"
-
-
-def _score_name(results: dict[str, Any]) -> str:
-    if results["settings"]["criterion"] == "entropy":
-        return "minus the entropy of the logits, in nats"
-    if results["settings"]["criterion"] == "random":
-        return "uniform noise"
-    return "cosine between what goes in and what comes out"
 
 
 def _n(value: Any) -> str:

@@ -6,7 +6,7 @@ The text is that of ``heat_map.json``, so that nothing but the run's folder and 
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.model.configuration import MODEL_CRITERIA
+from cascade_fast.criteria import model_criteria
 from cascade_fast.model.continuation import continue_texts
 from cascade_fast.model.loading import load_model
 from cascade_fast.reporting.heat_map import read_heat_map, read_record
@@ -34,7 +34,7 @@ def make_samples(folder: Path, device: str = "auto") -> bool:
         (folder / FILE).exists()
         or not prompts
         or results["final"]["stages_kept"] == 0
-        or results["settings"]["criterion"] not in MODEL_CRITERIA
+        or results["settings"]["criterion"] not in model_criteria()
     ):
         return False
     model, tokenizer = load_model(str(folder), device=device, dtype="auto", base_path=None)

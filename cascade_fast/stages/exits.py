@@ -8,26 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_fast import ops
 from cascade_fast.base.hidden_store import HiddenStore
-from cascade_fast.criteria import random_scores
+from cascade_fast.criteria import Criterion, Places, TokensAtExit
 from cascade_fast.input_checks import one_line
-from cascade_fast.losses import token_losses
+from cascade_fast.losses import perplexity
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import DamagedFile, load_tensors, save_tensors, write_json
 from cascade_fast.selection import select_below
-from cascade_fast.stages.append import Stage, StageConfig
-from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage, SequencePack
-from cascade_fast.stages.tokens import StageTokens, stage_tokens
+from cascade_fast.stages.kind import get_kind
+from cascade_fast.stages.stage import Stage, StageConfig
+from cascade_fast.stages.tokens import SequencePack, StageTokens
 
 TOKENS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
 class ExitStage:
-    """A trained stage and the threshold at its door: a token enters iff ``score <= threshold``."""
+    """A trained stage and its exit threshold: a token enters iff ``score <= threshold``, else it exits before."""
 
-    stage: Stage | SecondLookStage
+    stage: Stage
     threshold: float
 
     def save(self, folder: Path, **record: Any) -> None:
@@ -38,11 +37,7 @@ class ExitStage:
     @classmethod
     def load(cls, folder: Path, config: StageConfig, threshold: float, head_VD: Tensor) -> "ExitStage":
         """What :meth:`save` has written. Raises DamagedFile."""
-        stage: Stage | SecondLookStage
-        if isinstance(config, SecondLookConfig):
-            stage = SecondLookStage(config, head_VD=head_VD)
-        else:
-            stage = Stage(config, head_VD=head_VD)
+        stage = get_kind(config.kind).empty(config, head_VD)
         path = folder / "model.safetensors"
         try:
             stage.load_state_dict(load_tensors(path)[0])
@@ -54,7 +49,7 @@ class ExitStage:
 @dataclass(frozen=True)
 class StageOutput:
     """What a stage says of K tokens, on the CPU: ``hidden`` for the next stage, ``score`` and ``loss`` (K,), float32;
-    of a second look also the tokens' keys and values."""
+    where tokens attend also their keys and values."""
 
     hidden_KD: Tensor
     score_K: Tensor
@@ -62,61 +57,60 @@ class StageOutput:
     kv_KL2GE: Tensor | None = None
 
 
-def handed_on_dtype(store: HiddenStore) -> torch.dtype:
-    """How hidden states travel from stage to stage: bfloat16 if they came so, else float32 (float16 might overflow)."""
-    return torch.bfloat16 if store.hidden.dtype == torch.bfloat16 else torch.float32
-
-
 @torch.inference_mode()
 def run_stage(
-    stage: Stage | SecondLookStage,
+    stage: Stage,
     inputs: Tensor | SequencePack,
     label_K: Tensor,
     *,
-    criterion: str,
+    criterion: Criterion,
     compute: Compute,
+    places: Places | None = None,
 ) -> StageOutput:
-    """Takes K tokens through ``stage``. The score compares the stage's input with its output (``cosine``) or reads
-    the stage's own logits (``entropy``). After a second look the next one enters where it did."""
-    inputs = inputs.to(compute.device)
-    left: list[Tensor] = []
+    """Takes K tokens through ``stage``. Their scores are of the stage's input and output, and of its own logits."""
     with compute.autocast():
-        output_KD, normed_KD = stage(inputs, left) if isinstance(inputs, SequencePack) else stage(inputs)
-    hidden_in_KD = inputs.hidden_KD if isinstance(inputs, SequencePack) else inputs
-    loss_K, entropy_K = token_losses(normed_KD, stage.head, label_K.to(compute.device), dtype=compute.dtype)
-    score_K = -entropy_K if criterion == "entropy" else ops.cosine_score(hidden_in_KD.float(), output_KD.float())
-    if isinstance(inputs, SequencePack):
-        kv_KL2GE = torch.stack(left, dim=1).cpu()
-        return StageOutput(hidden_in_KD.float().cpu(), score_K.cpu(), loss_K.cpu(), kv_KL2GE)
-    return StageOutput(output_KD.float().cpu(), score_K.cpu(), loss_K.cpu())
+        ran = stage.run(inputs.to(compute.device))
+    score_K, loss_K = criterion.score_with_losses(
+        TokensAtExit(ran.entered_KD.float(), ran.output_KD.float(), places=places),
+        ran.normed_KD,
+        stage.head,
+        label_K.to(compute.device),
+        dtype=compute.dtype,
+    )
+    kv_KL2GE = None if ran.kv_KL2GE is None else ran.kv_KL2GE.cpu()
+    return StageOutput(ran.next_KD.float().cpu(), score_K.cpu(), loss_K.cpu(), kv_KL2GE)
 
 
 def advance(
-    stage: Stage | SecondLookStage,
+    stage: Stage,
     tokens: StageTokens,
     picked: Tensor,
     *,
-    criterion: str,
+    criterion: Criterion,
     compute: Compute,
 ) -> dict[str, Tensor]:
     """The units ``picked`` of ``tokens`` after ``stage``, as arrays of the next hidden store; their order is kept."""
     inputs, label_K = tokens.batch(picked, compute.device)
-    result = run_stage(stage, inputs, label_K, criterion=criterion, compute=compute)
     store, row_K = tokens.store, tokens.rows(picked)
     arrays = {name: store[name][row_K] for name in ("label", "sequence", "position")}
-    arrays |= {"hidden": result.hidden_KD.to(handed_on_dtype(store)), "score": result.score_K, "loss": result.loss_K}
-    if criterion == "random":
-        seed, split, number = store.meta["seed"], store.meta["split"], store.meta.get("stage", 0) + 1
-        arrays["score"] = random_scores(arrays["sequence"], arrays["position"], seed=seed, split=split, stage=number)
+    places = Places(
+        arrays["sequence"],
+        arrays["position"],
+        seed=store.meta["seed"],
+        split=store.meta["split"],
+        stage=store.meta.get("stage", 0) + 1,
+    )
+    result = run_stage(stage, inputs, label_K, criterion=criterion, compute=compute, places=places)
+    arrays |= {"hidden": result.hidden_KD.to(store.handed_on_dtype), "score": result.score_K, "loss": result.loss_K}
     if result.kv_KL2GE is not None:
-        arrays["kv"] = result.kv_KL2GE.to(handed_on_dtype(store))
+        arrays["kv"] = result.kv_KL2GE.to(store.handed_on_dtype)
     return arrays
 
 
 @dataclass(frozen=True)
 class ExitEvaluation:
     """``loss_N``: every token's cross-entropy at its own exit. ``exit_N``: 0 for the base, k for stage k.
-    ``score_NP``: its score at each of the P doors, NaN at those it did not come to; without stages, the base's."""
+    ``score_NP``: its score before each of P stages, NaN where it did not come so far; without stages, the base's."""
 
     loss_N: Tensor
     exit_N: Tensor
@@ -125,7 +119,7 @@ class ExitEvaluation:
     @property
     def perplexity(self) -> float:
         """Over all tokens: the number that counts."""
-        return self.loss_N.double().mean().clamp(max=700.0).exp().item()
+        return perplexity(self.loss_N.double().mean())
 
     def shares(self, stages: int) -> dict[str, float]:
         """Share of the tokens that leaves at each exit."""
@@ -138,7 +132,7 @@ def evaluate_exits(
     stages: list[ExitStage],
     store: HiddenStore,
     *,
-    criterion: str,
+    criterion: Criterion,
     compute: Compute,
     recompute: Callable[[Tensor], Tensor] | None = None,
 ) -> ExitEvaluation:
@@ -153,7 +147,7 @@ def evaluate_exits(
     score_NP[:, 0] = store["score"]
     if not stages or len(store) == 0:
         return ExitEvaluation(loss_N, exit_N, score_NP)
-    kind = stages[0].stage.config.kind
+    kind = get_kind(stages[0].stage.config.kind)
     seq_len = int(store["position"][-1]) + 1
     step = seq_len * max(1, TOKENS_AT_ONCE // seq_len)  # whole sequences
     for first in range(0, len(store), step):
@@ -163,7 +157,7 @@ def evaluate_exits(
             hard_J = select_below(stores[-1]["score"], entry.threshold)
             if len(hard_J) == 0:
                 break
-            tokens = stage_tokens(kind, stores, hard_J, recompute)
+            tokens = kind.tokens(stores, hard_J, recompute)
             arrays = advance(entry.stage, tokens, torch.arange(tokens.units), criterion=criterion, compute=compute)
             token_K = token_K[hard_J]
             loss_N[token_K], exit_N[token_K] = arrays["loss"], number

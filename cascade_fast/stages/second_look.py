@@ -12,7 +12,7 @@ Shape legend: B sequences of a pack, S sequence length, N = B * S tokens, K hard
 of one sequence, L layers, D hidden size, H heads, G key/value heads, E head size, V vocabulary; 2 is (key, value).
 """
 
-import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from cascade_fast import ops
+from cascade_fast.base.base_pass import BaseNeeds, BasePass
+from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.input_checks import InputError
-from cascade_fast.stages.append import GatedMLP, RMSNorm, StageConfig
+from cascade_fast.runtime.compute import Compute
+from cascade_fast.settings import RunSettings
 from cascade_fast.stages.attention import additive, grouped_attention, queries_at_once, rotate
+from cascade_fast.stages.kind import StageKind
+from cascade_fast.stages.second_look_sizes import SecondLookCounts, SecondLookMemory
+from cascade_fast.stages.stage import GatedMLP, RMSNorm, Stage, StageConfig, StageRun
+from cascade_fast.stages.tokens import SequencePack, SequenceTokens
 
 # Those whose angle at a position does not depend on the length of the sequence.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -44,8 +51,17 @@ class SecondLookConfig(StageConfig):
         return self.layers, 2, self.kv_heads, self.head_dim
 
     @classmethod
-    def of_base(cls, base_config: Any, *, layers: int) -> "SecondLookConfig":
-        """The shape of a copy of the last ``layers`` layers of a base with transformers' ``base_config``."""
+    def from_base(
+        cls,
+        base_config: Any,
+        *,
+        layers: int,
+        init: str = "identity",
+        head: str = "shared",
+        reads: str = "residual",
+    ) -> "SecondLookConfig":
+        """The shape of a copy of the last ``layers`` layers of a base with transformers' ``base_config``. A copy has
+        the one ``init``, ``head`` and ``reads`` of the defaults, whatever is asked."""
         shape = StageConfig.from_base(base_config, layers=layers, init="identity", head="shared", reads="residual")
         return cls(
             **{**shape.to_dict(), "kind": "second-look"},
@@ -53,61 +69,6 @@ class SecondLookConfig(StageConfig):
             positions=base_config.max_position_embeddings,
             rope=dict(base_config.rope_parameters),
         )
-
-
-def check_second_look(base: str, base_config: Any, *, layers: int, seq_len: int) -> None:
-    """Raises InputError where a second look cannot be what the base is."""
-    has = base_config.num_hidden_layers
-    if layers > has:
-        raise InputError(
-            f"layers_per_stage: {layers}; a second look copies the last layers of {base!r}, which has {has}"
-        )
-    rope_type = base_config.rope_parameters.get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise InputError(
-            f"stage_kind: second-look; {base!r} has rotary positions of type {rope_type}, must be one of "
-            f"{', '.join(ROPE_TYPES)}"
-        )
-    window = getattr(base_config, "sliding_window", None)
-    if window is not None and window < seq_len:
-        raise InputError(
-            f"seq_len: {seq_len}; {base!r} attends to the last {window} tokens only, which a second look does not: "
-            f"must be at most {window}"
-        )
-
-
-@dataclass(frozen=True)
-class SequencePack:
-    """Hard tokens of whole sequences, and what stands in these sequences for them to attend to.
-
-    Attributes:
-        hidden_KD: residual stream before the stage's first layer, float.
-        position_K: true position, int64.
-        row_K: ``sequence * S + position`` within the pack, int64, ascending.
-        slot_K: ``sequence * Q + rank among the sequence's hard tokens``, int64: queries padded to Q a sequence.
-        queries: Q.
-        kv_BSL2GE: keys (rotated) and values of every token, as the exits before have left them; float.
-    """
-
-    hidden_KD: Tensor
-    position_K: Tensor
-    row_K: Tensor
-    slot_K: Tensor
-    queries: int
-    kv_BSL2GE: Tensor
-
-    def to(self, device: torch.device) -> "SequencePack":
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        moved: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
-        return dataclasses.replace(self, **moved)
-
-    def mask(self) -> Tensor:
-        """``(B, 1, Q, S)`` bool: a query sees the keys up to its own position. Padding sees the first key, so that
-        its softmax is finite; nobody reads its output."""
-        sequences, seq_len = self.kv_BSL2GE.shape[:2]
-        position = self.position_K.new_zeros(sequences * self.queries).index_copy(0, self.slot_K, self.position_K)
-        keys_S = torch.arange(seq_len, device=position.device)
-        return (keys_S <= position[:, None]).view(sequences, 1, self.queries, seq_len)
 
 
 @dataclass(frozen=True)
@@ -134,7 +95,9 @@ class AttentionInputs:
     mask_B1QS: Tensor
 
     @classmethod
-    def of(cls, pack: SequencePack, config: SecondLookConfig, cos_KE: Tensor, sin_KE: Tensor) -> "AttentionInputs":
+    def from_pack(
+        cls, pack: SequencePack, config: SecondLookConfig, cos_KE: Tensor, sin_KE: Tensor
+    ) -> "AttentionInputs":
         (sequences, seq_len), device = pack.kv_BSL2GE.shape[:2], pack.row_K.device
         groups, heads, size, queries = config.kv_heads, config.heads, config.head_dim, pack.queries
         computes = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
@@ -215,28 +178,22 @@ class SecondLookLayer(nn.Module):
         return x_KD + self.mlp(self.post_attention_layernorm(x_KD)), own
 
 
-class SecondLookStage(nn.Module):
+class SecondLookStage(Stage):
     """The base's layers from ``config.entry_layer`` on, its final norm, and its output head, frozen.
 
     Args:
         config: the shape.
         head_VD: the base's output head ``(V, D)``; None where somebody else applies it (``CascadeForCausalLM``).
-        weights: names and tensors to start from: the base's own (see ``BasePass.second_look``), or those of the stage
+        weights: names and tensors to start from: the base's own (see ``BasePass.layers``), or those of the stage
             before. None where trained ones are about to be loaded.
     """
 
-    lm_head = None  # as a Stage has it: the head is the base's
+    config: SecondLookConfig
 
     def __init__(
         self, config: SecondLookConfig, *, head_VD: Tensor | None, weights: dict[str, Tensor] | None = None
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.layers = nn.ModuleList(SecondLookLayer(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # Not a parameter of the stage: saved once with the base, never trained.
-        self.head: Tensor  # None only without head_VD
-        self.register_buffer("head", head_VD, persistent=False)
+        super().__init__(config, (SecondLookLayer(config) for _ in range(config.layers)), head_VD)
         from transformers import LlamaConfig
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # late: see auto_classes.py
 
@@ -257,7 +214,7 @@ class SecondLookStage(nn.Module):
         logits. ``left``, if given, gets the tokens' keys and values ``(K, 2, G, E)`` of every layer."""
         x_KD = pack.hidden_KD.float()
         cos_1KE, sin_1KE = self.rotary(x_KD, pack.position_K[None])
-        inputs = AttentionInputs.of(pack, self.config, cos_1KE[0], sin_1KE[0])
+        inputs = AttentionInputs.from_pack(pack, self.config, cos_1KE[0], sin_1KE[0])
         for number, layer in enumerate(self.layers):
             x_KD, own = layer(x_KD, inputs, number)
             if left is not None:
@@ -275,9 +232,91 @@ class SecondLookStage(nn.Module):
         self(SequencePack(hidden_BSD.flatten(0, 1), row_N % seq_len, row_N, row_N, seq_len, nothing), left)
         return torch.stack(left, dim=1).unflatten(0, (sequences, seq_len))
 
-    def decayed_only(self) -> list[nn.Parameter]:
-        """Parameters that never get a gradient: none."""
-        return []
+    def run(self, pack: SequencePack) -> StageRun:
+        left: list[Tensor] = []
+        output_KD, normed_KD = self(pack, left)
+        # The next look enters where this one did.
+        return StageRun(pack.hidden_KD, output_KD, normed_KD, next_KD=pack.hidden_KD, kv_KL2GE=torch.stack(left, dim=1))
 
-    def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+
+class SecondLook(StageKind):
+    """A trained copy of the base's last layers, in which hard tokens attend to their whole text."""
+
+    name = "second-look"
+    config_class = SecondLookConfig
+    layer_class = SecondLookLayer
+    attends = True
+
+    def describe(self, config: StageConfig) -> str:
+        return f"copies of its last {config.layers} layers trained to read its *hard* tokens again"
+
+    def check(self, base: str, base_config: Any, settings: RunSettings) -> None:
+        """Raises InputError where a copy cannot be what the base is."""
+        if settings.base_quantization != "none":
+            raise InputError(
+                f"base_quantization: {settings.base_quantization!r}; must be none with stage_kind {self.name}, which "
+                "copies the base's layers"
+            )
+        has, layers = base_config.num_hidden_layers, settings.layers_per_stage
+        if layers > has:
+            raise InputError(
+                f"layers_per_stage: {layers}; a second look copies the last layers of {base!r}, which has {has}"
+            )
+        rope_type = base_config.rope_parameters.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise InputError(
+                f"stage_kind: {self.name}; {base!r} has rotary positions of type {rope_type}, must be one of "
+                f"{', '.join(ROPE_TYPES)}"
+            )
+        window = getattr(base_config, "sliding_window", None)
+        if window is not None and window < settings.seq_len:
+            raise InputError(
+                f"seq_len: {settings.seq_len}; {base!r} attends to the last {window} tokens only, which a second look "
+                f"does not: must be at most {window}"
+            )
+
+    def needs(self, settings: RunSettings) -> BaseNeeds:
+        return BaseNeeds(
+            settings.reads, last_layers=settings.layers_per_stage, keys_and_values=settings.kv != "recompute"
+        )
+
+    def new(
+        self, settings: RunSettings, base_config: Any, passed: BasePass, before: Stage | None, number: int
+    ) -> SecondLookStage:
+        """A copy of the stage before, the first of the base's own layers."""
+        shape = SecondLookConfig.from_base(base_config, layers=settings.layers_per_stage)
+        weights = {**passed.layers, "norm.weight": passed.norm_D} if before is None else before.state_dict()
+        return SecondLookStage(shape, head_VD=passed.head_VD, weights=weights)
+
+    def empty(self, config: StageConfig, head_VD: Tensor | None = None) -> SecondLookStage:
+        assert isinstance(config, SecondLookConfig)
+        return SecondLookStage(config, head_VD=head_VD)
+
+    def recompute(
+        self, settings: RunSettings, base_config: Any, passed: BasePass, compute: Compute
+    ) -> Callable[[Tensor], Tensor] | None:
+        if settings.kv != "recompute":
+            return None
+        stage = self.new(settings, base_config, passed, None, 1)
+        frozen = stage.eval().requires_grad_(False).to(compute.device)
+        kv_dtype = passed.stores["train"].handed_on_dtype
+
+        def keys_and_values(hidden_BSD: Tensor) -> Tensor:
+            with compute.autocast():
+                return frozen.keys_and_values(hidden_BSD.to(compute.device)).to("cpu", kv_dtype)
+
+        return keys_and_values
+
+    def tokens(
+        self, stores: Sequence[HiddenStore], index_K: Tensor, recompute: Callable[[Tensor], Tensor] | None = None
+    ) -> SequenceTokens:
+        return SequenceTokens(stores, index_K, recompute)
+
+    def counts(self, config: StageConfig) -> SecondLookCounts:
+        return SecondLookCounts(config)
+
+    def memory(self, settings: RunSettings, config: StageConfig, width: int) -> SecondLookMemory:
+        return SecondLookMemory(settings, self.counts(config), width)
+
+
+KIND = SecondLook()

@@ -6,23 +6,61 @@ Shape legend: K hard tokens, D hidden size, U units, B sequences of a batch, S s
 heads, E head size; 2 is (key, value).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cascade_fast import ops
 from cascade_fast.base.hidden_store import HiddenStore
-from cascade_fast.stages.second_look import SequencePack
+
+
+@dataclass(frozen=True)
+class SequencePack:
+    """Hard tokens of whole sequences, and what stands in these sequences for them to attend to.
+
+    Attributes:
+        hidden_KD: residual stream before the stage's first layer, float.
+        position_K: true position, int64.
+        row_K: ``sequence * S + position`` within the pack, int64, ascending.
+        slot_K: ``sequence * Q + rank among the sequence's hard tokens``, int64: queries padded to Q a sequence.
+        queries: Q.
+        kv_BSL2GE: keys (rotated) and values of every token, as the exits before have left them; float.
+    """
+
+    hidden_KD: Tensor
+    position_K: Tensor
+    row_K: Tensor
+    slot_K: Tensor
+    queries: int
+    kv_BSL2GE: Tensor
+
+    def to(self, device: torch.device) -> "SequencePack":
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
+        return dataclasses.replace(self, **moved)
+
+    def mask(self) -> Tensor:
+        """``(B, 1, Q, S)`` bool: a query sees the keys up to its own position. Padding sees the first key, so that
+        its softmax is finite; nobody reads its output."""
+        sequences, seq_len = self.kv_BSL2GE.shape[:2]
+        position = self.position_K.new_zeros(sequences * self.queries).index_copy(0, self.slot_K, self.position_K)
+        keys_S = torch.arange(seq_len, device=position.device)
+        return (keys_S <= position[:, None]).view(sequences, 1, self.queries, seq_len)
 
 
 class StageTokens:
-    """Hard tokens that an appended stage takes each for itself.
+    """Hard tokens that a stage takes each for itself.
 
     Args:
         store: where they are.
         index_K: their rows, ``(K,)`` int64, ascending.
     """
+
+    batches_differ = False  # in the size of what they hold, beyond the last one
 
     def __init__(self, store: HiddenStore, index_K: Tensor) -> None:
         self.store = store
@@ -54,7 +92,7 @@ class StageTokens:
 
 
 class SequenceTokens(StageTokens):
-    """Hard tokens that a second look takes with their sequences.
+    """Hard tokens that a stage takes with their sequences, to attend to them.
 
     Args:
         stores: the base's, with every token of its sequences, then what each stage so far has left, with the tokens
@@ -62,6 +100,8 @@ class SequenceTokens(StageTokens):
         index_K: rows of the hard tokens in the last store, ``(K,)`` int64, ascending, K >= 1.
         recompute: ``hidden (B, S, D) -> kv (B, S, L, 2, G, E)`` of the base, where its store has no ``kv``.
     """
+
+    batches_differ = True
 
     def __init__(
         self, stores: Sequence[HiddenStore], index_K: Tensor, recompute: Callable[[Tensor], Tensor] | None = None
@@ -123,16 +163,6 @@ class SequenceTokens(StageTokens):
             place_J = torch.arange(len(sequence_B)).repeat_interleave(count_B) * self.seq_len + store["position"][row_J]
             kv_NL2GE[place_J] = store["kv"][row_J]
         return kv_BSL2GE
-
-
-def stage_tokens(
-    kind: str,
-    stores: Sequence[HiddenStore],
-    index_K: Tensor,
-    recompute: Callable[[Tensor], Tensor] | None = None,
-) -> StageTokens:
-    """The tokens ``index_K`` of the last of ``stores``, for a stage of ``kind``."""
-    return SequenceTokens(stores, index_K, recompute) if kind == "second-look" else StageTokens(stores[-1], index_K)
 
 
 def _ranges(start_B: Tensor, count_B: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from cascade_fast import ops
 from cascade_fast.base.base_pass import BasePass
 from cascade_fast.base.model import BaseModel
 from cascade_fast.base.texts import TokenBlocks
-from cascade_fast.model.configuration import MODEL_CRITERIA
+from cascade_fast.criteria import model_criteria
 from cascade_fast.reporting.report import advice
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.console import format_count, say, say_table
@@ -82,7 +82,7 @@ def say_next(folder: Path) -> None:
     results = read_json(folder / "results.json", needs=("final", "settings"))
     if results["final"]["stages_kept"] == 0:
         say("\n".join(advice(results)).replace("`", ""))
-    elif results["settings"]["criterion"] in MODEL_CRITERIA:
+    elif results["settings"]["criterion"] in model_criteria():
         run = shlex.quote(str(folder))
         say("next:")
         say(f'  python -m cascade_fast.generate {run} "Your text" --compare-base')

@@ -24,8 +24,9 @@ import torch
 
 from cascade_fast import __version__
 from cascade_fast.base.model import BaseModel
+from cascade_fast.criteria import model_criteria
 from cascade_fast.input_checks import InputError
-from cascade_fast.model.configuration import MODEL_CRITERIA, CascadeConfig
+from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.planning.plan import RunPlan
 from cascade_fast.reporting.heat_map import write_heat_map
 from cascade_fast.reporting.report import write_report
@@ -221,7 +222,7 @@ class RunFolder:
     def _model_config(self, results: dict[str, Any], stages: list[ExitStage], base: BaseModel) -> dict[str, Any]:
         """The run's record together with the cascade's configuration: the folder loads as a model."""
         record = self.record
-        if results["settings"]["criterion"] not in MODEL_CRITERIA:  # loading it says so
+        if results["settings"]["criterion"] not in model_criteria():  # loading it says so
             return {**record, "model_type": CascadeConfig.model_type, "criterion": results["settings"]["criterion"]}
         final, tokens = results["final"], results["tokens"]
         ppl = {
