@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kBlock = 256;        // values that share a scale
 constexpr int64_t kBlocksAtOnce = 64;  // that a thread takes
 
-// --- the dynamic map: values, and the code nearest to a value ---------------------------------------------------------
+// --- the dynamic map: values, and the code nearest to a value --------------------------------------------------------
 
 constexpr int kDecades = 7;  // 1e-7 to 1, in powers of ten
 
@@ -145,7 +145,7 @@ CASCADE_INLINE void encode(const typename V::Floats& x, float inverse, uint8_t* 
   std::memcpy(codes, &bytes, sizeof(bytes));
 }
 
-// --- a block ----------------------------------------------------------------------------------------------------------
+// --- a block ---------------------------------------------------------------------------------------------------------
 
 struct Rates {  // of one step of one tensor
   float beta1, rest1, beta2, rest2;  // rest = 1 - beta
@@ -219,7 +219,7 @@ CASCADE_INLINE void step_block(const Rates rates, float* param, const G* grad, f
   }
 }
 
-// --- a tensor ---------------------------------------------------------------------------------------------------------
+// --- a tensor --------------------------------------------------------------------------------------------------------
 
 struct Job {
   float* param;

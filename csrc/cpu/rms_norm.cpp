@@ -1,7 +1,7 @@
 // rms_norm and its gradients, each in one pass: float32 in, float32 inside, rounded once to the compute dtype.
 //
-// Plain loops that the compiler vectorises, for each instruction set by itself: the Vectors of targets.h go unused. Sums
-// go into kLanes partial sums, because the compiler may not reorder additions by itself.
+// Plain loops that the compiler vectorises, for each instruction set by itself: the Vectors of targets.h go unused.
+// Sums go into kLanes partial sums, because the compiler may not reorder additions by itself.
 //
 // Shape legend: N rows, D hidden size, P parts of kRowsPerPart rows.
 #include "targets.h"

@@ -1,6 +1,7 @@
-// The instruction sets of x86-64 that a body is compiled for (AVX-512, AVX2 and the SSE2 baseline), each with vectors of
-// its own width, and the choice among them at run time. One body with vectors of 16 floats for all is shorter, but GCC 12
-// splits them through the stack: AVX2 then reached 0.4 to 0.6 of the memory's bandwidth. Elsewhere the baseline is all.
+// The instruction sets of x86-64 that a body is compiled for (AVX-512, AVX2 and the SSE2 baseline), each with vectors
+// of its own width, and the choice among them at run time. One body with vectors of 16 floats for all is shorter, but
+// GCC 12 splits them through the stack: AVX2 then reached 0.4 to 0.6 of the memory's bandwidth. Other processors get
+// the baseline.
 //
 // A body is a struct of its arguments with one member, which works on the items [begin, end):
 //

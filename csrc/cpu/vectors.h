@@ -1,5 +1,5 @@
-// What bodies do with the vectors of an instruction set (targets.h): load, convert, round, store, reduce. All results are
-// written through references: a vector returned by value would tie the function to one instruction set's calling
+// What bodies do with the vectors of an instruction set (targets.h): load, convert, round, store, reduce. All results
+// are written through references: a vector returned by value would tie the function to one instruction set's calling
 // convention.
 #pragma once
 
@@ -11,7 +11,7 @@
 namespace cascade_fast {
 namespace {  // as in targets.h
 
-// --- one vector, in the order of memory -------------------------------------------------------------------------------
+// --- one vector, in the order of memory ------------------------------------------------------------------------------
 
 // Unsigned integers as 32 bits. GCC makes one instruction of such a loop, and dozens of __builtin_convertvector.
 template <class V, class T>
@@ -58,11 +58,11 @@ CASCADE_INLINE void store(float* p, const typename V::Floats& x) {
   std::memcpy(p, &x, sizeof(x));
 }
 
-// --- two vectors at once ----------------------------------------------------------------------------------------------
+// --- two vectors at once ---------------------------------------------------------------------------------------------
 
-// The next V::kStep values. 16-bit values are read as 32-bit words and split into lower and upper halves, so even and odd
-// columns part: the order within a row is the same for all arrays of one dtype, which is all that sums of products ask
-// for.
+// The next V::kStep values. 16-bit values are read as 32-bit words and split into lower and upper halves, so even and
+// odd columns part: the order within a row is the same for all arrays of one dtype, which is all that sums of products
+// ask for.
 template <class V>
 CASCADE_INLINE void load_pair(const float* p, typename V::Floats& x, typename V::Floats& y) {
   load<V>(p, x);
@@ -133,7 +133,7 @@ CASCADE_INLINE void store_pair(Half* p, const typename V::Floats& x, const typen
   std::memcpy(static_cast<void*>(p), &words, sizeof(words));
 }
 
-// --- reductions -------------------------------------------------------------------------------------------------------
+// --- reductions ------------------------------------------------------------------------------------------------------
 
 template <class V>
 CASCADE_INLINE float sum(const typename V::Floats& v) {
@@ -145,8 +145,8 @@ CASCADE_INLINE float sum(const typename V::Floats& v) {
   return lane[0];
 }
 
-// A NaN is passed over, unless it is the first. Not through memory, as sum: adamw8bit with float16 gradients was then 13 %
-// slower on AVX2 (GCC 12).
+// A NaN is passed over, unless it is the first. Not through memory, as sum: adamw8bit with float16 gradients was then
+// 13 % slower on AVX2 (GCC 12).
 template <class V>
 CASCADE_INLINE float max(const typename V::Floats& v) {
   float most = v[0];

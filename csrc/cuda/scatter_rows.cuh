@@ -1,4 +1,4 @@
-// scatter_rows: a copy of `into` with some rows replaced, or increased. An inverse index says where each row comes from.
+// scatter_rows: a copy of `into` with some rows replaced, or increased. An inverse index says where a row comes from.
 #pragma once
 
 #include "rows.cuh"
