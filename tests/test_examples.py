@@ -87,6 +87,14 @@ def test_the_links_of_the_pages_lead_somewhere(page):
             assert anchor in names, target
 
 
+@pytest.mark.parametrize("page", [page for page in LINKING if page not in RECORDS])
+def test_files_that_the_pages_name_exist(page):
+    text = (ROOT / page).read_text()
+    folders = "cascade_fast|csrc|kernels|tests|benchmarks|examples|tools|docs"
+    named = re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]+\.\w+)", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_the_readme_leads_to_every_page():
     readme = (ROOT / "README.md").read_text()
     assert [page for page in PAGES if page.startswith("docs/") and page not in readme] == []
