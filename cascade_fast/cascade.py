@@ -22,8 +22,7 @@ from cascade_fast.criteria import get_criterion
 from cascade_fast.model.configuration import finished_run_config
 from cascade_fast.planning.ledger import compute_ledger, matmul_rate, stage_work
 from cascade_fast.planning.memory import MemoryPlan
-from cascade_fast.planning.roofline import plan_for_run
-from cascade_fast.planning.run_plan import settle_kv
+from cascade_fast.planning.plan import plan_run
 from cascade_fast.records import (
     BaseRecord,
     CascadeFinal,
@@ -378,31 +377,30 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     blocks = load_blocks(settings, base.tokenizer())
     settings = blocks.settle(settings)
     release_memory()  # of tokenization
-    why: list[str] = []
-    settle = functools.partial(settle_kv, settings, base, blocks, compute, why)
     record = RunRecord(
         settings=settings.to_dict(),
         fingerprints={"base": base.fingerprint, "data": blocks.fingerprint()},
         versions=package_versions(),
         machine=describe_machine(compute),
     )
-    with RunFolder.open(settings, record, settle) as folder:
-        if folder.finished:
+    folder = RunFolder.find(settings, record)
+    plan = None if folder.finished else plan_run(settings, base, blocks, compute, folder.path, folder.record.kv)
+    with folder.open(kv=folder.record.kv if plan is None else plan.settings.kv):
+        if plan is None or folder.finished:
             folder.check()
             folder.clean()
             say(f"finished already: {folder.report}")
             return folder
-        settings = dataclasses.replace(settings, kv=folder.record.kv or settings.kv)
+        settings = plan.settings
         say_start(settings, folder, base, blocks, compute)
-        plan, lines = plan_for_run(settings, base.config, compute)
-        for line in [*lines, *why]:
+        for line in plan.lines():
             say(line)
         passed = base_pass(base, blocks, settings, base_needs(settings), compute, cache_folder(settings))
         say_base_pass(passed)
         passed = dataclasses.replace(passed, head_VD=passed.head_VD.to(compute.device))  # once, for all stages
-        run = CascadeRun(settings, folder, base, passed, compute, folder.log, deadline, plan.micro_batch_tokens)
+        run = CascadeRun(settings, folder, base, passed, compute, folder.log, deadline, plan.memory.micro_batch_tokens)
         run.train()
-        results, tokens = run.results(started, plan), run.heat_map(blocks.ids["val"])
+        results, tokens = run.results(started, plan.memory), run.heat_map(blocks.ids["val"])
         write_json(folder.config, finished_run_config(folder.record, results, base, run.stages))
         write_heat_map(folder.path, tokens)
         write_results(folder.path, results)

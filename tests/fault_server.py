@@ -34,7 +34,7 @@ def main() -> None:
     import torch
     import transformers
 
-    from cascade_fast.planning.roofline import this_machine
+    from cascade_fast.planning.devices import this_machine
     from cascade_fast.runtime.compute import Compute
 
     _ = transformers.LlamaForCausalLM, transformers.AutoTokenizer, transformers.DynamicCache, transformers.TextStreamer

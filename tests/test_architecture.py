@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 # before it.
 ORDER = [
     "input_checks", "settings", "records", "resume", "ops", "runtime", "losses", "selection", "criteria",
-    "hard_token_gather", "base", "stages", "planning", "model", "auto_classes", "reporting", "training", "cascade", "comparison",
-    "command_line", "commands",
+    "hard_token_gather", "base", "stages", "planning", "model", "auto_classes", "reporting", "training", "cascade",
+    "comparison", "command_line", "commands",
 ]  # fmt: skip
 COMMANDS = {"train", "generate", "evaluate", "plan", "report", "sweep", "baselines", "env", "harness"}
 SOURCES = sorted((ROOT / "cascade_fast").rglob("*.py"))
@@ -99,6 +99,14 @@ def test_kernels_need_torch_and_triton_only():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert {n.split(".")[0] for n in names} <= allowed, path
+
+
+def test_readme_and_contributing_have_the_packages_in_this_order():
+    parts = [part for part in ORDER if part != "commands"]
+    tree = re.findall(r"^    (\w+)(?:\.py|/) ", (ROOT / "README.md").read_text(), re.MULTILINE)
+    table = re.findall(r"^\| `(\w+)/?` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert [name for name in tree if name in parts] == parts
+    assert [name for name in table if name in parts] == parts
 
 
 def test_kernels_is_no_package_of_that_name():

@@ -12,11 +12,12 @@ training/, hidden/  checkpoints and hidden states of a run under way; removed wh
 Runs of earlier versions also have cascade.json and stages/<n>/config.json, which nobody reads.
 """
 
+import contextlib
 import dataclasses
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -63,51 +64,51 @@ def write_results(folder: Path, results: RunResults | FullFinetuneResults) -> No
 class RunFolder:
     """Locked for one process while open; use as a context manager.
 
-    ``record`` is what ``config.json`` says of the run.
+    ``record`` is what ``config.json`` says of the run; ``now``, what it would say of one that began now; ``new``,
+    whether this one does.
     """
 
-    def __init__(self, path: Path, record: RunRecord) -> None:
-        self.path = path
-        self.record = record
+    def __init__(self, path: Path, record: RunRecord, *, now: RunRecord, new: bool) -> None:
+        self.path, self.record = path, record
+        self.now, self.new = now, new
         self.log = MetricsLog(path / "metrics.jsonl")
         self._lock: filelock.BaseFileLock | None = None
 
     @classmethod
-    def open(
-        cls,
-        settings: RunSettings,
-        record: RunRecord,
-        settle: Callable[[Path, str | None], str] = lambda _path, kv: kv or "store",
-    ) -> "RunFolder":
-        """The folder of a new run, or of the one to go on with.
+    def find(cls, settings: RunSettings, now: RunRecord) -> "RunFolder":
+        """The folder of a new run, or of the one to go on with. Nothing in it is touched.
 
         Args:
-            settings: of the run, ``record``'s among them.
-            record: of the run as it would begin now.
-            settle: called with the folder and what ``kv`` was settled to before, if it was; returns what it is. May
-                raise InputError.
+            now: the record of the run as it would begin now.
 
         Raises:
-            InputError: the folder is something else, holds a run that may not be resumed (and how it differs), cannot
-                be written, or is in use by another process. Nothing in it has been touched then.
+            InputError: the folder is something else, holds a run that may not be resumed (and how it differs), or
+                cannot be read.
         """
         path = _choose(settings)
+        with _usable(path):
+            found = _found(path, settings.resume, now)
+        return cls(path, now if found is None else found, now=now, new=found is None)
+
+    def open(self, *, kv: str | None) -> "RunFolder":
+        """Locks the folder, cleans up after a process that was killed, and begins the records of a new run.
+
+        Args:
+            kv: what ``kv: auto`` is settled to.
+
+        Raises:
+            InputError: it cannot be written, or is in use by another process. Nothing in it has been touched then.
+        """
+        self.record = dataclasses.replace(self.record, kv=kv)
+        with _usable(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
         try:
-            found = _found(path, settings.resume, record)
-            kv = None if found is None else found.kv
-            if found is None or not is_finished(path):  # a finished run takes no more room
-                kv = settle(path, kv)
-            path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path, dataclasses.replace(record if found is None else found, kv=kv))
-            folder._acquire()
-        except OSError as error:
-            raise InputError(f"out: {str(path)!r}; cannot be used: {error.strerror or error}") from error
-        try:
-            folder._start(record, new=found is None, preset=settings.preset)
+            self._start()
         except BaseException:
-            folder.__exit__()
+            self.__exit__()
             raise
-        return folder
+        return self
 
     def _acquire(self) -> None:
         file = self.path / LOCK
@@ -118,19 +119,18 @@ class RunFolder:
         except LockHeld as held:
             raise InputError(f"out: {str(self.path)!r}; another process is training there{held.hint}") from None
 
-    def _start(self, now: RunRecord, *, new: bool, preset: str) -> None:
-        """Cleans up after a process that was killed, and begins the records of a new run."""
+    def _start(self) -> None:
         clear_temporaries(self.path)
-        if new:
+        if self.new:
             write_json(self.config, self.record.to_dict())
         elif not self.finished:
-            for line in version_notes(self.record, now):
+            for line in version_notes(self.record, self.now):
                 say(line)
         if self.log.first_line_size() == 0 and not self.finished:
             if any(self.path.glob("training/*")):
                 say(f"note: {self.log.path.name} is missing or damaged; its records so far are lost")
             self.log.truncate(0)
-            self.log.write("start", preset=preset)
+            self.log.write("start", preset=self.record.settings["preset"])
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -209,6 +209,15 @@ class RunFolder:
     def clean(self) -> None:
         for name in ("training", "hidden"):
             shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """Raises InputError where the system does not let us use the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"out: {str(path)!r}; cannot be used: {error.strerror or error}") from error
 
 
 def is_finished(path: Path) -> bool:
