@@ -23,7 +23,7 @@ PLAIN_SIZES = SIZES[:6]  # beyond them the plain step takes gigabytes
 
 
 def forward_backward(trainer: StageTrainer, tokens: int, *, plain: bool) -> None:
-    stage, dtype = trainer.stage, trainer.dtype
+    stage, dtype = trainer.module, trainer.compute.dtype
     inputs, label_N = trainer.train.batch(torch.arange(tokens), trainer.device)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         _, normed_ND = stage(inputs)

@@ -67,7 +67,7 @@ def steps(settings: RunSettings, store: HiddenStore, folder: Path, dtype: torch.
     def step() -> int:
         nonlocal done
         done += 1
-        return trainer._train_step(batches[done % (len(batches) - 1)])
+        return trainer.train_step(batches[done % (len(batches) - 1)])
 
     return step
 

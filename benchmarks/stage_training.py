@@ -42,7 +42,8 @@ from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.settings import RunSettings, make_settings
 from cascade_fast.stages.append import AppendedStage
 from cascade_fast.stages.stage import StageConfig
-from cascade_fast.training.stage_trainer import StageTokens, StageTrainer
+from cascade_fast.stages.tokens import StageTokens
+from cascade_fast.training.stage_trainer import StageTrainer
 
 CPU = torch.device("cpu")
 LAYERS, TOKENS, BLOCKS, SEQ_LEN = 8, 8192, 16, 128
@@ -130,7 +131,7 @@ def steps_of(trainer: StageTrainer, count: int) -> Callable[[], None]:
     def run() -> None:
         nonlocal done
         for _ in range(count):
-            trainer._train_step(batches[done % (len(batches) - 1)])
+            trainer.train_step(batches[done % (len(batches) - 1)])
             done += 1
 
     return run

@@ -32,7 +32,8 @@ from cascade_fast.stages.exits import evaluate_exits
 from cascade_fast.stages.kind import base_needs
 from cascade_fast.stages.stage import StageConfig
 from cascade_fast.stages.tokens import StageTokens
-from cascade_fast.training.stage_trainer import StageTrainer, validation_loss
+from cascade_fast.training.stage_trainer import StageTrainer
+from cascade_fast.training.trainer import validation_loss
 
 CPU = torch.device("cpu")
 LAYERS = 8

@@ -41,7 +41,8 @@ from cascade_fast.stages.stage import Stage
 from cascade_fast.stages.tokens import StageTokens
 from cascade_fast.training.messages import say_base_pass, say_stage, say_start, say_summary
 from cascade_fast.training.run_folder import RunFolder
-from cascade_fast.training.stage_trainer import StageTrainer, StageTraining
+from cascade_fast.training.stage_trainer import StageTrainer
+from cascade_fast.training.trainer import TrainingHistory
 
 EXIT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the tokens that arrive; tried on validation
 
@@ -193,7 +194,7 @@ class CascadeRun:
             self.records.append(done)
         return done
 
-    def _train_stage(self, stage: Stage, number: int, hard: StageTokens, hard_val: StageTokens) -> StageTraining:
+    def _train_stage(self, stage: Stage, number: int, hard: StageTokens, hard_val: StageTokens) -> TrainingHistory:
         trainer = StageTrainer(
             stage,
             hard,
@@ -230,7 +231,7 @@ class CascadeRun:
         best = min(range(len(entries)), key=lambda i: evaluations[i].perplexity)
         return entries[best], evaluations[best]
 
-    def _judge(self, training: StageTraining, evaluation: ExitEvaluation | None) -> tuple[bool, str]:
+    def _judge(self, training: TrainingHistory, evaluation: ExitEvaluation | None) -> tuple[bool, str]:
         """Whether the stage is kept, and the sentence that says why."""
         if evaluation is None:
             return False, f"rejected: no epoch ended with a finite loss ({training.stopped})"

@@ -110,7 +110,7 @@ def run_command(work: Callable[[], int | None], *, debug: bool, again: str | Non
         # Imported here: a mistake in the flags is answered before torch is loaded.
         from cascade_fast.cascade import NonFiniteLoss
         from cascade_fast.selection import NonFiniteScores
-        from cascade_fast.training.stage_trainer import Interrupted
+        from cascade_fast.training.trainer import Interrupted
 
         if isinstance(error, Interrupted):
             print(f"interrupted ({error}), saved; {again} goes on", file=sys.stderr)

@@ -11,9 +11,7 @@ from typing import Any
 
 from cascade_fast.command_line import add_model_arguments, add_run_argument, run_command
 from cascade_fast.input_checks import InputError
-from cascade_fast.settings import RESUME_MAY_CHANGE, make_settings, saved_settings
-
-SPLITS = ("train", "val", "test")
+from cascade_fast.settings import RESUME_MAY_CHANGE, SPLITS, make_settings, saved_settings
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from cascade_fast import ops
 
+LARGEST_LOSS = 700.0  # nats; exp(710) is no float
 CHUNK_BYTES = 48 * 2**20  # of logits: 512 tokens of a vocabulary of 49,152 in 16 bit
+
+
+def perplexity(mean_loss: float | Tensor) -> float:
+    """``exp`` of a mean cross-entropy in nats, as a number (0-d tensor: float64); above 700 as of 700, NaN as NaN."""
+    if isinstance(mean_loss, Tensor):  # torch's exp and Python's may differ in the last bit: each stays what it was
+        return mean_loss.clamp(max=LARGEST_LOSS).exp().item()
+    return math.exp(min(mean_loss, LARGEST_LOSS))
 
 
 def chunk_tokens(vocab_size: int, dtype: torch.dtype) -> int:

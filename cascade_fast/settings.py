@@ -23,6 +23,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_QUANTIZATIONS = ("none", "nf4")
 EXIT_THRESHOLDS = ("trained", "validation")
 LR_SCHEDULES = ("constant", "linear", "cosine")
+SPLITS = ("train", "val", "test")  # of the blocks of a text
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,42 @@ STAGE_KINDS = {
 ALL = -1  # ``all`` as a number of blocks; once the text is read its real number takes its place
 
 
+# The recipe of the original experiment: random layers with a head of their own, tokens in batches of 32, fp32.
+SEED_PRESET: dict[str, Any] = {
+    "dataset": "tatsu-lab/alpaca",
+    "train_blocks": 1000,
+    "val_blocks": 100,
+    "test_blocks": 0,
+    "shuffle": "off",
+    "dtype": "float32",
+    "store_dtype": "float32",
+    "hard_ratio": 0.9,
+    "criterion": "cosine",
+    "val_selection": "quantile",
+    "num_stages": 5,
+    "init": "random",
+    "head": "own",
+    "accept": "always",
+    "epochs": 10,
+    "batch_tokens": 32,
+    "lr": 1e-4,
+    "lr_schedule": "constant",
+    "warmup_steps": 0,
+    "grad_clip": 0.0,
+    "patience": 1,
+}
+# The best perplexity for the training: see docs/log.md, 2026-11-24.
+SECOND_LOOK_PRESET: dict[str, Any] = {
+    "stage_kind": "second-look",
+    "num_stages": 1,
+    "layers_per_stage": 16,
+    "epochs": 1,
+    "batch_tokens": 256,
+    "lr": 2e-4,
+}
+PRESETS: dict[str, dict[str, Any]] = {"warm": {}, "second-look": SECOND_LOOK_PRESET, "seed": SEED_PRESET}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Every setting of a cascade run. Defaults are those of the preset ``warm``; see :data:`PRESETS`.
@@ -56,9 +93,7 @@ class RunSettings:
         InputError: on a value out of range, before any work is done.
     """
 
-    preset: str = _setting(
-        "warm", "run", "recipe to start from; every flag given overrides it", choices=("seed", "warm", "second-look")
-    )
+    preset: str = _setting("warm", "run", "recipe to start from; every flag given overrides it", choices=tuple(PRESETS))
     out: str | None = _setting(None, "run", "folder of the run (default: runs/<time>-<preset>)")
     resume: str = _setting(
         "never",
@@ -276,41 +311,6 @@ def _plain(f: "dataclasses.Field[Any]", value: Any) -> Any:
         return "all"
     return list(value) if isinstance(value, tuple) else value
 
-
-# The recipe of the original experiment: random layers with a head of their own, tokens in batches of 32, fp32.
-SEED_PRESET: dict[str, Any] = {
-    "dataset": "tatsu-lab/alpaca",
-    "train_blocks": 1000,
-    "val_blocks": 100,
-    "test_blocks": 0,
-    "shuffle": "off",
-    "dtype": "float32",
-    "store_dtype": "float32",
-    "hard_ratio": 0.9,
-    "criterion": "cosine",
-    "val_selection": "quantile",
-    "num_stages": 5,
-    "init": "random",
-    "head": "own",
-    "accept": "always",
-    "epochs": 10,
-    "batch_tokens": 32,
-    "lr": 1e-4,
-    "lr_schedule": "constant",
-    "warmup_steps": 0,
-    "grad_clip": 0.0,
-    "patience": 1,
-}
-# The best perplexity for the training: see docs/log.md, 2026-11-24.
-SECOND_LOOK_PRESET: dict[str, Any] = {
-    "stage_kind": "second-look",
-    "num_stages": 1,
-    "layers_per_stage": 16,
-    "epochs": 1,
-    "batch_tokens": 256,
-    "lr": 2e-4,
-}
-PRESETS: dict[str, dict[str, Any]] = {"warm": {}, "second-look": SECOND_LOOK_PRESET, "seed": SEED_PRESET}
 
 _FIELDS = {f.name: f for f in dataclasses.fields(RunSettings)}
 # What may differ between a run and its resumption: where things lie and when to stop, not what is computed.

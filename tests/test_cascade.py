@@ -27,7 +27,7 @@ from cascade_fast.stages.append import AppendedStage
 from cascade_fast.stages.exits import ExitStage, evaluate_exits, run_stage
 from cascade_fast.stages.kind import base_needs
 from cascade_fast.stages.stage import StageConfig
-from cascade_fast.training.stage_trainer import StageTraining, epoch_order
+from cascade_fast.training.trainer import TrainingHistory, epoch_order
 
 sys.path.append(str(Path(__file__).parent.parent))
 from benchmarks.naive_loop import naive_losses, naive_stage
@@ -192,15 +192,15 @@ def test_time_is_up(tiny_settings, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_keeps_the_best_and_says_what_to_try(tiny_settings, tmp_path, monkeypatch):
-    from cascade_fast.training import stage_trainer
+    from cascade_fast.training import trainer
 
-    real, steps = stage_trainer.linear_cross_entropy, []
+    real, steps = trainer.linear_cross_entropy, []
 
     def explodes_in_epoch_two(*args, **kwargs):
         steps.append(1)
         return real(*args, **kwargs) * (math.inf if len(steps) > 14 else 1.0)
 
-    monkeypatch.setattr(stage_trainer, "linear_cross_entropy", explodes_in_epoch_two)
+    monkeypatch.setattr(trainer, "linear_cross_entropy", explodes_in_epoch_two)
     with pytest.raises(NonFiniteLoss, match=r"the loss is not finite.*Try a lower --lr"):
         _run(tiny_settings, tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -298,11 +298,11 @@ def test_the_seed_preset_trains_as_the_naive_loop_does(tiny_settings, tmp_path):
             "epochs": 1,
         }
     )
-    from cascade_fast.training import stage_trainer
+    from cascade_fast.training import trainer
 
     losses: list[float] = []
     initial: dict[str, torch.Tensor] = {}
-    real_step, real_stage = stage_trainer.linear_cross_entropy, module.CascadeRun._new_stage
+    real_step, real_stage = trainer.linear_cross_entropy, module.CascadeRun._new_stage
 
     def record_loss(*args, **kwargs):
         loss = real_step(*args, **kwargs)
@@ -315,7 +315,7 @@ def test_the_seed_preset_trains_as_the_naive_loop_does(tiny_settings, tmp_path):
         return stage
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage_trainer, "linear_cross_entropy", record_loss)
+        patch.setattr(trainer, "linear_cross_entropy", record_loss)
         patch.setattr(module.CascadeRun, "_new_stage", record_stage)
         run_cascade(settings)
 
@@ -349,7 +349,7 @@ def test_the_seed_preset_s_counts_at_the_seed_s_sizes(tmp_path, monkeypatch):
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": t}) + "\n" for t in english_texts(1110, 300)))
     monkeypatch.setattr(
-        module.StageTrainer, "run", lambda self: StageTraining(best_epoch=1, best_val_loss=1.0, stopped="stub")
+        module.StageTrainer, "run", lambda self: TrainingHistory(best_epoch=1, best_val_loss=1.0, stopped="stub")
     )
     run, results = _run(
         {

@@ -12,8 +12,8 @@ from cascade_fast.base.texts import load_blocks
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import make_settings
-from cascade_fast.training import full_finetune as module
-from cascade_fast.training.full_finetune import FullFinetune, full_finetune
+from cascade_fast.training import trainer
+from cascade_fast.training.full_finetune import BlockTokens, FullFinetune, WholeModel, full_finetune
 
 CPU = torch.device("cpu")
 
@@ -26,15 +26,21 @@ def _config(settings, out, **changes):
 def test_a_step_is_torch_s_own(tiny_settings, tmp_path, tied):
     from conftest import save_tiny_base
 
-    config = _config(tiny_settings, tmp_path, base=str(save_tiny_base(tmp_path / "b", tie_word_embeddings=tied)))
+    schedule = {"epochs": 2, "batch_tokens": 64, "lr_schedule": "linear", "warmup_steps": 0}  # 1e-3, then 5e-4
+    base = str(save_tiny_base(tmp_path / "b", tie_word_embeddings=tied))
+    config = _config(tiny_settings, tmp_path, base=base, **schedule)
     base = find_base(config)
     ids = load_blocks(config, base.tokenizer()).ids["train"][:2]
     ours = base.load(CPU, torch.float32).requires_grad_(True)
     plain = base.load(CPU, torch.float32).requires_grad_(True)
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
-    trainer = FullFinetune(ours, config, compute=Compute(CPU, torch.float32), folder=tmp_path, started=0.0)
+    blocks = BlockTokens(ids)
+    full = FullFinetune(
+        WholeModel(ours), blocks, blocks, config, compute=Compute(CPU, torch.float32), folder=tmp_path, started=0.0
+    )
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=config.weight_decay)
-    for lr in (1e-3, 5e-4):
+    for step, lr in enumerate((1e-3, 5e-4)):
+        full.step = step
         for group in optimizer.param_groups:
             group["lr"] = lr
         logits = plain(input_ids=ids[:, :-1].long()).logits
@@ -43,7 +49,11 @@ def test_a_step_is_torch_s_own(tiny_settings, tmp_path, tied):
         nn.utils.clip_grad_norm_(plain.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        torch.testing.assert_close(trainer.step(ids, lr), expected.detach())
+        before = full.totals.clone()
+        assert full.train_step(torch.arange(2)) == 2 * 32
+        loss_sum, tokens, not_finite = (full.totals - before).tolist()
+        assert (tokens, not_finite) == (2 * 32, 0)
+        torch.testing.assert_close(torch.tensor(loss_sum / tokens), expected.detach())
     for (name, got), want in zip(ours.named_parameters(), plain.parameters(), strict=True):
         # AdamW divides by the gradient's own size: where that is nearly 0, rounding moves a weight by parts of lr.
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -79,13 +89,13 @@ def test_training_that_does_not_help_leaves_the_base(tiny_settings, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_leaves_the_best_before_it(tiny_settings, tmp_path, monkeypatch):
-    step, calls = FullFinetune.step, []
+    real, calls = trainer.linear_cross_entropy, []
 
-    def diverging(self, ids_BT, lr):
-        calls.append(lr)
-        return step(self, ids_BT, lr) * (1.0 if len(calls) <= 20 else math.nan)
+    def diverging(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs) * (1.0 if len(calls) <= 20 else math.nan)
 
-    monkeypatch.setattr(module.FullFinetune, "step", diverging)
+    monkeypatch.setattr(trainer, "linear_cross_entropy", diverging)
     results = json.loads((full_finetune(_config(tiny_settings, tmp_path / "full")) / "results.json").read_text())
     assert (results["stopped"], results["best_epoch"], len(results["epochs"])) == ("non-finite loss", 1, 1)
     assert results["final"]["all_token_val_ppl"] == results["epochs"][0]["val_ppl"]

@@ -20,10 +20,9 @@ from cascade_fast.settings import make_settings
 def test_flops_of_a_step_are_those_counted(tmp_path, preset):
     trainer = _trainer(tmp_path / "run", preset=preset)
     with FlopCounterMode(display=False) as counter:
-        trainer._train_step(torch.arange(32))
-    assert counter.get_total_flops() == 32 * Shape.from_settings(
-        trainer.config, tiny_llama_config()
-    ).counts.training_flops(128)
+        trainer.train_step(torch.arange(32))
+    counts = Shape.from_settings(trainer.settings, tiny_llama_config()).counts
+    assert counter.get_total_flops() == 32 * counts.training_flops(128)
 
 
 def test_flops_of_the_original_recipe_are_those_of_transformers_layers():

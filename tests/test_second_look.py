@@ -28,8 +28,8 @@ from cascade_fast.stages.exits import ExitStage, advance, evaluate_exits
 from cascade_fast.stages.kind import base_needs, find_base_for_stages
 from cascade_fast.stages.second_look import KIND, SecondLookConfig, SecondLookStage
 from cascade_fast.stages.tokens import SequenceTokens
-from cascade_fast.training import stage_trainer
-from cascade_fast.training.stage_trainer import epoch_order, validation_loss
+from cascade_fast.training import trainer
+from cascade_fast.training.trainer import epoch_order, validation_loss
 
 CPU = torch.device("cpu")
 HOW = {"criterion": get_criterion("entropy"), "compute": Compute(CPU, torch.float32)}
@@ -147,16 +147,14 @@ def test_a_changed_stage_is_what_it_is_on_paper(look_settings, tmp_path, hard_ra
 
 def test_everything_hard_is_fine_tuning_the_last_layers(look_settings, tmp_path, monkeypatch):
     """r = 1: the losses of 20 steps are those of a plain loop over transformers' model, the rest of it frozen."""
-    from cascade_fast.training import stage_trainer
-
-    real, losses = stage_trainer.linear_cross_entropy, []
+    real, losses = trainer.linear_cross_entropy, []
 
     def record(*args, **kwargs):
         loss = real(*args, **kwargs)
         losses.append(loss.item())
         return loss
 
-    monkeypatch.setattr(stage_trainer, "linear_cross_entropy", record)
+    monkeypatch.setattr(trainer, "linear_cross_entropy", record)
     changes = {
         "hard_ratio": 1.0,
         "num_stages": 1,
@@ -373,9 +371,9 @@ def test_in_sixteen_bit_too(look_settings, tmp_path, dtype):
 @pytest.mark.parametrize(("kind", "trims"), [("second-look", True), ("append", False)])
 def test_memory_goes_back_to_the_system_within_an_epoch(look_settings, tmp_path, monkeypatch, kind, trims):
     """Packs differ in size, and what one has freed seldom fits the next; tokens of an appended stage's batch do not."""
-    monkeypatch.setattr(stage_trainer, "TRIM_STEPS", 2)
+    monkeypatch.setattr(trainer, "TRIM_STEPS", 2)
     trimmed = []
-    monkeypatch.setattr(stage_trainer, "trim_host_memory", lambda: trimmed.append(True))
+    monkeypatch.setattr(trainer, "trim_host_memory", lambda: trimmed.append(True))
     run, _ = _run(look_settings, tmp_path / "run", stage_kind=kind, num_stages=1, epochs=1, batch_tokens=32)
     events = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     steps = max(event["step"] for event in events if event["event"] == "steps")

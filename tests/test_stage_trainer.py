@@ -13,8 +13,9 @@ from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.settings import make_settings
 from cascade_fast.stages.append import AppendedStage
 from cascade_fast.stages.stage import StageConfig
+from cascade_fast.stages.tokens import StageTokens
 from cascade_fast.training.optimizers import learning_rate
-from cascade_fast.training.stage_trainer import StageTokens, StageTrainer
+from cascade_fast.training.stage_trainer import StageTrainer
 
 TOKENS = 96
 
@@ -51,10 +52,10 @@ def test_a_batch_in_parts_is_the_batch(tmp_path, preset, parts):
     split = _trainer(tmp_path / "split", preset=preset, dtype=torch.float32, micro_batch_tokens=parts)
     for trainer in (whole, split):
         for picked in torch.arange(TOKENS).split(32):
-            trainer._train_step(picked)
+            trainer.train_step(picked)
             trainer.step += 1
     torch.testing.assert_close(split.totals, whole.totals, rtol=1e-5, atol=1e-5)
-    for (name, a), b in zip(whole.stage.named_parameters(), split.stage.parameters(), strict=True):
+    for (name, a), b in zip(whole.module.named_parameters(), split.module.parameters(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=2e-5, msg=name)
 
 
@@ -62,12 +63,12 @@ def test_a_float16_step_that_overflows_is_left_out_and_counted(tmp_path):
     trainer = _trainer(tmp_path / "run", dtype=torch.float16, head_scale=0.3)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # overflows float16's range at first
     before = [p.detach().clone() for p in trainer.parameters]
-    trainer._train_step(torch.arange(32))
+    trainer.train_step(torch.arange(32))
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
     assert trainer.totals.tolist() == [0.0, 0.0, 1.0]
     assert trainer.scaler.get_scale() == 2.0**39
     for _ in range(40):
-        trainer._train_step(torch.arange(32))
+        trainer.train_step(torch.arange(32))
         trainer.step += 1
     skipped = trainer.totals[2].item()
     assert 1 < skipped < 40
@@ -82,20 +83,20 @@ def test_a_float16_step_that_overflows_is_left_out_and_counted(tmp_path):
 def test_nothing_but_overflowing_steps_is_divergence(tmp_path):
     trainer = _trainer(tmp_path / "run", dtype=torch.float16)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=0.99)
-    trainer._train_step(torch.arange(32))
+    trainer.train_step(torch.arange(32))
     trainer.step += 1
     assert not trainer._look()
-    assert trainer.training.stopped == "non-finite loss"
+    assert trainer.history.stopped == "non-finite loss"
     assert _events(trainer, "non_finite_loss")
 
 
 def test_the_scale_and_the_totals_survive_a_resume(tmp_path):
     trainer = _trainer(tmp_path / "run", dtype=torch.float16)
     for _ in range(2):
-        trainer._train_step(torch.arange(32))
+        trainer.train_step(torch.arange(32))
         trainer.step += 1
     trainer.scaler.update(512.0)
-    trainer._save()
+    trainer.save_checkpoint()
     again = _trainer(tmp_path / "other", dtype=torch.float16)
     again.checkpoints = trainer.checkpoints
     again._resume()
@@ -123,11 +124,11 @@ class _Waits(TorchDispatchMode):
 @pytest.mark.parametrize("micro", [None, 8])
 def test_a_step_waits_for_nothing(tmp_path, preset, micro):
     trainer = _trainer(tmp_path / "run", preset=preset, micro_batch_tokens=micro)
-    trainer._train_step(torch.arange(32))  # the optimizer makes its state
+    trainer.train_step(torch.arange(32))  # the optimizer makes its state
     trainer.step += 1
     with _Waits() as waits:
         for _ in range(3):
-            trainer._train_step(torch.arange(32))
+            trainer.train_step(torch.arange(32))
             trainer.step += 1
     assert waits.found == []
     with _Waits() as waits:  # the check can fail

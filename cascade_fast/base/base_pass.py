@@ -26,7 +26,7 @@ from torch import Tensor
 from cascade_fast.base.cache_name import with_cache
 from cascade_fast.base.hidden_store import HiddenStore, StoreError
 from cascade_fast.base.model import BaseModel, attention_shape
-from cascade_fast.base.texts import SPLITS, TokenBlocks
+from cascade_fast.base.texts import TokenBlocks
 from cascade_fast.criteria import Criterion, Places, TokensAtExit, get_criterion
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute, release_memory
@@ -43,7 +43,7 @@ from cascade_fast.runtime.files import (
     write_json,
 )
 from cascade_fast.selection import check_finite
-from cascade_fast.settings import RunSettings
+from cascade_fast.settings import SPLITS, RunSettings
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 KEEP_PASSES = 4  # base passes kept in the cache folder; the oldest are removed

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from cascade_fast.input_checks import InputError, one_line, shown, template_parts
-from cascade_fast.settings import ALL, RunSettings
+from cascade_fast.settings import ALL, SPLITS, RunSettings
 
-SPLITS = ("train", "val", "test")
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _JSON_START = re.compile(rb"[\s\xef\xbb\xbf]*(\{|\[\s*[\]{]|$)")  # an object, or a list of them

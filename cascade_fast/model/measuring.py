@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cascade_fast.losses import chunk_tokens
+from cascade_fast.losses import chunk_tokens, perplexity
 from cascade_fast.model.modeling import CascadeForCausalLM
 from cascade_fast.runtime.console import Progress
 from cascade_fast.selection import select_hardest
@@ -139,7 +139,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _perplexity(loss: Tensor) -> float:
-    return math.exp(min(loss.double().mean().item(), 700.0)) if loss.numel() else math.nan
+    return perplexity(loss.double().mean().item())  # NaN of no tokens
 
 
 def bootstrap_difference(loss_BS: Tensor, base_BS: Tensor, *, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0) -> Any:

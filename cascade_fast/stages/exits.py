@@ -11,6 +11,7 @@ from torch import Tensor
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.criteria import Criterion, Places, TokensAtExit
 from cascade_fast.input_checks import one_line
+from cascade_fast.losses import perplexity
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import DamagedFile, load_tensors, save_tensors, write_json
 from cascade_fast.selection import select_below
@@ -118,7 +119,7 @@ class ExitEvaluation:
     @property
     def perplexity(self) -> float:
         """Over all tokens: the number that counts."""
-        return self.loss_N.double().mean().clamp(max=700.0).exp().item()
+        return perplexity(self.loss_N.double().mean())
 
     def shares(self, stages: int) -> dict[str, float]:
         """Share of the tokens that leaves at each exit."""

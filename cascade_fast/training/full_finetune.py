@@ -1,32 +1,30 @@
 """The full fine-tune of a base: what a cascade is compared with.
 
-Every weight is trained, embeddings and output head included, on every token of the cascade's training blocks: float32
-master weights, products in the compute dtype under autocast, AdamW with the schedule, warm-up and clipping of the
-settings, ``batch_tokens`` in a step. The best epoch on validation is kept, or the base where none is better, as a
-cascade keeps no stage that does not help.
+Every weight is trained, embeddings and output head included, on every token of the cascade's training blocks: the
+same trainer as for stages, with the optimizer, schedule, warm-up and clipping of the settings, ``batch_tokens`` in a
+step. The best epoch on validation is kept, or the base where none is better, as a cascade keeps no stage that does not
+help.
 
-Shape legend: B blocks of a batch, S tokens of a block, N = B * S tokens, D hidden size.
+Shape legend: B blocks of a batch, S tokens of a block, N = B * S tokens, D hidden size, V vocabulary.
 """
 
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade_fast.base.model import find_base
 from cascade_fast.base.texts import load_blocks
 from cascade_fast.input_checks import InputError
-from cascade_fast.losses import linear_cross_entropy, token_losses
+from cascade_fast.losses import perplexity
 from cascade_fast.runtime.compute import Compute, keep_freed_memory, peak_rss_bytes
-from cascade_fast.runtime.console import Progress, epoch_line, say
+from cascade_fast.runtime.console import say
 from cascade_fast.runtime.files import atomic_write, clear_temporaries, is_temporary, read_json, write_json
 from cascade_fast.settings import RESUME_MAY_CHANGE, RunSettings, saved_settings
-from cascade_fast.training.optimizers import build_optimizer, learning_rate, set_learning_rate
-from cascade_fast.training.stage_trainer import EVAL_TOKENS, epoch_order
+from cascade_fast.training.trainer import Trainer, TrainingHistory, validation_loss
 
 
 def full_finetune(settings: RunSettings) -> Path:
@@ -55,28 +53,35 @@ def full_finetune(settings: RunSettings) -> Path:
         keep_freed_memory()
     say(f"full fine-tune: {folder}")
     model = base.load(compute.device, torch.float32).requires_grad_(True)
-    trainer = FullFinetune(model, settings, compute=compute, folder=folder, started=started)
-    base_losses = {split: trainer.loss(blocks.ids[split]) for split in ("val", "test") if len(blocks.ids[split])}
-    trainer.train(blocks.ids["train"], blocks.ids["val"], base_losses["val"])
-    final = trainer.best_loss
+    whole = WholeModel(model)
+    tokens = {split: BlockTokens(ids) for split, ids in blocks.ids.items()}
+
+    def loss(split: str) -> float:
+        return validation_loss(whole.eval(), tokens[split], compute)
+
+    base_losses = {split: loss(split) for split in ("val", "test") if len(tokens[split])}
+    trainer = FullFinetune(
+        whole, tokens["train"], tokens["val"], settings, compute=compute, folder=folder, started=started
+    )
+    history = trainer.run(base_losses["val"])
     results = {
         "base": {
             "name": base.name,
             "source": base.source,
             "parameters": model.num_parameters(),
             "layers": base.layers,
-            "val_ppl": _perplexity(base_losses["val"]),
+            "val_ppl": perplexity(base_losses["val"]),
         },
-        "tokens": {split: ids[:, 1:].numel() for split, ids in blocks.ids.items()},
+        "tokens": {split: len(of) for split, of in tokens.items()},
         "settings": settings.to_dict(),
         "fingerprints": fingerprints,
-        "epochs": trainer.epochs,
-        "best_epoch": trainer.best_epoch,
-        "stopped": trainer.stopped,
+        "epochs": [{k: v for k, v in epoch.items() if k != "skipped_steps"} for epoch in history.epochs],
+        "best_epoch": history.best_epoch,
+        "stopped": history.stopped,
         "final": {
-            "all_token_val_ppl": _perplexity(final),
-            "all_token_test_ppl": _perplexity(trainer.loss(blocks.ids["test"])) if "test" in base_losses else None,
-            "base_test_ppl": _perplexity(base_losses["test"]) if "test" in base_losses else None,
+            "all_token_val_ppl": history.best_val_ppl,
+            "all_token_test_ppl": perplexity(loss("test")) if "test" in base_losses else None,
+            "base_test_ppl": perplexity(base_losses["test"]) if "test" in base_losses else None,
             "base_pass_seconds": 0.0,  # it needs none
             "base_pass_reused": False,
             "seconds": time.monotonic() - started,
@@ -88,117 +93,85 @@ def full_finetune(settings: RunSettings) -> Path:
     return folder
 
 
-class FullFinetune:
-    """The training of every weight of ``model``, float32 and on ``device``."""
+class BlockTokens:
+    """Every token of blocks ``(B, S + 1)`` but the first of each, in batches of whole blocks."""
+
+    batches_differ = False
+
+    def __init__(self, ids_BT: Tensor) -> None:
+        self.ids_BT = ids_BT
+
+    def __len__(self) -> int:
+        return self.ids_BT[:, 1:].numel()
+
+    @property
+    def units(self) -> int:
+        return len(self.ids_BT)
+
+    def units_of(self, tokens: int) -> int:
+        """How many blocks hold about ``tokens`` tokens; one at least."""
+        return max(1, tokens // (self.ids_BT.shape[1] - 1))
+
+    def count(self, picked: Tensor) -> int:
+        """How many tokens the blocks ``picked`` hold."""
+        return len(picked) * (self.ids_BT.shape[1] - 1)
+
+    def batch(self, picked: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The ids ``(B, S)`` of the blocks ``picked`` and the labels ``(N,)``, int64."""
+        ids_BT = self.ids_BT[picked].to(device, torch.int64)
+        return ids_BT[:, :-1], ids_BT[:, 1:].flatten()
+
+
+class WholeModel(nn.Module):
+    """A causal language model of transformers as the trainer takes modules."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def head(self) -> Tensor:
+        """``(V, D)``."""
+        return self.model.lm_head.weight
+
+    def forward(self, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head reads, ``(N, D)``, as hidden states too: nothing comes after it."""
+        normed_ND = self.model.model(input_ids=ids_BS, use_cache=False).last_hidden_state.flatten(0, 1)
+        return normed_ND, normed_ND
+
+
+class FullFinetune(Trainer):
+    """The training of every weight of ``whole``, float32 and on the device. ``started``: ``time.monotonic()`` when the
+    run began, from which ``max_minutes`` counts."""
 
     def __init__(
         self,
-        model: Any,
+        whole: WholeModel,
+        train: BlockTokens,
+        val: BlockTokens,
         settings: RunSettings,
         *,
         compute: Compute,
         folder: Path,
         started: float,
     ) -> None:
-        self.model, self.settings, self.folder = model, settings, folder
-        self.compute, self.device = compute, compute.device
-        self.deadline = None if settings.max_minutes is None else started + 60 * settings.max_minutes
-        self.parameters = list(model.parameters())  # a tied head is one of them, once
-        self.optimizer = build_optimizer(self.parameters, settings, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute.dtype == torch.float16)
-        self.epochs: list[dict[str, Any]] = []
-        self.best_epoch, self.best_loss = 0, math.inf
-        self.stopped = ""
+        deadline = None if settings.max_minutes is None else started + 60 * settings.max_minutes
+        name = "full fine-tune"
+        super().__init__(whole, train, val, settings, name=name, number=0, compute=compute, deadline=deadline)
+        self.best = folder / "best.safetensors"
 
-    def train(self, train: Tensor, val: Tensor, base_loss: float) -> None:
-        """Epochs over ``train`` (blocks, S + 1) until they are over or validation gets no better; the model ends as
-        it was best, the base (epoch 0, with ``base_loss``) included."""
-        self.best_loss = base_loss
-        self._keep_best()
-        at_once = max(1, self.settings.batch_tokens // (train.shape[1] - 1))
-        steps = math.ceil(len(train) / at_once)
-        for epoch in range(1, self.settings.epochs + 1):
-            order = epoch_order(len(train), seed=self.settings.seed, stage=0, epoch=epoch)
-            started, tokens = time.monotonic(), 0
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
-            self.model.train()
-            with Progress(f"full fine-tune epoch {epoch}/{self.settings.epochs}", train[:, 1:].numel()) as progress:
-                for step, picked in enumerate(order.split(at_once)):
-                    lr = learning_rate(self.settings, (epoch - 1) * steps + step, self.settings.epochs * steps)
-                    loss, n = self.step(train[picked], lr), train[picked, 1:].numel()
-                    total += loss.double() * n
-                    tokens += n
-                    progress.advance(n)
-                    if self.deadline is not None and time.monotonic() > self.deadline:
-                        self.stopped = "time is up"
-                        break
-            train_loss = total.item() / tokens  # waits for the device, before the clock is read
-            self._end_epoch(epoch, train_loss, time.monotonic() - started, tokens, val)
-            if self.stopped:
-                break
-        if self.best_epoch < len(self.epochs) or self.stopped == "non-finite loss":
-            load_model(self.model, self.folder / "best.safetensors")
+    def run(self, base_loss: float) -> TrainingHistory:
+        """Trains; the model ends as it was best, the base, with ``base_loss`` on validation, included."""
+        self.history.best_val_loss = base_loss
+        self.save_best()
+        self.run_epochs()
+        return self.end_with_best()
 
-    def step(self, ids_BT: Tensor, lr: float) -> Tensor:
-        """One step of the optimizer on blocks ``(B, S + 1)``; their mean loss."""
-        set_learning_rate(self.optimizer, lr)
-        normed_ND, label_N = self._forward(ids_BT)
-        loss = linear_cross_entropy(normed_ND, self.model.lm_head.weight, label_N, dtype=self.compute.dtype)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        if self.settings.grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+    def save_best(self) -> None:
+        atomic_write(self.best, lambda path: save_model(self.module.model, str(path)))
 
-    @torch.no_grad()
-    def loss(self, blocks: Tensor) -> float:
-        """Mean cross-entropy over every token of ``blocks`` (blocks, S + 1), in nats."""
-        self.model.eval()
-        total = 0.0
-        for ids_BT in blocks.split(max(1, EVAL_TOKENS // (blocks.shape[1] - 1))):
-            normed_ND, label_N = self._forward(ids_BT)
-            losses_N, _ = token_losses(normed_ND, self.model.lm_head.weight, label_N, dtype=self.compute.dtype)
-            total += losses_N.double().sum().item()
-        return total / blocks[:, 1:].numel()
-
-    def _forward(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """What the head reads ``(N, D)``, and the labels ``(N,)``."""
-        ids_BT = ids_BT.to(self.device, torch.int64)
-        with self.compute.autocast():
-            hidden_BSD = self.model.model(input_ids=ids_BT[:, :-1], use_cache=False).last_hidden_state
-        return hidden_BSD.flatten(0, 1), ids_BT[:, 1:].flatten()
-
-    def _end_epoch(self, epoch: int, train_loss: float, seconds: float, tokens: int, val: Tensor) -> None:
-        val_loss = self.loss(val)
-        if not math.isfinite(train_loss) or not math.isfinite(val_loss):
-            self.stopped = "non-finite loss"
-            return
-        record = {
-            "epoch": epoch,
-            "train_loss": train_loss,
-            "val_loss": val_loss,
-            "val_ppl": _perplexity(val_loss),
-            "seconds": seconds,
-            "tokens": tokens,
-            "tokens_per_second": tokens / max(seconds, 1e-9),
-        }
-        self.epochs.append(record)
-        say(f"  {epoch_line(record)}")
-        if val_loss < self.best_loss:
-            self.best_epoch, self.best_loss = epoch, val_loss
-            self._keep_best()
-        if self.stopped:
-            return
-        if epoch - self.best_epoch >= self.settings.patience:
-            self.stopped = f"no better validation loss for {self.settings.patience} epoch(s)"
-        elif epoch == self.settings.epochs:
-            self.stopped = "all epochs done"
-
-    def _keep_best(self) -> None:
-        atomic_write(self.folder / "best.safetensors", lambda path: save_model(self.model, str(path)))
+    def load_best(self) -> None:
+        load_model(self.module.model, self.best)
 
 
 def _finished(folder: Path, settings: RunSettings, fingerprints: dict[str, str]) -> bool:
@@ -217,7 +190,3 @@ def _finished(folder: Path, settings: RunSettings, fingerprints: dict[str, str])
         shown = "; ".join(f"{n} was {before.get(n)!r}, is {now[n]!r}" for n in differing)
         raise InputError(f"out: {str(folder)!r}; holds another run: {shown}")
     return True
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))

@@ -1,0 +1,324 @@
+"""Trains a module: steps, epochs, early stopping, the best weights kept. A stage and the full fine-tune differ in what
+module and what batches they hand over, and in where weights go.
+
+Master weights and optimizer state are float32; matrix products run in the compute dtype under autocast (float16 with
+a gradient scaler). Between log lines nothing waits for the device. A batch may run in several parts whose gradients
+add up.
+
+Shape legend: M tokens of a batch or a part of one, D hidden size, V vocabulary.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from cascade_fast.losses import linear_cross_entropy, perplexity, token_losses
+from cascade_fast.runtime.compute import Compute, trim_host_memory
+from cascade_fast.runtime.console import Progress, epoch_line, say
+from cascade_fast.settings import RunSettings
+from cascade_fast.training.optimizers import build_optimizer, learning_rate, set_learning_rate
+
+EVAL_TOKENS = 2048  # tokens of a forward pass without gradients
+LOG_STEPS = 50  # steps between looks at the loss, a line of the log each
+# Packs of sequences differ in size, so that freed blocks seldom fit the next one: on the CPU memory nearly
+# doubled within an epoch. Taking pages anew this often did not show in the time of a run (docs/log.md).
+TRIM_STEPS = 10
+NON_FINITE_LOSS = "non-finite loss"
+TIME_IS_UP = "time is up"
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, after what was done has been saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_code = 128 + signal_number
+
+
+class Batches(Protocol):
+    """What a module is trained or measured on, by units: a token, or a sequence of them."""
+
+    batches_differ: bool  # in the shapes of what they hold
+
+    @property
+    def units(self) -> int: ...
+
+    def __len__(self) -> int:
+        """Tokens whose loss counts."""
+
+    def units_of(self, tokens: int) -> int:
+        """How many units hold about ``tokens`` tokens."""
+
+    def count(self, picked: Tensor) -> int:
+        """How many tokens the units ``picked`` hold."""
+
+    def batch(self, picked: Tensor, device: torch.device) -> tuple[Any, Tensor]:
+        """What the module is called with for the units ``picked``, and the labels ``(M,)``."""
+
+
+class EpochTotals(NamedTuple):
+    """Of an epoch so far, on the host. ``tokens`` are those of finite steps; ``step`` is where the totals stood."""
+
+    loss_sum: float
+    tokens: int
+    not_finite: int
+    step: int
+
+
+@dataclass
+class TrainingHistory:
+    """What became of a training; grows epoch by epoch. Epoch 0 is the weights it began with."""
+
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_val_loss: float = math.inf
+    stopped: str = ""  # why training ended
+
+    @property
+    def best_val_ppl(self) -> float:
+        return perplexity(self.best_val_loss)
+
+
+def epoch_order(n: int, *, seed: int, stage: int, epoch: int) -> Tensor:
+    """The order of ``n`` units in an epoch: depends on nothing else, so that a resumed run has it too."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + stage * 1_009 + epoch) % 2**63)
+    return torch.randperm(n, generator=generator)
+
+
+@torch.inference_mode()
+def validation_loss(module: Any, tokens: Batches, compute: Compute) -> float:
+    """Mean cross-entropy over ``tokens``, in nats. ``module``: see :class:`Trainer`."""
+    total = 0.0
+    for picked in torch.arange(tokens.units).split(tokens.units_of(EVAL_TOKENS)):
+        inputs, label_M = tokens.batch(picked, compute.device)
+        with compute.autocast():
+            _, normed_MD = module(inputs)
+        total += token_losses(normed_MD, module.head, label_M, dtype=compute.dtype)[0].double().sum().item()
+    return total / len(tokens)
+
+
+class Trainer:
+    """The training of ``module``; what is kept of it, and where, is for subclasses to say.
+
+    Args:
+        module: float32 and on the device; called with the inputs of a batch it returns hidden states and what its
+            output head reads, ``(M, D)``. ``head`` is the head, ``(V, D)``.
+        name: of the lines that show progress.
+        number: makes the order of the batches another one; of a stage, its number.
+        deadline: ``time.monotonic()`` after which training ends with what it has, or None.
+        micro_batch_tokens: how many go through the module at once; by default a whole batch.
+        decayed_only: parameters that never have a gradient.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        train: Batches,
+        val: Batches,
+        settings: RunSettings,
+        *,
+        name: str,
+        number: int,
+        compute: Compute,
+        deadline: float | None = None,
+        micro_batch_tokens: int | None = None,
+        decayed_only: Iterable[Tensor] = (),
+    ) -> None:
+        self.module, self.train, self.val, self.settings = module, train, val, settings
+        self.name, self.number, self.compute, self.device = name, number, compute, compute.device
+        self.deadline = deadline
+        self.decayed_only: list[Tensor] = list(decayed_only)
+        without_gradient = {id(p) for p in self.decayed_only}
+        self.parameters = [p for p in module.parameters() if id(p) not in without_gradient]  # a tied one is there once
+        self.optimizer = build_optimizer(self.parameters, settings, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute.dtype == torch.float16)
+        self.batch_units = train.units_of(settings.batch_tokens)
+        self.micro_batch_units = train.units_of(micro_batch_tokens or settings.batch_tokens)
+        self.steps_per_epoch = math.ceil(train.units / self.batch_units)
+        self.trims = self.device.type == "cpu" and train.batches_differ
+        self.history = TrainingHistory()
+        self.signals: Sequence[int] = ()  # those that ask for an end, once they have come
+        self.epoch, self.step = 1, 0  # the epoch being run, and its next step
+        # Of the epoch so far, kept on the device: summed loss, tokens summed over, steps that were not finite.
+        self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.last_look = EpochTotals(0.0, 0, 0, 0)
+        self.epoch_seconds = 0.0
+        self.epoch_tokens = 0  # of the steps of this epoch so far
+
+    # --- for subclasses ----------------------------------------------------------------------------------------------
+
+    def log_event(self, event: str, **fields: Any) -> None:
+        """What has happened, for a log."""
+
+    def save_best(self) -> None:
+        """Keeps the weights, those of ``self.history.best_epoch``."""
+        raise NotImplementedError
+
+    def load_best(self) -> None:
+        """Brings back the weights that were kept last."""
+        raise NotImplementedError
+
+    def save_checkpoint(self) -> None:
+        """Keeps all that training goes on from, where it can be resumed."""
+
+    # --- epochs ------------------------------------------------------------------------------------------------------
+
+    def run_epochs(self) -> None:
+        """Trains until all epochs are done, validation gets no better, the time is up or the loss is not finite.
+
+        Raises:
+            Interrupted: a signal has come; a checkpoint has been saved.
+        """
+        while not self.history.stopped:
+            if self._run_epoch():
+                self._end_epoch()
+            if self.signals or not self.history.stopped:  # when it is over, what came of it is written at once
+                self.save_checkpoint()
+            if self.signals:
+                raise Interrupted(self.signals[0])
+
+    def end_with_best(self) -> TrainingHistory:
+        """The module gets its best weights, unless it has them."""
+        if self.history.best_epoch < len(self.history.epochs) or self.history.stopped == NON_FINITE_LOSS:
+            self.load_best()
+        return self.history
+
+    def _run_epoch(self) -> bool:
+        """Steps until the epoch, the time or the user's patience is over; whether there is an epoch to conclude."""
+        order = epoch_order(self.train.units, seed=self.settings.seed, stage=self.number, epoch=self.epoch)
+        batches = order.split(self.batch_units)
+        self.epoch_tokens = sum(self.train.count(picked) for picked in batches[: self.step])
+        started, saved = time.monotonic() - self.epoch_seconds, time.monotonic()
+        self.module.train()
+        with Progress(f"{self.name} epoch {self.epoch}/{self.settings.epochs}", len(self.train)) as progress:
+            progress.restart(self.epoch_tokens)
+            while self.step < len(batches):
+                tokens = self.train_step(batches[self.step])
+                self.epoch_tokens += tokens
+                progress.advance(tokens)
+                self.step += 1
+                self.epoch_seconds = time.monotonic() - started
+                if self.trims and self.step % TRIM_STEPS == 0:
+                    trim_host_memory()
+                if self.step % LOG_STEPS == 0 and not self._look():
+                    return False
+                if self.signals:
+                    return False
+                if self.deadline is not None and time.monotonic() > self.deadline:
+                    break
+                if time.monotonic() - saved > 60 * self.settings.checkpoint_minutes:
+                    self.save_checkpoint()
+                    saved = time.monotonic()
+        return self._look()
+
+    def train_step(self, picked: Tensor) -> int:
+        """One step of the optimizer on the units ``picked``; how many tokens they hold."""
+        settings, lr = self.settings, self._learning_rate(self.step)
+        set_learning_rate(self.optimizer, lr)
+        tokens = self.train.count(picked)
+        loss = torch.zeros((), device=self.device)
+        for some in picked.split(self.micro_batch_units):
+            inputs, label_M = self.train.batch(some, self.device)
+            with self.compute.autocast():
+                _, normed_MD = self.module(inputs)
+            part = linear_cross_entropy(normed_MD, self.module.head, label_M, dtype=self.compute.dtype)
+            if len(label_M) < tokens:
+                part = part * (len(label_M) / tokens)
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        finite = torch.isfinite(loss)
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        if settings.grad_clip > 0 or self.scaler.is_enabled():
+            gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            finite &= torch.isfinite(norm)
+            if settings.grad_clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, settings.grad_clip, norm)
+        self.scaler.step(self.optimizer)  # float16 only: leaves a step with an infinite gradient out
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.decayed_only:  # AdamW with a zero gradient: decay and nothing else
+            with torch.no_grad():
+                torch._foreach_mul_(self.decayed_only, 1.0 - lr * settings.weight_decay)
+        self.totals[0] += torch.where(finite, loss.double() * tokens, 0.0)
+        self.totals[1] += finite * tokens
+        self.totals[2] += ~finite
+        return tokens
+
+    def _learning_rate(self, step: int) -> float:
+        """Of ``step`` of this epoch."""
+        steps = self.steps_per_epoch
+        return learning_rate(self.settings, (self.epoch - 1) * steps + step, self.settings.epochs * steps)
+
+    def _look(self) -> bool:
+        """Waits for the device, writes a line about the steps since the last look; whether training may go on.
+
+        Float16 overflows now and then: such a step is left out, counted, and the gradients' scale is halved. Any other
+        step that is not finite, or nothing but such steps since the last look, means that training has diverged.
+        """
+        asked = time.monotonic()
+        loss_sum, tokens, not_finite = self.totals.tolist()
+        self.epoch_seconds += time.monotonic() - asked  # the device's work, after the last step was handed over
+        now, before = EpochTotals(loss_sum, int(tokens), int(not_finite), self.step), self.last_look
+        if now.step == before.step:
+            return True
+        if now.not_finite > before.not_finite and (not self.scaler.is_enabled() or now.tokens == before.tokens):
+            self._diverged()
+            return False
+        self.log_event(
+            "steps",
+            epoch=self.epoch,
+            step=now.step,
+            loss=(now.loss_sum - before.loss_sum) / (now.tokens - before.tokens),
+            lr=self._learning_rate(now.step - 1),
+            skipped_steps=now.not_finite,
+            seconds=self.epoch_seconds,
+        )
+        self.last_look = now
+        return True
+
+    def _diverged(self) -> None:
+        self.history.stopped = NON_FINITE_LOSS
+        self.log_event("non_finite_loss", epoch=self.epoch, step=self.step)
+
+    def _end_epoch(self) -> None:
+        settings, history, seen = self.settings, self.history, self.epoch_tokens
+        self.module.eval()
+        if self.trims:
+            trim_host_memory()
+        val_loss = validation_loss(self.module, self.val, self.compute)
+        if not math.isfinite(val_loss):
+            self._diverged()
+            return
+        record = {
+            "epoch": self.epoch,
+            "tokens": seen,
+            "train_loss": self.last_look.loss_sum / self.last_look.tokens,
+            "val_loss": val_loss,
+            "val_ppl": perplexity(val_loss),
+            "seconds": self.epoch_seconds,
+            "tokens_per_second": seen / max(self.epoch_seconds, 1e-9),
+            "skipped_steps": self.last_look.not_finite,
+        }
+        history.epochs.append(record)
+        self.log_event("epoch", **record)
+        say(f"  {epoch_line(record)}")
+        if val_loss < history.best_val_loss:
+            history.best_val_loss, history.best_epoch = val_loss, self.epoch
+            self.save_best()
+        if self.step < self.steps_per_epoch:
+            history.stopped = TIME_IS_UP
+        elif self.epoch - history.best_epoch >= settings.patience:
+            history.stopped = f"no better validation loss for {settings.patience} epoch(s)"
+        elif self.epoch == settings.epochs:
+            history.stopped = "all epochs done"
+        self.epoch, self.step, self.epoch_seconds = self.epoch + 1, 0, 0.0
+        self.totals.zero_()
+        self.last_look = EpochTotals(0.0, 0, 0, 0)
