@@ -42,7 +42,7 @@ def wants_cuda() -> bool:
 
 def extension():
     headers = sorted(str(p) for p in Path("csrc").rglob("*.*h"))  # a change in one of them rebuilds
-    sources = ["csrc/module.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
+    sources = [str(p) for folder in ("csrc", "csrc/cpu") for p in sorted(Path(folder).glob("*.cpp"))]
     # No errno of roots: a loop of them is then one vector instruction (csrc/cpu/adamw8bit.cpp).
     cxx = ["-O3", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", *MACROS]
     if not wants_cuda():

@@ -1,18 +1,17 @@
 """A step of the default preset by the tokens in it: tokens a second, and memory beside a plain step's.
 
 The plain step makes all logits at once and lets autograd keep them, as ``torch.nn.functional.cross_entropy``
-does. ``python benchmarks/stage_training.py --batches`` runs it.
+does. ``python -m benchmarks.stage_training --batches`` runs it.
 """
 
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import common
-import stage_training
 import torch
 from torch import Tensor
 
+from benchmarks import common, workload
 from cascade_fast.losses import linear_cross_entropy
 from cascade_fast.runtime.compute import choose_dtype, keep_freed_memory
 from cascade_fast.settings import make_settings
@@ -38,12 +37,12 @@ def forward_backward(trainer: StageTrainer, tokens: int, *, plain: bool) -> None
 def measure(rounds: int) -> dict[str, Any]:
     """``tokens_per_second`` {size: p20, p50, p80}; ``bytes``, ``plain_bytes`` {size: peak of forward and backward}."""
     keep_freed_memory()
-    dtype, _ = choose_dtype(stage_training.CPU, "auto")
+    dtype, _ = choose_dtype(workload.CPU, "auto")
     with tempfile.TemporaryDirectory() as name:
         variants, trainers = {}, {}
         for size in SIZES:
-            one = stage_training.trainer(make_settings({"batch_tokens": size}), Path(name) / str(size), dtype)
-            trainers[size], variants[str(size)] = one, stage_training.steps_of(one, 1)
+            one = workload.trainer(make_settings({"batch_tokens": size}), Path(name) / str(size), dtype)
+            trainers[size], variants[str(size)] = one, workload.steps_of(one, 1)
         seconds = common.interleaved(variants, rounds)
         memory: dict[str, dict[int, int]] = {"bytes": {}, "plain_bytes": {}}
         for size in SIZES:

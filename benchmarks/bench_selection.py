@@ -3,14 +3,10 @@
 ``selection.py`` is the one to quote: it lets the variants take turns. This one is for comparing two commits.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import selection
+from benchmarks import selection
 
 STEPS = ("score", "select", "gather", "scatter", "pipeline", "pipeline: eager", "pipeline: topk")
 

@@ -9,7 +9,6 @@ import json
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT / "tests"))  # op_cases: the tests' inputs and oracles are the benchmarks' too
 
 
 def percentiles(values: list[float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""One optimizer step over a stage's parameters: ``python benchmarks/optimizer_step.py [--json FILE]``.
+"""One optimizer step over a stage's parameters: ``python -m benchmarks.optimizer_step [--json FILE]``.
 
 The stage of the default preset on SmolLM2-135M: 8 layers of hidden size 576 and intermediate size 1,536. Compared, in
 turns, after a check that ours and bitsandbytes' agree: torch's fused AdamW, our 8-bit AdamW, bitsandbytes' on the CPU.
@@ -8,9 +8,9 @@ import argparse
 import json
 from pathlib import Path
 
-import common
 import torch
 
+from benchmarks import common
 from cascade_fast.training.adamw8bit import AdamW8bit
 
 LAYER = [(192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536), (576,), (576,)]  # v, o, gate, up, down, norms

@@ -1,6 +1,6 @@
 """How far the memory plan is from the truth: planned peak over measured peak resident set, minus one.
 
-    python benchmarks/plan_error.py
+    python -m benchmarks.plan_error
 
 Three sizes, each a whole run of ``python -m cascade_fast.train`` in a process of its own on the CPU, with few blocks:
 SmolLM2-135M itself, and random Llamas of 360M and 1B parameters (what the weights are does not matter to memory); the

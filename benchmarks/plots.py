@@ -1,14 +1,15 @@
 """The plots of docs/performance.md, from the newest line of ``results/stage_training.jsonl`` that has what they show.
 
-python benchmarks/stage_training.py --batches --quality
-python benchmarks/plots.py
+python -m benchmarks.stage_training --batches --quality
+python -m benchmarks.plots
 """
 
 import json
 from typing import Any
 
-import common
 from matplotlib.figure import Figure
+
+from benchmarks import common
 
 IMAGES = common.ROOT / "docs" / "img"
 

@@ -1,4 +1,4 @@
-"""A step of a second look against one of an appended stage: ``python benchmarks/second_look.py [--json FILE]``.
+"""A step of a second look against one of an appended stage: ``python -m benchmarks.second_look [--json FILE]``.
 
 Both kinds take turns in one process, on the shapes of SmolLM2-135M with random weights, hidden states, keys and values:
 8 layers, blocks of 128 tokens of which 60 % are hard, batches of about 512 hard tokens, the compute dtype of this
@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-from stage_training import CPU, base_config
 
+from benchmarks import common
+from benchmarks.workload import CPU, base_config
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.planning.counts import Shape
 from cascade_fast.runtime.compute import Compute, choose_dtype, keep_freed_memory

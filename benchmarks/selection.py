@@ -1,4 +1,4 @@
-"""Score, select, gather and scatter against plain torch: ``python benchmarks/selection.py --json FILE``.
+"""Score, select, gather and scatter against plain torch: ``python -m benchmarks.selection --json FILE``.
 
 What is compared, all in one run on the same inputs, checked to give the same answers first:
 
@@ -18,12 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import common
-import op_cases as cases
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import common
+from benchmarks import operator_inputs as cases
 from cascade_fast import ops
 from cascade_fast.selection import hard_count
 

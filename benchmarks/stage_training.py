@@ -1,4 +1,4 @@
-"""The stage trainer against the loop of the original experiment: ``python benchmarks/stage_training.py [--json FILE]``.
+"""The stage trainer against the loop of the original experiment: ``python -m benchmarks.stage_training [--json FILE]``.
 
 Everything takes turns in one run, on the shapes of SmolLM2-135M (hidden size 576, vocabulary 49,152, stages of 8
 layers) with random weights and tokens: speed does not depend on them. The baseline (``naive_loop.py``, and for the base
@@ -27,41 +27,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-from naive_loop import BATCH_TOKENS, naive_losses, naive_stage
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
+from benchmarks import common
+from benchmarks.naive_loop import BATCH_TOKENS, naive_losses, naive_stage
+from benchmarks.workload import BLOCKS, CPU, LAYERS, SEQ_LEN, TOKENS, base_config, steps_of, trainer
 from cascade_fast.base import base_pass as ours_pass
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.criteria import get_criterion
 from cascade_fast.losses import linear_cross_entropy
-from cascade_fast.runtime.compute import Compute, choose_dtype, keep_freed_memory
-from cascade_fast.runtime.metrics_log import MetricsLog
-from cascade_fast.settings import RunSettings, make_settings
-from cascade_fast.stages.append import AppendedStage
-from cascade_fast.stages.stage import StageConfig
-from cascade_fast.stages.tokens import StageTokens
-from cascade_fast.training.stage_trainer import StageTrainer
-
-CPU = torch.device("cpu")
-LAYERS, TOKENS, BLOCKS, SEQ_LEN = 8, 8192, 16, 128
-
-
-def base_config() -> LlamaConfig:
-    """SmolLM2-135M's."""
-    return LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49_152,
-        tie_word_embeddings=True,
-        rms_norm_eps=1e-5,
-    )
-
+from cascade_fast.runtime.compute import choose_dtype, keep_freed_memory
+from cascade_fast.runtime.console import Progress
+from cascade_fast.settings import make_settings
 
 # --- the baseline, in its own process ---------------------------------------------------------------------------------
 
@@ -102,41 +81,6 @@ def baseline_process(link: Connection) -> None:
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def random_store(folder: Path, dtype: torch.dtype) -> HiddenStore:
-    store = HiddenStore.create(folder, TOKENS, 576, dtype, with_loss=True, meta={"reads": "residual"})
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(TOKENS, 576, generator=generator)
-    store.append({"hidden": hidden, "label": torch.randint(0, 49_152, (TOKENS,), generator=generator)})
-    return store.finish()
-
-
-def trainer(settings: RunSettings, folder: Path, dtype: torch.dtype) -> StageTrainer:
-    shape = StageConfig.from_base(
-        base_config(), layers=settings.layers_per_stage, init=settings.init, head=settings.head, reads=settings.reads
-    )
-    head_VD = (torch.randn(49_152, 576, generator=torch.Generator().manual_seed(1)) * 0.02).to(dtype)
-    stage = AppendedStage(shape, head_VD=head_VD if settings.head == "shared" else None)
-    store = random_store(folder / "store", torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-    tokens = StageTokens(store, torch.arange(TOKENS))
-    return StageTrainer(
-        stage, tokens, tokens, settings, number=1, folder=folder, compute=Compute(CPU, dtype),
-        log=MetricsLog(folder / "log.jsonl"), log_size=0,
-    )  # fmt: skip
-
-
-def steps_of(trainer: StageTrainer, count: int) -> Callable[[], None]:
-    batches = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(2)).split(trainer.settings.batch_tokens)
-    done = 0
-
-    def run() -> None:
-        nonlocal done
-        for _ in range(count):
-            trainer.train_step(batches[done % (len(batches) - 1)])
-            done += 1
-
-    return run
-
-
 def bare_products(tokens: int, dtype: torch.dtype) -> tuple[Callable[[], None], float]:
     """The matrix products of one warm step, each alone and into memory that is there; and their FLOPs."""
     weights = [(192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
@@ -173,8 +117,8 @@ def our_base_pass(folder: Path, dtype: torch.dtype, criterion: str) -> Callable[
 
     def run() -> None:
         store = HiddenStore.create(folder, tokens, 576, store_dtype, with_loss=scores.needs_logits, meta={})
-        with ours_pass.Progress("base pass", tokens) as progress:
-            ours_pass._fill(model, ids_BT, store, needs, scores, progress)
+        with Progress("base pass", tokens) as progress:
+            ours_pass.fill_store(model, ids_BT, store, needs, scores, progress)
 
     return run
 
@@ -275,7 +219,7 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
     args = parser.parse_args()
 
-    import optimizer_step
+    from benchmarks import optimizer_step
 
     result: dict[str, Any] = {"environment": common.environment()}
     speed = measure_speed(args.rounds)
@@ -293,17 +237,17 @@ def main() -> None:
         print(f"  {key:<32}{result[key]:>12.2f}")
     result["details"] = {"speed": speed, "optimizer": step}
     if args.plan:
-        import plan_error
+        from benchmarks import plan_error
 
         result["plan_error"] = plan_error.measure()
         print("plan error: " + ", ".join(f"{name} {error:+.1%}" for name, error in result["plan_error"].items()))
     if args.batches:
-        import batch_sizes
+        from benchmarks import batch_sizes
 
         result["details"]["batches"] = batch_sizes.measure(args.rounds)
         batch_sizes.show(result["details"]["batches"])
     if args.quality:
-        import time_to_quality
+        from benchmarks import time_to_quality
 
         quality = time_to_quality.measure(args.dataset, args.train_blocks, args.val_blocks, args.most_epochs)
         result["time_to_quality_ratio"], result["details"]["quality"] = round(quality["ratio"], 2), quality

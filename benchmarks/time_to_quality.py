@@ -2,7 +2,7 @@
 
 Real weights, real text, the same blocks; loading the base, base pass and selection count on every side. Three courses:
 the baseline (``naive_loop.py``, in a process of its own), our presets ``warm`` and ``seed``, the latter the same
-arithmetic as the baseline's. ``python benchmarks/stage_training.py --quality`` runs it.
+arithmetic as the baseline's. ``python -m benchmarks.stage_training --quality`` runs it.
 """
 
 import math
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from naive_loop import BATCH_TOKENS, naive_losses, naive_stage
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from benchmarks.naive_loop import BATCH_TOKENS, naive_losses, naive_stage
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.model import BaseModel, find_base
 from cascade_fast.base.texts import TokenBlocks, load_blocks

@@ -20,8 +20,7 @@ from cascade_fast.base.model import BaseModel, cache_folder, check_cache
 from cascade_fast.base.texts import load_blocks
 from cascade_fast.criteria import get_criterion
 from cascade_fast.planning.ledger import compute_ledger, matmul_rate, stage_work
-from cascade_fast.planning.roofline import plan_for_run
-from cascade_fast.planning.run_plan import settle_kv
+from cascade_fast.planning.plan import plan_run
 from cascade_fast.reporting.heat_map import heat_map
 from cascade_fast.runtime.compute import Compute, keep_freed_memory, peak_rss_bytes, release_memory
 from cascade_fast.runtime.console import Progress, format_count, say
@@ -363,28 +362,27 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     blocks = load_blocks(settings, base.tokenizer())
     settings = blocks.settle(settings)
     release_memory()  # of tokenization
-    why: list[str] = []
-    settle = functools.partial(settle_kv, settings, base, blocks, compute, why)
+    make_plan = functools.partial(plan_run, settings, base, blocks, compute)
     fingerprints = base.fingerprint, blocks.fingerprint()
-    with RunFolder.open(settings, *fingerprints, compute=compute, settle=settle) as folder:
-        if folder.finished:
+    with RunFolder.open(settings, *fingerprints, compute=compute, make_plan=make_plan) as folder:
+        plan = folder.plan
+        if plan is None or folder.finished:
             folder.check()
             folder.clean()
             say(f"finished already: {folder.report}")
             return folder
-        settings = dataclasses.replace(settings, kv=folder.record["kv"])
+        settings = plan.settings
         say_start(settings, folder, base, blocks, compute)
-        plan, lines = plan_for_run(settings, base.config, compute)
-        for line in [*lines, *why]:
+        for line in plan.lines():
             say(line)
         passed = base_pass(base, blocks, settings, base_needs(settings), compute, cache_folder(settings))
         say_base_pass(passed)
         passed = dataclasses.replace(passed, head_VD=passed.head_VD.to(compute.device))  # once, for all stages
-        run = CascadeRun(settings, folder, base, passed, compute, folder.log, deadline, plan.micro_batch_tokens)
+        run = CascadeRun(settings, folder, base, passed, compute, folder.log, deadline, plan.memory.micro_batch_tokens)
         run.train()
         results = run.results(started)
         results["memory"] = {
-            "planned": plan.to_dict(),
+            "planned": plan.memory.to_dict(),
             "measured_peak_bytes": compute.peak_memory_bytes(),
         }
         folder.finish(results, run.stages, base, run.heat_map(blocks.ids["val"]))

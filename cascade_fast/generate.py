@@ -2,15 +2,11 @@
 
 import argparse
 import sys
-from collections import Counter
-from itertools import groupby
 from typing import Any
 
 from cascade_fast.command_line import add_model_arguments, add_run_argument, run_command
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.visible import visible
-
-COLOURS = ("default", "yellow", "magenta", "cyan", "green", "blue", "red")  # of the base, stage 1, stage 2, ...
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,16 +58,12 @@ def _check(asked: argparse.Namespace) -> None:
 
 def _run(asked: argparse.Namespace) -> int:
     _check(asked)
-    from cascade_fast.model.continuation import continue_texts
+    from cascade_fast.model.continuation import chat_prompts, continue_texts
     from cascade_fast.model.loading import load_model
+    from cascade_fast.reporting.shown_text import print_exits, text_streamer
 
     model, tokenizer = load_model(asked.run, device=asked.device, dtype=asked.dtype, base_path=asked.base_path)
-    prompts = asked.prompts
-    if asked.chat:
-        if tokenizer.chat_template is None:
-            raise InputError("chat: the tokenizer has no chat template; leave --chat out")
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
+    prompts = chat_prompts(tokenizer, asked.prompts) if asked.chat else asked.prompts
     streams = len(prompts) == 1 and not asked.show_exits and not asked.compare_base
     how: dict[str, Any] = {
         "max_new_tokens": asked.max_new_tokens,
@@ -80,7 +72,7 @@ def _run(asked: argparse.Namespace) -> int:
         "seed": asked.seed,
         "use_cache": not asked.no_cache,
         "special_tokens": not asked.chat,  # the template has them
-        "streamer": _streamer(tokenizer, asked.raw) if streams else None,
+        "streamer": text_streamer(tokenizer, asked.raw) if streams else None,
     }
     of_base = continue_texts(model, tokenizer, prompts, base_alone=True, **how) if asked.compare_base else []
     of_cascade = continue_texts(model, tokenizer, prompts, **how)
@@ -92,49 +84,11 @@ def _run(asked: argparse.Namespace) -> int:
             print(visible(of_base[number].prompt + of_base[number].text))
             print("--- cascade")
         if asked.show_exits or asked.compare_base:
-            _show_exits(found, len(model.stages))
+            print_exits(found, len(model.stages))
         else:
             text = found.prompt + found.text
             print(text if asked.raw else visible(text))
     return 0
-
-
-def _streamer(tokenizer: Any, raw: bool) -> Any:
-    """Prints prompt and new text as it comes."""
-    from transformers import TextStreamer
-
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            super().on_finalized_text(text if raw else visible(text), stream_end)
-
-    return Streamer(tokenizer, skip_special_tokens=True)
-
-
-def _show_exits(found: Any, stages: int) -> None:
-    """The text of a :class:`Continuation` with its tokens in the colours of their exits - or, where there are no
-    colours, those of stage k within ``[k: ...]`` - and a legend with each exit's count and share."""
-    from rich.text import Text
-
-    from cascade_fast.runtime.console import console
-
-    coloured = console.is_terminal and console.color_system is not None and not console.no_color
-    text = Text().append(visible(found.prompt), style="dim")
-    for exit_, group in groupby(zip(found.exits, found.texts, strict=True), key=lambda pair: pair[0]):
-        part = visible("".join(of_token for _, of_token in group))
-        text.append(part if coloured or exit_ == 0 else f"[{exit_}:{part}]", style=_style(exit_))
-    counts = Counter(found.exits)
-    legend = Text("exits:")
-    for number in range(stages + 1):
-        name = f"stage {number}" if number else "base"
-        mark = f"[{number}: ...] " if number and not coloured else ""
-        legend.append("  " if number else " ")
-        legend.append(f"{mark}{name}: {counts[number]} ({counts[number] / len(found.exits):.0%})", style=_style(number))
-    console.print(text)
-    console.print(legend)
-
-
-def _style(exit_: int) -> str:
-    return COLOURS[exit_ % len(COLOURS)]
 
 
 if __name__ == "__main__":

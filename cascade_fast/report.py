@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 
 from cascade_fast.command_line import run_command
-from cascade_fast.reporting.report import write_report
-from cascade_fast.runtime.console import say
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,6 +25,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(asked: argparse.Namespace) -> int:
+    # Imported here: --help is answered before torch is loaded.
+    from cascade_fast.reporting.report import write_report
+    from cascade_fast.runtime.console import say
+
     path = write_report(Path(asked.run))
     say(f"page: {path.with_suffix('.html')}")
     say(f"report: {path}")

@@ -10,14 +10,14 @@ GPU compiles: D and the row strides divisible by 16, pointers aligned, one entry
 from collections.abc import Callable
 from typing import Any
 
-from . import cosine_score, gather_scatter, select_hard
+from . import cosine_score, gather_rows, scatter_rows, select_hard
 from .common import tile_shape
 
 LAUNCHERS: dict[str, Callable] = {
     "cosine_score": cosine_score.cosine_score,
     "select_hard": select_hard.select_hard,
-    "gather_rows": gather_scatter.gather_rows,
-    "scatter_rows": gather_scatter.scatter_rows,
+    "gather_rows": gather_rows.gather_rows,
+    "scatter_rows": scatter_rows.scatter_rows,
 }
 
 SIZE_OF = {"fp32": 4, "fp16": 2, "bf16": 2, "i32": 4, "i16": 2}
@@ -41,7 +41,7 @@ def _entry(
     }
 
 
-def _score_entries() -> list[dict[str, Any]]:
+def _cosine_score_entries() -> list[dict[str, Any]]:
     entries = []
     for dtype in ("fp32", "fp16", "bf16"):
         for d in AOT_WIDTHS:
@@ -53,41 +53,41 @@ def _score_entries() -> list[dict[str, Any]]:
     return entries
 
 
-def _select_entries() -> list[dict[str, Any]]:
+def _select_hard_entries() -> list[dict[str, Any]]:
     s = select_hard
     common = {"BLOCK": s.BLOCK, "BINS": s.BINS, "STATE": s.STATE}
     types = dict.fromkeys(("hist_ptr", "state_ptr", "chunks_ptr", "candidates_ptr"), "*i32")
     types |= {"scores_ptr": "*fp32", "index_ptr": "*i64", "bounds_ptr": "*fp32"}
-    sample = {**common, "SAMPLE": s.SAMPLE, "MARGIN": s.MARGIN}
+    histogram = {**common, "SAMPLE": s.SAMPLE, "MARGIN": s.MARGIN}
+    narrow, compact = {**common, "GROUP": s.GROUP}, {**common, "CHUNKS": s.MAX_CHUNKS}
     return [
-        _entry("select_hard-histogram", s._histogram_kernel, types, sample, s.NUM_WARPS),
-        _entry("select_hard-narrow", s._narrow_kernel, types, {**common, "GROUP": s.GROUP}, s.NUM_WARPS),
-        _entry("select_hard-compact", s._compact_kernel, types, {**common, "CHUNKS": s.MAX_CHUNKS}, s.NUM_WARPS),
+        _entry("select_hard-histogram", s._select_hard_histogram_kernel, types, histogram, s.NUM_WARPS),
+        _entry("select_hard-narrow", s._select_hard_narrow_kernel, types, narrow, s.NUM_WARPS),
+        _entry("select_hard-compact", s._select_hard_compact_kernel, types, compact, s.NUM_WARPS),
     ]
 
 
-def _gather_entries() -> list[dict[str, Any]]:
+def _gather_rows_entries() -> list[dict[str, Any]]:
     entries = []
     for dtype in ("i32", "i16"):
         for d in AOT_WIDTHS:
             bk, bd = tile_shape(d, SIZE_OF[dtype])
             for carried in (0, 2):
                 types = {"hidden_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "index_ptr": "*i64"}
-                types |= {f"{side}{i}_ptr": "*i64" for side in "co" for i in range(gather_scatter.CARRIED)}
+                types |= {f"{side}{i}_ptr": "*i64" for side in "co" for i in range(gather_rows.CARRIED)}
                 sizes = {"CARRIED": carried, "BK": bk, "BD": bd, "stride_index": 1}
-                sizes |= {f"stride_c{i}": 1 for i in range(gather_scatter.CARRIED)}
+                sizes |= {f"stride_c{i}": 1 for i in range(gather_rows.CARRIED)}
                 name = f"gather_rows-{dtype}-BD{bd}-carried{carried}"
-                kernel = gather_scatter._gather_rows_kernel
+                kernel = gather_rows._gather_rows_kernel
                 entries.append(_entry(name, kernel, types, sizes, 4, "D stride_hidden"))
     return entries
 
 
-def _scatter_entries() -> list[dict[str, Any]]:
-    g = gather_scatter
+def _scatter_rows_entries() -> list[dict[str, Any]]:
+    s = scatter_rows
     index = {"index_ptr": "*i64", "source_ptr": "*i32"}
-    entries = [
-        _entry("scatter_rows-invert", g._invert_index_kernel, index, {"stride_index": 1, "BK": g.INVERT_BLOCK}, 4)
-    ]
+    invert = {"stride_index": 1, "BK": s.INVERT_BLOCK}
+    entries = [_entry("scatter_rows-invert", s._scatter_rows_invert_kernel, index, invert, 4)]
     for dtype in ("i32", "i16", "fp32", "fp16", "bf16"):
         for d in AOT_WIDTHS:
             bn, bd = tile_shape(d, SIZE_OF[dtype])
@@ -96,9 +96,14 @@ def _scatter_entries() -> list[dict[str, Any]]:
             what = f"{'add-' if add else ''}{dtype}-BD{bd}"
             aligned = "D stride_rows stride_into"
             merge, put = {"ADD": add, "BN": bn, "BD": bd}, {"ADD": add, "BK": bn, "BD": bd, "stride_index": 1}
-            entries.append(_entry(f"scatter_rows-merge-{what}", g._merge_rows_kernel, types, merge, 4, aligned))
-            entries.append(_entry(f"scatter_rows-put-{what}", g._put_rows_kernel, types, put, 4, aligned))
+            entries.append(_entry(f"scatter_rows-merge-{what}", s._scatter_rows_merge_kernel, types, merge, 4, aligned))
+            entries.append(_entry(f"scatter_rows-put-{what}", s._scatter_rows_put_kernel, types, put, 4, aligned))
     return entries
 
 
-AOT: list[dict[str, Any]] = _score_entries() + _select_entries() + _gather_entries() + _scatter_entries()
+AOT: list[dict[str, Any]] = [
+    *_cosine_score_entries(),
+    *_select_hard_entries(),
+    *_gather_rows_entries(),
+    *_scatter_rows_entries(),
+]

@@ -93,7 +93,7 @@ def _bracket(scores_ptr, N, rank, SAMPLE: tl.constexpr, MARGIN: tl.constexpr, BI
 
 
 @triton.jit(do_not_specialize=NO_SPECIAL)
-def _histogram_kernel(
+def _select_hard_histogram_kernel(
     scores_ptr, hist_ptr, state_ptr, N, G, k, chunk, stride,
     BLOCK: tl.constexpr, BINS: tl.constexpr, SAMPLE: tl.constexpr, MARGIN: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def _histogram_kernel(
 
 
 @triton.jit(do_not_specialize=NO_SPECIAL)
-def _narrow_kernel(
+def _select_hard_narrow_kernel(
     scores_ptr, hist_ptr, state_ptr, chunks_ptr, candidates_ptr, N, G, k, chunk, stride,
     BLOCK: tl.constexpr, BINS: tl.constexpr, GROUP: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +170,7 @@ def _narrow_kernel(
 
 
 @triton.jit(do_not_specialize=NO_SPECIAL)
-def _compact_kernel(
+def _select_hard_compact_kernel(
     scores_ptr, state_ptr, chunks_ptr, candidates_ptr, index_ptr, bounds_ptr, N, G, k, chunk, stride,
     BLOCK: tl.constexpr, BINS: tl.constexpr, CHUNKS: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
@@ -265,9 +265,9 @@ def select_hard(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     grid = (rows * chunks,)
     common = {"BLOCK": BLOCK, "BINS": BINS, "STATE": STATE, "num_warps": NUM_WARPS}
     with on_device_of(scores_BN):
-        _histogram_kernel[grid](scores_BN, hist, state, *sizes, SAMPLE=SAMPLE, MARGIN=MARGIN, **common)
-        _narrow_kernel[grid](scores_BN, hist, state, per_chunk, candidates, *sizes, GROUP=GROUP, **common)
-        _compact_kernel[grid](
+        _select_hard_histogram_kernel[grid](scores_BN, hist, state, *sizes, SAMPLE=SAMPLE, MARGIN=MARGIN, **common)
+        _select_hard_narrow_kernel[grid](scores_BN, hist, state, per_chunk, candidates, *sizes, GROUP=GROUP, **common)
+        _select_hard_compact_kernel[grid](
             scores_BN, state, per_chunk, candidates, index_BK, bounds_B2, *sizes, CHUNKS=MAX_CHUNKS, **common
         )
     return index_BK, bounds_B2

@@ -27,14 +27,14 @@ def main() -> None:
     commands = {
         name: importlib.import_module(f"cascade_fast.{name}") for name in ("train", "evaluate", "generate", "report")
     }
-    for name in ("cascade", "modeling", "evaluation", "data", "run_folder"):
+    for name in ("cascade", "model.modeling", "model.measuring", "base.texts", "training.run_folder"):
         importlib.import_module(f"cascade_fast.{name}")
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
     import torch
     import transformers
 
-    from cascade_fast.planning.roofline import this_machine
+    from cascade_fast.planning.devices import this_machine
     from cascade_fast.runtime.compute import Compute
 
     _ = transformers.LlamaForCausalLM, transformers.AutoTokenizer, transformers.DynamicCache, transformers.TextStreamer

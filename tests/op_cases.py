@@ -1,4 +1,4 @@
-"""Inputs and oracles of the operators, shared by the tests and the benchmarks.
+"""Inputs and oracles of the operators' tests; those that the benchmarks need, too, are theirs.
 
 Shape legend: N rows (tokens), B independent selections, D hidden size, K selected rows.
 """
@@ -6,9 +6,11 @@ Shape legend: N rows (tokens), B independent selections, D hidden size, K select
 import os
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.operator_inputs import hidden_pair, select_truth
 from cascade_fast import ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -20,22 +22,11 @@ SHAPES = ((0, 8), (3, 0), (1, 1), (5, 1), (7, 31), (4, 32), (9, 33), (13, 65), (
 
 def need(backend: str) -> str:
     """Skips where the extension is missing; fails instead where CASCADE_FAST_REQUIRE_EXT=1 says it must be there."""
-    import pytest  # here: the benchmarks use this module, too, and need none
-
     reasons = [reason for op in ops.OPS if (reason := ops.why_not(op, torch.device("cpu"), backend))]
     if reasons:
         required = os.environ.get("CASCADE_FAST_REQUIRE_EXT", "0") not in ("", "0")
         (pytest.fail if required else pytest.skip)(f"backend {backend}: {reasons[0]}")
     return backend
-
-
-def hidden_pair(n: int, d: int, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Two ``(N, D)`` hidden states whose rows point together by a share that differs from row to row."""
-    generator = torch.Generator().manual_seed(seed)
-    h_in_ND = torch.randn(n, d, generator=generator)
-    share_N1 = torch.rand(n, 1, generator=generator)
-    h_out_ND = torch.randn(n, d, generator=generator).mul_(1 - share_N1).addcmul_(share_N1, h_in_ND)
-    return h_in_ND.to(device, dtype), h_out_ND.to(device, dtype)
 
 
 def with_layout(t_ND: Tensor, layout: str) -> Tensor:
@@ -54,12 +45,6 @@ def with_layout(t_ND: Tensor, layout: str) -> Tensor:
     room = t_ND.new_full((row_step * n, column_step * d + start), torch.nan)
     view = room[::row_step, start::column_step][:n, :d]
     return view.copy_(t_ND)
-
-
-def cosine_truth(h_in_ND: Tensor, h_out_ND: Tensor) -> Tensor:
-    """The score in float64; differentiable."""
-    a_ND, b_ND = h_in_ND.double(), h_out_ND.double()
-    return (a_ND * b_ND).sum(-1) / (a_ND.norm(dim=-1) * b_ND.norm(dim=-1) + 1e-8)
 
 
 def cosine_eager(h_in_ND: Tensor, h_out_ND: Tensor) -> Tensor:
@@ -108,14 +93,6 @@ def special_scores(*shape: int, seed: int = 0) -> Tensor:
     return torch.where(ordinary, (2 * torch.randn(shape, generator=generator)).round(), scores)
 
 
-def select_truth(scores_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The selection by numpy: sorted by (is NaN, value, index)."""
-    values = scores_N.cpu().double().numpy()  # float64 holds float32's subnormals as normal numbers
-    order = np.lexsort((np.arange(len(values)), np.where(np.isnan(values), 0, values), np.isnan(values)))
-    padded = np.concatenate([[-np.inf], values[order], [np.inf]]).astype(np.float32)
-    return torch.from_numpy(np.sort(order[:k])), torch.from_numpy(padded[k : k + 2])
-
-
 def assert_selected(index_BK: Tensor, bounds_B2: Tensor, scores_BN: Tensor, k: int) -> None:
     """Whether an operator's answer is :func:`select_truth` in every row."""
     assert index_BK.dtype == torch.int64
@@ -144,11 +121,6 @@ def carried_arrays(n: int) -> list[Tensor]:
         torch.complex(base_N.double(), -base_N.double()),
         torch.tensor(7).expand(n),
     ]
-
-
-def bits(t: Tensor) -> Tensor:
-    """The tensor's bytes, so that NaNs and the sign of zero are compared too."""
-    return t.contiguous().view(torch.uint8) if t.numel() else t.new_empty(0, dtype=torch.uint8)
 
 
 def scatter_truth(rows_KD: Tensor, index_K: Tensor, into_ND: Tensor, add: bool) -> Tensor:

@@ -101,6 +101,14 @@ def test_kernels_need_torch_and_triton_only():
             assert {n.split(".")[0] for n in names} <= allowed, path
 
 
+def test_readme_and_contributing_have_the_packages_in_this_order():
+    parts = [part for part in ORDER if part != "commands"]
+    tree = re.findall(r"^    (\w+)(?:\.py|/) ", (ROOT / "README.md").read_text(), re.MULTILINE)
+    table = re.findall(r"^\| `(\w+)/?` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert [name for name in tree if name in parts] == parts
+    assert [name for name in table if name in parts] == parts
+
+
 def test_kernels_is_no_package_of_that_name():
     """With an ``__init__.py``, ``import kernels`` from here would find ours instead of Hugging Face's."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

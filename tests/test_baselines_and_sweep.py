@@ -7,6 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cascade_fast import baselines, cascade, sweep
+from cascade_fast.comparison.grid import make_grid
+from cascade_fast.comparison.methods import METHODS
 from cascade_fast.criteria import random_scores
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.configuration import CascadeConfig
@@ -93,10 +95,10 @@ def test_baselines_trains_every_method_and_goes_on(flags, tmp_path, capsys):
     kept = (out / "cascade-1" / "results.json").stat().st_mtime_ns
     assert baselines.main([*command, "--epochs-list", "1"]) == 0, capsys.readouterr().err
     assert (out / "cascade-1" / "results.json").stat().st_mtime_ns == kept
-    runs = {*(f"{method}-1" for method in baselines.METHODS), "cascade-2"}
+    runs = {*(f"{method}-1" for method in METHODS), "cascade-2"}
     assert {p.name for p in out.iterdir() if p.is_dir()} == runs
     rows = json.loads((out / "comparison.json").read_text())["rows"]
-    assert [r["name"] for r in rows] == ["base", *baselines.METHODS]
+    assert [r["name"] for r in rows] == ["base", *METHODS]
     for row in rows[1:]:
         final = _results(out / row["folder"])["final"]
         assert (row["val_ppl"], row["test_ppl"]) == (final["all_token_val_ppl"], final["all_token_test_ppl"])
@@ -119,7 +121,7 @@ def test_baselines_trains_every_method_and_goes_on(flags, tmp_path, capsys):
     ("wrong", "said"),
     [
         (["--only", "best"], "only: 'best'; must be one of cascade, dense-append,"),
-        (["--skip", *baselines.METHODS], "only, skip: no method is left"),
+        (["--skip", *METHODS], "only, skip: no method is left"),
         (["--epochs-list", "0"], "epochs_list: [0]; must be different numbers, each at least 1"),
         (["--epochs-list", "2", "2"], "epochs_list: [2, 2]; must be different"),
         (["--epochs", "2", "--epochs-list", "1", "3"], "epochs, epochs_list: 2 and [1, 3]; give one of them"),
@@ -152,11 +154,13 @@ def test_mistakes_of_baselines(flags, tmp_path, capsys, wrong, said):
 def test_the_epochs_of_baselines(flags, tmp_path, monkeypatch, asked, file, epochs):
     (tmp_path / "run.yaml").write_text(file)
     planned = []
-    monkeypatch.setattr(baselines, "run_baselines", lambda _folder, trainings: planned.extend(trainings))
+    monkeypatch.setattr(
+        "cascade_fast.comparison.baselines.run_baselines", lambda _folder, trainings: planned.extend(trainings)
+    )
     command = [*flags, "--out", str(tmp_path / "out"), "--config", str(tmp_path / "run.yaml"), *asked]
     assert baselines.main([*command, "--only", "cascade", "seed", "--train-blocks", "all"]) == 0
     assert [t.settings.epochs for t in planned if t.method == "cascade"] == epochs
-    (seed,) = (t.config for t in planned if t.method == "seed")  # its epochs are its own; the text is the same
+    (seed,) = (t.settings for t in planned if t.method == "seed")  # its epochs are its own; the text is the same
     assert (seed.epochs, seed.shuffle, seed.train_blocks) == (1, "on", planned[0].settings.train_blocks)
 
 
@@ -215,7 +219,7 @@ def test_mistakes_of_a_sweep(flags, tmp_path, capsys, wrong, said):
     assert said in capsys.readouterr().err
     assert not out.exists()
     with pytest.raises(InputError, match="hard_ratio: no value"):
-        sweep.make_grid({"out": str(out), "hard_ratio": []})
+        make_grid({"out": str(out), "hard_ratio": []})
 
 
 def test_an_unknown_criterion_is_argparse_s_error(capsys):

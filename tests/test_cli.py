@@ -197,11 +197,25 @@ def test_flags_are_answered_before_torch_is_loaded():
     assert "hard_ratio: 9.0" in result.stderr
 
 
+def test_help_is_printed_before_torch_is_loaded():
+    script = """
+import contextlib, sys
+from cascade_fast import baselines, evaluate, generate, plan, report, sweep, train
+for command in (baselines, evaluate, generate, plan, report, sweep, train):
+    with contextlib.suppress(SystemExit):
+        command.main(["--help"])
+print("torch" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.count("usage: ") == 7
+    assert result.stdout.splitlines()[-1] == "False"
+
+
 def test_peak_memory_is_the_process_s_own():
     """Not that of whoever started it, which ru_maxrss would be."""
     room = bytearray(400 * 2**20)
     room[:: 2**12] = b"x" * len(room[:: 2**12])  # every page
-    code = "from cascade_fast.runtime.console import peak_rss_bytes; print(peak_rss_bytes())"
+    code = "from cascade_fast.runtime.compute import peak_rss_bytes; print(peak_rss_bytes())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 2**20 < int(run.stdout) < 300 * 2**20
     assert peak_rss_bytes() > len(room)

@@ -5,16 +5,9 @@ import json
 
 import pytest
 
-from cascade_fast.comparison.runs import (
-    base_row,
-    best_within,
-    equal_cost_table,
-    open_folder,
-    plot_lines,
-    read_run,
-    verdict,
-    write_tables,
-)
+from cascade_fast.comparison.curves import plot_lines
+from cascade_fast.comparison.runs import base_row, open_folder, read_run
+from cascade_fast.comparison.tables import best_within, equal_cost_table, verdict, write_tables
 from cascade_fast.input_checks import InputError
 
 

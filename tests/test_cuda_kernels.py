@@ -47,7 +47,7 @@ class Emulator:
     def __init__(self):
         from ptxsim.cuda import compile_source
 
-        lines = ['#include "score.cuh"', '#include "select.cuh"', '#include "rows.cuh"', "namespace cascade {"]
+        lines = [*(f'#include "{op}.cuh"' for op in ops.SELECTION_OPS), "namespace cascade {"]
         for t, size in (("Float32", 4), ("Float16", 2), ("BFloat16", 2)):
             for width in (16, size):
                 word = WORDS[width]
@@ -67,7 +67,7 @@ class Emulator:
     def launch(self, kernel, blocks, threads, args, **options):
         return self.module.launch(kernel, max(int(blocks), 1), threads, args, **options)
 
-    def score(self, a_ND, b_ND, **options):
+    def cosine_score(self, a_ND, b_ND, **options):
         from ptxsim import poison
 
         n, d = a_ND.shape
@@ -77,7 +77,7 @@ class Emulator:
         args = [a_ND, a_ND.stride(0), b_ND, b_ND.stride(0), score_N, n, d]
         return score_N, self.launch(name, -(-n // 8), 256, args, **options)
 
-    def select(self, scores_BN, k, team_blocks, teams=None, **options):
+    def select_hard(self, scores_BN, k, team_blocks, teams=None, **options):
         from ptxsim import poison
 
         b, n = scores_BN.shape
@@ -90,7 +90,7 @@ class Emulator:
         options = {"resident": blocks} | options  # what a cooperative launch guarantees
         return index_BK, bounds_B2, self.launch("select_hard_kernel", blocks, 512, args, **options)
 
-    def gather(self, hidden_ND, index_K, carried=(), **options):
+    def gather_rows(self, hidden_ND, index_K, carried=(), **options):
         from ptxsim import Struct, poison
 
         k, d = len(index_K), hidden_ND.shape[1]
@@ -106,14 +106,14 @@ class Emulator:
         args.append(Struct("QQqq" * 8 + "q", *flat, len(arrays)))
         return hidden_KD, gathered, self.launch(name, row_blocks + carried_blocks, 256, args, **options)
 
-    def scatter(self, rows_KD, index_K, into_ND, add, **options):
+    def scatter_rows(self, rows_KD, index_K, into_ND, add, **options):
         from ptxsim import poison
 
         (n, d), k = into_ND.shape, len(index_K)
         out_ND, slot_N, stats = poison(torch.empty(n, d, dtype=into_ND.dtype)), None, []
         if k > 0:
             slot_N = torch.full((n,), -1, dtype=torch.int32)
-            stats = [self.launch("invert_index_kernel", -(-k // 256), 256, [index_K, k, slot_N, n], **options)]
+            stats = [self.launch("scatter_rows_invert_kernel", -(-k // 256), 256, [index_K, k, slot_N, n], **options)]
         size = into_ND.element_size()
         width = 16 if wide(rows_KD, into_ND, out_ND) else size
         strides = [m.stride(0) * size // width for m in (rows_KD, into_ND)]
@@ -141,14 +141,14 @@ def permutation(n, k, seed=0):
 @emulated
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (9, 64), (13, 576), (5, 577), (2, 4096)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
-def test_score(emulator, dtype, shape):
+def test_cosine_score(emulator, dtype, shape):
     a_ND, b_ND = randn(*shape, dtype=dtype, seed=1), randn(*shape, dtype=dtype, seed=2)
     a_ND[0] = 0
-    score_N, _ = emulator.score(a_ND, b_ND)
-    check_score(score_N, a_ND, b_ND)
+    score_N, _ = emulator.cosine_score(a_ND, b_ND)
+    check_cosine_score(score_N, a_ND, b_ND)
 
 
-def check_score(score_N, a_ND, b_ND):
+def check_cosine_score(score_N, a_ND, b_ND):
     a_64, b_64 = a_ND.double(), b_ND.double()
     truth_N = (a_64 * b_64).sum(-1) / (a_64.norm(dim=-1) * b_64.norm(dim=-1) + reference.COSINE_EPS)
     allowed_N = (reference.cosine_score(a_ND, b_ND) - truth_N).abs() + SCORE_TOL
@@ -158,7 +158,7 @@ def check_score(score_N, a_ND, b_ND):
 
 @emulated
 @pytest.mark.parametrize("layout", ["padded", "shifted", "one-row-repeated", "unaligned-tail"])
-def test_score_reads_strided_rows_in_place(emulator, layout):
+def test_cosine_score_reads_strided_rows_in_place(emulator, layout):
     base_a, base_b = randn(6, 128, dtype=torch.float16, seed=1), randn(6, 128, dtype=torch.float16, seed=2)
     views = {
         "padded": lambda x: x[:, :72],  # 16-byte rows with gaps
@@ -167,15 +167,15 @@ def test_score_reads_strided_rows_in_place(emulator, layout):
         "unaligned-tail": lambda x: x[:, :77],  # 16-byte rows that end in the middle of a word
     }
     a_ND, b_ND = views[layout](base_a), views[layout](base_b)
-    score_N, _ = emulator.score(a_ND, b_ND)
-    check_score(score_N, a_ND, b_ND)
+    score_N, _ = emulator.cosine_score(a_ND, b_ND)
+    check_cosine_score(score_N, a_ND, b_ND)
 
 
 @emulated
-def test_score_of_non_finite_rows(emulator):
+def test_cosine_score_of_non_finite_rows(emulator):
     a_ND, b_ND = randn(4, 64, seed=1), randn(4, 64, seed=2)
     a_ND[0, 5], a_ND[1, 6], b_ND[2, 7] = torch.nan, torch.inf, -torch.inf
-    score_N, _ = emulator.score(a_ND, b_ND)
+    score_N, _ = emulator.cosine_score(a_ND, b_ND)
     assert score_N.isnan().tolist() == reference.cosine_score(a_ND, b_ND).isnan().tolist() == [True, True, True, False]
 
 
@@ -195,42 +195,42 @@ def make_scores(kind, b, n, seed=0):
 @emulated
 @pytest.mark.parametrize("kind", ["normal", "tied", "constant", "clustered", "special"])
 @pytest.mark.parametrize(("n", "team_blocks"), [(1, 1), (33, 1), (2500, 1), (2500, 3), (4100, 2)])
-def test_select(emulator, n, team_blocks, kind):
+def test_select_hard(emulator, n, team_blocks, kind):
     scores_BN = make_scores(kind, 1, n, seed=n)
     for k in sorted({0, 1, n // 10, n - 1, n}):
-        index_BK, bounds_B2, _ = emulator.select(scores_BN, k, team_blocks, seed=k)
+        index_BK, bounds_B2, _ = emulator.select_hard(scores_BN, k, team_blocks, seed=k)
         assert_selected(index_BK, bounds_B2, scores_BN, k)
 
 
 @emulated
 @pytest.mark.parametrize("seed", range(4))
-def test_select_is_the_same_in_every_order_of_blocks(emulator, seed):
+def test_select_hard_is_the_same_in_every_order_of_blocks(emulator, seed):
     """More blocks than work in places (the last chunks are empty), interleaved at random every few accesses."""
     scores_BN = make_scores("tied", 2, 130, seed=seed)
-    index_BK, bounds_B2, _ = emulator.select(scores_BN, 40, team_blocks=6, seed=seed, switch_every=3)
+    index_BK, bounds_B2, _ = emulator.select_hard(scores_BN, 40, team_blocks=6, seed=seed, switch_every=3)
     assert_selected(index_BK, bounds_B2, scores_BN, 40)
 
 
 @emulated
 @pytest.mark.slow
 @pytest.mark.parametrize("team_blocks", [1, 3])
-def test_select_with_warps_at_different_paces(emulator, team_blocks):
+def test_select_hard_with_warps_at_different_paces(emulator, team_blocks):
     scores_BN = make_scores("tied", 1, 3000)
-    index_BK, bounds_B2, _ = emulator.select(scores_BN, 700, team_blocks, lockstep="warp", uninit_shared=True)
+    index_BK, bounds_B2, _ = emulator.select_hard(scores_BN, 700, team_blocks, lockstep="warp", uninit_shared=True)
     assert_selected(index_BK, bounds_B2, scores_BN, 700)
 
 
 @emulated
 @pytest.mark.parametrize(("team_blocks", "teams"), [(1, 2), (1, 5), (2, 5)])
-def test_select_serves_rows_of_a_strided_batch(emulator, team_blocks, teams):
+def test_select_hard_serves_rows_of_a_strided_batch(emulator, team_blocks, teams):
     scores_BN = make_scores("tied", 5, 400)[:, 7:300]
-    index_BK, bounds_B2, _ = emulator.select(scores_BN, 31, team_blocks, teams)
+    index_BK, bounds_B2, _ = emulator.select_hard(scores_BN, 31, team_blocks, teams)
     assert_selected(index_BK, bounds_B2, scores_BN, 31)
 
 
 @emulated
-def test_select_of_nothing(emulator):
-    index_BK, bounds_B2, _ = emulator.select(torch.empty(2, 0), 0, team_blocks=1)
+def test_select_hard_of_nothing(emulator):
+    index_BK, bounds_B2, _ = emulator.select_hard(torch.empty(2, 0), 0, team_blocks=1)
     assert index_BK.shape == (2, 0)
     assert bounds_B2.tolist() == [[-torch.inf, torch.inf]] * 2
 
@@ -238,12 +238,12 @@ def test_select_of_nothing(emulator):
 @emulated
 @pytest.mark.parametrize("d", [1, 64, 577])
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
-def test_gather_with_carried_arrays(emulator, dtype, d):
+def test_gather_rows_with_carried_arrays(emulator, dtype, d):
     n, index_K = 300, permutation(300, 261)
     hidden_ND = randn(n, d, dtype=dtype)
     i_N = torch.arange(n)
     carried = [i_N % 2 == 0, i_N.short(), i_N.int(), i_N, randn(n, 2)[:, 1], i_N.to(torch.complex128)]
-    hidden_KD, gathered, _ = emulator.gather(hidden_ND, index_K, carried)
+    hidden_KD, gathered, _ = emulator.gather_rows(hidden_ND, index_K, carried)
     want_KD, want = reference.gather_rows(hidden_ND, index_K, carried)
     assert torch.equal(hidden_KD, want_KD)
     assert all(torch.equal(x, y) for x, y in zip(gathered, want, strict=True))
@@ -254,12 +254,12 @@ def test_gather_with_carried_arrays(emulator, dtype, d):
 @pytest.mark.parametrize("d", [64, 577])
 @pytest.mark.parametrize("add", [False, True], ids=["replace", "add"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
-def test_scatter(emulator, dtype, add, d, k):
+def test_scatter_rows(emulator, dtype, add, d, k):
     rows_KD, into_ND, index_K = randn(k, d, dtype=dtype, seed=1), randn(37, d, dtype=dtype, seed=2), permutation(37, k)
     if k > 1:
         rows_KD[0, 0], rows_KD[1, 0] = torch.nan, torch.inf
     before_ND = into_ND.clone()
-    out_ND, _ = emulator.scatter(rows_KD, index_K, into_ND, add, seed=k)
+    out_ND, _ = emulator.scatter_rows(rows_KD, index_K, into_ND, add, seed=k)
     torch.testing.assert_close(
         out_ND, reference.scatter_rows(rows_KD, index_K, into_ND, add), rtol=0, atol=0, equal_nan=True
     )
@@ -270,9 +270,9 @@ def test_scatter(emulator, dtype, add, d, k):
 def test_rows_are_moved_from_any_row_stride(emulator):
     base, index_K = randn(9, 100, dtype=torch.float16), permutation(9, 4)
     for view_ND in (base[:, 8:72], base[:, 3:67], base[:1, :64].expand(9, 64)):
-        assert torch.equal(emulator.gather(view_ND, index_K)[0], view_ND[index_K])
+        assert torch.equal(emulator.gather_rows(view_ND, index_K)[0], view_ND[index_K])
         rows_KD = base[:4, 5:69]
-        out_ND, _ = emulator.scatter(rows_KD, index_K, view_ND, add=False)
+        out_ND, _ = emulator.scatter_rows(rows_KD, index_K, view_ND, add=False)
         assert torch.equal(out_ND, reference.scatter_rows(rows_KD, index_K, view_ND, add=False))
 
 
@@ -291,22 +291,22 @@ def test_bytes_moved_are_what_they_must_be(emulator, d):
     row = d * 2
     a_ND, b_ND, index_K = randn(n, d, dtype=dtype, seed=1), randn(n, d, dtype=dtype, seed=2), permutation(n, k)
 
-    _, score = emulator.score(a_ND, b_ND)
+    _, score = emulator.cosine_score(a_ND, b_ND)
     assert moved(score) <= 1.05 * (2 * n * row + 4 * n)
-    _, _, gather = emulator.gather(a_ND, index_K)
+    _, _, gather = emulator.gather_rows(a_ND, index_K)
     assert moved(gather) <= 1.05 * (2 * k * row + 8 * k)
-    _, scatter = emulator.scatter(b_ND[:k], index_K, a_ND, add=False)
+    _, scatter = emulator.scatter_rows(b_ND[:k], index_K, a_ND, add=False)
     assert moved(*scatter) <= 1.05 * (2 * n * row + 8 * k)  # N - K rows of `into` and K rows read, N written
-    _, scatter_add = emulator.scatter(b_ND[:k], index_K, a_ND, add=True)
+    _, scatter_add = emulator.scatter_rows(b_ND[:k], index_K, a_ND, add=True)
     assert moved(*scatter_add) <= 1.05 * ((2 * n + k) * row + 8 * k)
     for stats in (score, gather, scatter[-1], scatter_add[-1]):
         assert stats.loads.efficiency > 0.95  # every byte of a sector is asked for
 
 
 @emulated
-def test_select_reads_the_scores_four_times(emulator):
+def test_select_hard_reads_the_scores_four_times(emulator):
     n, k, team_blocks = 16384, 1638, 4
-    _, _, stats = emulator.select(make_scores("clustered", 1, n), k, team_blocks)
+    _, _, stats = emulator.select_hard(make_scores("clustered", 1, n), k, team_blocks)
     scores, histograms = 4 * 4 * n, 3 * 2048 * 4 * team_blocks
     assert stats.loads.bytes <= 1.1 * (scores + histograms)  # the rest: counts, and polls at the barriers
 
@@ -349,11 +349,11 @@ def card():
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(1, 1), (1000, 577), (0, 64), (4099, 576), (63, 4096)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
-def test_gpu_score_and_gradients(card, dtype, shape):
+def test_gpu_cosine_score_and_gradients(card, dtype, shape):
     device, backend = card
     pair = [randn(*shape, dtype=dtype, seed=seed).to(device).requires_grad_() for seed in (1, 2)]
     score_N = ops.cosine_score(*pair, backend=backend)
-    check_score(score_N.detach(), *(x.detach() for x in pair))
+    check_cosine_score(score_N.detach(), *(x.detach() for x in pair))
     weight_N = randn(shape[0], seed=3).to(device)
     got = torch.autograd.grad(score_N, pair, weight_N)
     want = torch.autograd.grad(ops.cosine_score(*pair, backend="reference"), pair, weight_N)
@@ -364,7 +364,7 @@ def test_gpu_score_and_gradients(card, dtype, shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["normal", "tied", "constant", "clustered", "special"])
 @pytest.mark.parametrize(("b", "n"), [(1, 1), (1, 2048), (1, 2049), (1, 1_000_003), (3, 70_001), (1500, 300)])
-def test_gpu_select(card, b, n, kind):
+def test_gpu_select_hard(card, b, n, kind):
     device, backend = card
     scores_BN = make_scores(kind, b, n + 3, seed=n).to(device)[:, 3:]  # rows that start on no particular address
     for k in sorted({0, 1, n // 10, n - 1, n}):
@@ -377,7 +377,7 @@ def test_gpu_select(card, b, n, kind):
 @pytest.mark.gpu
 @pytest.mark.parametrize("d", [1, 577, 576])
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
-def test_gpu_gather_scatter_and_gradients(card, dtype, d):
+def test_gpu_gather_rows_scatter_rows_and_gradients(card, dtype, d):
     device, backend = card
     n, k = 5000, 777
     hidden_ND = randn(n, d + 8, dtype=dtype, seed=1).to(device)[:, :d].requires_grad_()

@@ -56,9 +56,10 @@ def test_every_flag_of_the_pages_exists(page):
         assert flags <= known, f"{command}: {flags - known}"
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{name}.md" for name in ("colab", "data", "plan", "troubleshooting"))]
-)
+OURS_ALONE = ["colab", "compare", "data", "model", "original-recipe", "plan", "runs", "second-look", "troubleshooting"]
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in OURS_ALONE)])
 def test_flags_in_tables_and_sentences_exist(page):
     known = set(OTHERS)
     for command in ("train", "plan", "generate", "evaluate", "report", "baselines", "sweep"):
@@ -67,10 +68,14 @@ def test_flags_in_tables_and_sentences_exist(page):
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", (ROOT / page).read_text())) <= known
 
 
-@pytest.mark.parametrize("page", PAGES)
+LINKING = [*PAGES, "CHANGELOG.md", "kernels/README.md", "docs/example-report/report.md"]
+LINKING += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs" / "decisions").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", LINKING)
 def test_the_links_of_the_pages_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r'(?:\]\(|src=")([^)"\s]+)', text):
         path, _, anchor = target.partition("#")
         if ":" in path:
             continue
@@ -80,6 +85,14 @@ def test_the_links_of_the_pages_lead_somewhere(page):
             titles = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
             names = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor in names, target
+
+
+@pytest.mark.parametrize("page", [page for page in LINKING if page not in RECORDS])
+def test_files_that_the_pages_name_exist(page):
+    text = (ROOT / page).read_text()
+    folders = "cascade_fast|csrc|kernels|tests|benchmarks|examples|tools|docs"
+    named = re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]+\.\w+)", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_the_readme_leads_to_every_page():

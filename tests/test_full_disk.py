@@ -11,7 +11,7 @@ from run_faults import differences, epochs_told, is_one_line, small_run
 
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.input_checks import InputError
-from cascade_fast.planning import run_plan
+from cascade_fast.planning.disk import check_disk
 from cascade_fast.planning.memory import BASE_PASS_DISK
 from cascade_fast.runtime import files
 from cascade_fast.runtime.files import DiskFull
@@ -91,14 +91,14 @@ def test_without_posix_fallocate_zeros_are_written(tmp_path, monkeypatch):
 def test_the_plan_is_compared_with_what_is_free(tmp_path, monkeypatch):
     planned = {BASE_PASS_DISK: 3.0 * 2**20, "stages": 2.0 * 2**20}
     where = {"out": tmp_path / "run", "base_pass": tmp_path / "cache" / "p"}
-    monkeypatch.setattr(run_plan, "free_disk_bytes", lambda _path: 5.0 * 2**20)
-    run_plan.check_disk(planned, **where)
-    monkeypatch.setattr(run_plan, "free_disk_bytes", lambda _path: 5.0 * 2**20 - 1)
+    monkeypatch.setattr("cascade_fast.planning.disk.free_disk_bytes", lambda _path: 5.0 * 2**20)
+    check_disk(planned, **where)
+    monkeypatch.setattr("cascade_fast.planning.disk.free_disk_bytes", lambda _path: 5.0 * 2**20 - 1)
     with pytest.raises(InputError, match=r"needs 5\.0 MiB more on the disk of .*, where 5\.0 MiB are free"):
-        run_plan.check_disk(planned, **where)
+        check_disk(planned, **where)
     where["base_pass"].mkdir(parents=True)
     (where["base_pass"] / "hidden.bin").write_bytes(bytes(2**20))  # written already
-    run_plan.check_disk(planned, **where)
+    check_disk(planned, **where)
 
 
 def test_a_run_that_has_no_room_begins_nothing(server, tiny_base, small_disk, tmp_path):

@@ -190,7 +190,7 @@ def test_what_the_model_says_is_made_visible_too(loaded, capsys, monkeypatch):
         output.logits[..., escape] = 1e4
 
     model.register_forward_hook(says_escape)
-    monkeypatch.setattr(module, "load_model", lambda *_, **__: (model, tokenizer))
+    monkeypatch.setattr("cascade_fast.model.loading.load_model", lambda *_, **__: (model, tokenizer))
     for flags in ([], ["--show-exits"], ["--compare-base"]):
         _, out, _ = _main(capsys, "run", "x", *flags, "--max-new-tokens", "5")
         assert "\x1b" not in out

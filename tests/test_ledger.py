@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from cascade_fast.cascade import run_cascade
 from cascade_fast.planning.counts import Shape
 from cascade_fast.planning.ledger import compute_ledger, seed_flops, stage_work
-from cascade_fast.planning.roofline import base_flops
+from cascade_fast.planning.times import base_flops
 from cascade_fast.settings import make_settings
 
 

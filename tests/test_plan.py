@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from cascade_fast.cascade import run_cascade
 from cascade_fast.input_checks import InputError
-from cascade_fast.plan import BUILT_IN, base_configuration, main
+from cascade_fast.plan import main
+from cascade_fast.planning.base_configs import BUILT_IN, base_configuration
 from cascade_fast.planning.counts import Shape, base_weight_bytes, optimizer_bytes, saved_activation_bytes
+from cascade_fast.planning.devices import DEVICES, find_device
 from cascade_fast.planning.kv import choose_kv
 from cascade_fast.planning.memory import (
     CONTEXT_BYTES,
@@ -24,7 +26,7 @@ from cascade_fast.planning.memory import (
     memory_plan,
     micro_batch_tokens,
 )
-from cascade_fast.planning.roofline import DEVICES, base_pass_time, epoch_time, find_device
+from cascade_fast.planning.times import base_pass_time, epoch_time
 from cascade_fast.settings import make_settings
 from cascade_fast.stages.append import AppendedStage
 from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage
@@ -225,22 +227,22 @@ def test_micro_batch_tokens_below_one_is_refused():
 
 
 def test_the_roofline_names_its_limit():
-    t4 = DEVICES["t4"]
+    t4 = find_device("t4", "float32")
     one_token = make_settings({"preset": "seed"})
-    time = epoch_time(one_token, SMALL, t4, torch.float32, 32)
+    time = epoch_time(one_token, SMALL, t4, 32)
     assert time.seconds == max(time.flops, time.bytes, time.launches)
     large = make_settings({"batch_tokens": 2**14, "train_blocks": 4000})
-    assert base_pass_time(large, base_configuration("llama-3-8b"), t4, torch.float16).limit == "FLOPs"
+    assert base_pass_time(large, base_configuration("llama-3-8b"), DEVICES["t4"]).limit == "FLOPs"
     steps = -(-115_200 // 32)
     assert time.bytes > steps * 28 * 56e6 * 0.8 / t4.bytes_per_second  # AdamW alone moves 28 bytes a parameter
 
 
 def test_this_machine_is_probed_unless_its_rates_are_given():
-    device, dtype = find_device("cpu", "float32", tflops=1.0, gbs=10.0, memory_gib=4.0)
-    assert (device.memory_bytes, device.bytes_per_second, dtype) == (4 * GIB, 10e9, torch.float32)
-    probed, _ = find_device("cpu", "float32")
+    device = find_device("cpu", "float32", tflops=1.0, gbs=10.0, memory_gib=4.0)
+    assert (device.memory_bytes, device.bytes_per_second, device.dtype) == (4 * GIB, 10e9, torch.float32)
+    probed = find_device("cpu", "float32")
     assert probed.on_cpu
-    assert probed.rate(torch.float32) > 1e8
+    assert probed.rate > 1e8
     assert probed.bytes_per_second > 1e8
     with pytest.raises(InputError, match=r"device: 'abacus'.*or one of t4, l4, a100"):
         find_device("abacus", "auto")
@@ -260,14 +262,14 @@ def test_this_machine_is_probed_unless_its_rates_are_given():
 )
 def test_gpus_by_name(name, dtype, memory, flops, bandwidth):
     """Dense peaks of the vendor's tables; without bfloat16 units it is as slow as float32."""
-    device, chosen = find_device(name, "auto")
-    assert chosen == dtype
+    device = find_device(name, "auto")
+    assert device.dtype == dtype
     assert (device.memory_bytes, device.flops["float16"], device.bytes_per_second) == (memory * GIB, flops, bandwidth)
     assert device.flops["bfloat16"] == (flops if dtype == torch.bfloat16 else device.flops["float32"])
     assert device.flops["float32"] < flops
     assert device.fused_attention == (dtype == torch.bfloat16)
     assert not device.here
-    assert find_device(name, "float32")[1] == torch.float32
+    assert find_device(name, "float32").dtype == torch.float32
 
 
 def test_every_gpu_of_the_table_is_in_the_help(capsys):
@@ -280,13 +282,13 @@ def test_every_gpu_of_the_table_is_in_the_help(capsys):
 def test_a_gpu_by_its_numbers(capsys):
     """Memory, rate and bandwidth as given, whatever this machine has; nothing is probed."""
     numbers = dict(memory_gib=24.0, tflops=80.0, gbs=900.0)
-    device, dtype = find_device("auto", "auto", **numbers)
-    assert (device.on_cpu, device.here, dtype) == (False, False, torch.bfloat16)
+    device = find_device("auto", "auto", **numbers)
+    assert (device.on_cpu, device.here, device.dtype) == (False, False, torch.bfloat16)
     assert (device.memory_bytes, device.bytes_per_second) == (24 * GIB, 900e9)
     assert device.flops == dict.fromkeys(("float16", "bfloat16", "float32"), 80e12)
-    assert find_device("auto", "float16", **numbers)[1] == torch.float16
+    assert find_device("auto", "float16", **numbers).dtype == torch.float16
     assert device.ram_bytes == 32 * GIB
-    assert find_device("auto", "auto", **numbers, ram_gib=8.0)[0].ram_bytes == 8 * GIB
+    assert find_device("auto", "auto", **numbers, ram_gib=8.0).ram_bytes == 8 * GIB
     flags = ["--memory-gib", "24", "--tflops", "80", "--gbs", "900"]
     assert main(flags) == 0
     said = capsys.readouterr().out
@@ -302,7 +304,7 @@ def test_a_gpu_by_its_numbers(capsys):
 
 def test_a_number_of_a_named_gpu_is_changed():
     """A V100 with 32 GB."""
-    device, _ = find_device("v100", "auto", memory_gib=31.74)
+    device = find_device("v100", "auto", memory_gib=31.74)
     assert device.memory_bytes == 31.74 * GIB
     assert device.flops == DEVICES["v100"].flops
 
@@ -352,6 +354,24 @@ def test_a_run_says_its_plan_first_and_records_planned_and_measured(tiny_setting
     assert memory["measured_peak_bytes"] > 0
     said = capsys.readouterr().out
     assert said.index("plan: peak") < said.index("base pass: ") < said.index("(planned ")
+
+
+def test_a_run_is_planned_once(tiny_settings, tmp_path, monkeypatch):
+    """When its folder is opened, for the disk and all that follows; not at all where it is finished."""
+    plans = []
+
+    def counted(*args, **settings):
+        plans.append(memory_plan(*args, **settings))
+        return plans[-1]
+
+    monkeypatch.setattr("cascade_fast.planning.plan.memory_plan", counted)
+    settings = make_settings({**tiny_settings, "out": str(tmp_path / "run"), "num_stages": 1, "resume": "auto"})
+    run = run_cascade(settings)
+    assert len(plans) == 1
+    results = json.loads((run.path / "results.json").read_text())
+    assert results["memory"]["planned"] == plans[0].to_dict()
+    run_cascade(settings)
+    assert len(plans) == 1
 
 
 def test_every_built_in_base_can_be_planned_on_every_device():

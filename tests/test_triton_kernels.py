@@ -17,14 +17,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from cascade_kernels import gather_scatter, select_hard
+from cascade_kernels import scatter_rows, select_hard
 from cascade_kernels.launchers import AOT, LAUNCHERS
 from op_cases import special_scores
 from triton_cases import (
-    assert_gather,
-    assert_scatter,
-    assert_score,
-    assert_select,
+    assert_cosine_score,
+    assert_gather_rows,
+    assert_scatter_rows,
+    assert_select_hard,
     carried_arrays,
     check_gradients,
     check_operators,
@@ -78,48 +78,48 @@ class TestInterpreter:
 
     @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (37, 64), (33, 576), (9, 577), (3, 2048)], ids=str)
     @DTYPE
-    def test_score(self, dtype, shape):
-        assert_score(randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1))
+    def test_cosine_score(self, dtype, shape):
+        assert_cosine_score(randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1))
 
     @DTYPE
-    def test_score_layouts(self, dtype):
+    def test_cosine_score_layouts(self, dtype):
         a, b = randn(21, 48, dtype=dtype), randn(21, 48, dtype=dtype, seed=1)
         wanted = LAUNCHERS["cosine_score"](a, b)
         for name, view in layouts(a):
             torch.testing.assert_close(LAUNCHERS["cosine_score"](view, b), wanted, rtol=1e-6, atol=1e-6, msg=name)
-        assert_score(a[:1].expand(21, -1), b)
+        assert_cosine_score(a[:1].expand(21, -1), b)
 
-    def test_score_of_odd_rows(self):
+    def test_cosine_score_of_odd_rows(self):
         a, b = randn(6, 33), randn(6, 33, seed=1)
         a[0] = 0  # scores 0
         a[1, 3] = torch.nan
         a[2, 3] = torch.inf
         a[3] *= 1e-30  # its norm is tiny beside eps
         a[4], b[4] = a[4] * 1e15, b[4] * 1e15
-        assert_score(a, b)
+        assert_cosine_score(a, b)
         assert LAUNCHERS["cosine_score"](a, b)[0] == 0
 
     @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 7), (3, 300), (1, 2049), (1, 4500)], ids=str)
-    def test_select(self, shape):
+    def test_select_hard(self, shape):
         n = shape[1]
         for k in sorted({0, 1, 2 * n // 3, n}):
-            assert_select(special_scores(*shape, seed=k), k)
-        assert_select(randn(*shape), n // 2)
+            assert_select_hard(special_scores(*shape, seed=k), k)
+        assert_select_hard(randn(*shape), n // 2)
 
-    def test_select_between_the_zeros(self):
+    def test_select_hard_between_the_zeros(self):
         scores = torch.tensor([-0.0, 0.0, -1.0, 0.0, -0.0, 1.0, 0.0, -0.0, -1.0]).repeat(40)[None]
         for k in (81, 100, 200, 319):  # 80 are below zero, 240 are zero
-            assert_select(scores, k)
+            assert_select_hard(scores, k)
 
-    def test_select_many_blocks_a_chunk(self, monkeypatch):
+    def test_select_hard_many_blocks_a_chunk(self, monkeypatch):
         monkeypatch.setattr(select_hard, "BLOCK", 128)
         monkeypatch.setattr(select_hard, "MAX_CHUNKS", 4)
         for k in (777, 1299):
-            assert_select(randn(1, 1300, seed=k), k)
-            assert_select(special_scores(1, 1300, seed=k), k)
+            assert_select_hard(randn(1, 1300, seed=k), k)
+            assert_select_hard(special_scores(1, 1300, seed=k), k)
 
     @pytest.mark.parametrize("name", ["equal", "sorted", "reversed", "misleading sample", "one bin", "extremes"])
-    def test_select_hard_inputs(self, name, monkeypatch):
+    def test_select_hard_adversarial_inputs(self, name, monkeypatch):
         monkeypatch.setattr(select_hard, "SAMPLE", 256)  # fewer samples than scores
         monkeypatch.setattr(select_hard, "MARGIN", 8)
         n = 3000
@@ -136,31 +136,31 @@ class TestInterpreter:
         else:
             scores = torch.exp(60 * scores) * scores.sign()
         for k in (5, 1500):
-            assert_select(scores, k)
+            assert_select_hard(scores, k)
 
-    def test_select_layouts(self):
+    def test_select_hard_layouts(self):
         scores = randn(3, 700)
         wanted = LAUNCHERS["select_hard"](scores, 200)
         for name, view in layouts(scores):
             for got, want in zip(LAUNCHERS["select_hard"](view, 200), wanted, strict=True):
                 assert torch.equal(got, want), name
-        assert_select(scores[:1].expand(2, -1), 200)
+        assert_select_hard(scores[:1].expand(2, -1), 200)
 
     @pytest.mark.parametrize("d", [1, 7, 64, 577])
     @DTYPE
-    def test_gather(self, dtype, d):
+    def test_gather_rows(self, dtype, d):
         hidden = randn(45, d, dtype=dtype)
         hidden[3] = torch.nan
         hidden = hidden.nan_to_num(1.5)
         for k in (0, 1, 33, 45):
-            assert_gather(hidden, some_rows(45, k), carried_arrays(45))
+            assert_gather_rows(hidden, some_rows(45, k), carried_arrays(45))
 
-    def test_gather_layouts(self):
+    def test_gather_rows_layouts(self):
         hidden, index = randn(45, 24), some_rows(45, 30)
         apart = torch.stack([index, index * 0], dim=1)[:, 0]
         carried = [torch.arange(90)[::2], torch.rand(45, 3)[:, 1], torch.tensor(4).expand(45)]
         for _, view in layouts(hidden):
-            assert_gather(view, apart, carried)
+            assert_gather_rows(view, apart, carried)
 
     def test_copies_are_bitwise(self):
         bits = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(512, 128)  # every NaN payload
@@ -174,26 +174,26 @@ class TestInterpreter:
     @pytest.mark.parametrize("launch_bytes", [-(10**9), 10**9], ids=["merge", "put"])
     @ADD
     @DTYPE
-    def test_scatter(self, dtype, add, launch_bytes, monkeypatch):
-        monkeypatch.setattr(gather_scatter, "LAUNCH_BYTES", launch_bytes)
+    def test_scatter_rows(self, dtype, add, launch_bytes, monkeypatch):
+        monkeypatch.setattr(scatter_rows, "LAUNCH_BYTES", launch_bytes)
         for d in (1, 7, 192):
             into = randn(45, d, dtype=dtype)
             for k in (0, 1, 33, 45):
-                assert_scatter(randn(k, d, dtype=dtype, seed=1), some_rows(45, k), into, add)
+                assert_scatter_rows(randn(k, d, dtype=dtype, seed=1), some_rows(45, k), into, add)
         for (_, rows), (_, view) in zip(
             layouts(randn(33, 7, dtype=dtype, seed=1)), layouts(randn(45, 7).to(dtype)), strict=True
         ):
-            assert_scatter(rows, some_rows(45, 33), view, add)
+            assert_scatter_rows(rows, some_rows(45, 33), view, add)
 
     @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)], ids=str)
     def test_nothing(self, shape):
         x, index = torch.zeros(shape), torch.zeros(0, dtype=torch.int64)
         assert torch.equal(LAUNCHERS["cosine_score"](x, x), torch.zeros(shape[0]))
-        assert_gather(x, index, carried_arrays(shape[0]))
-        assert_scatter(x[:0], index, x, False)
-        assert_select(x, 0)
+        assert_gather_rows(x, index, carried_arrays(shape[0]))
+        assert_scatter_rows(x[:0], index, x, False)
+        assert_select_hard(x, 0)
         if shape == (4, 0):
-            assert_gather(x, torch.tensor([2, 0]), carried_arrays(4))
+            assert_gather_rows(x, torch.tensor([2, 0]), carried_arrays(4))
 
     @pytest.mark.parametrize("bad", [-1, 5])
     def test_index_out_of_range(self, bad):
@@ -240,28 +240,28 @@ class TestEmulator:
         a, b, index = randn(40, d, dtype=dtype), randn(40, d, dtype=dtype, seed=1), some_rows(40, 29)
         for seed in range(2):
             with emulated(seed=seed, switch_every=3):
-                assert_score(a, b)
-                assert_gather(a, index, carried_arrays(40))
+                assert_cosine_score(a, b)
+                assert_gather_rows(a, index, carried_arrays(40))
                 for launch_bytes in (-(10**9), 10**9):
-                    monkeypatch.setattr(gather_scatter, "LAUNCH_BYTES", launch_bytes)
+                    monkeypatch.setattr(scatter_rows, "LAUNCH_BYTES", launch_bytes)
                     for add in (False, True):
-                        assert_scatter(b[:29], index, a, add)
+                        assert_scatter_rows(b[:29], index, a, add)
 
     @pytest.mark.parametrize(
         "options", [{"seed": s, "switch_every": 5} for s in range(3)] + [{"schedule": "reverse"}], ids=str
     )
-    def test_select(self, emulated, options):
+    def test_select_hard(self, emulated, options):
         with emulated(uninit_shared=True, **options):
-            assert_select(randn(1, 5000), 3000)
-            assert_select(special_scores(2, 2100, seed=1), 700)
-            assert_select(torch.full((1, 4500), 0.5), 4100)
-            assert_select(randn(3, 1), 1)
-            assert_select(torch.cat([randn(1, 3000) * 1e-3 + 1, randn(1, 3000)], dim=1), 0)
+            assert_select_hard(randn(1, 5000), 3000)
+            assert_select_hard(special_scores(2, 2100, seed=1), 700)
+            assert_select_hard(torch.full((1, 4500), 0.5), 4100)
+            assert_select_hard(randn(3, 1), 1)
+            assert_select_hard(torch.cat([randn(1, 3000) * 1e-3 + 1, randn(1, 3000)], dim=1), 0)
 
     def test_warps_at_different_paces(self, emulated):
         with emulated(lockstep="warp", seed=5):
-            assert_select(special_scores(1, 4100, seed=2), 1234)
-            assert_score(randn(20, 576).half(), randn(20, 576, seed=1).half())
+            assert_select_hard(special_scores(1, 4100, seed=2), 1234)
+            assert_cosine_score(randn(20, 576).half(), randn(20, 576, seed=1).half())
 
     @pytest.mark.parametrize("d", [576, 2048, 4096])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
@@ -269,7 +269,7 @@ class TestEmulator:
         n, k = 128, 115
         a, b, index = randn(n, d, dtype=dtype), randn(n, d, dtype=dtype, seed=1), some_rows(n, k).sort().values
         row = d * a.element_size()
-        monkeypatch.setattr(gather_scatter, "LAUNCH_BYTES", 0)
+        monkeypatch.setattr(scatter_rows, "LAUNCH_BYTES", 0)
         with emulated() as rec:
             LAUNCHERS["cosine_score"](a, b)
             LAUNCHERS["gather_rows"](a, index, [torch.arange(n), torch.arange(n)])
@@ -278,8 +278,8 @@ class TestEmulator:
         compulsory = {  # data moved at the least, and the indices and small arrays that say where
             "_cosine_score_kernel": [2 * n * row + 4 * n],
             "_gather_rows_kernel": [2 * k * row + 8 * k + 4 * 8 * k],
-            "_invert_index_kernel": [8 * k + 32 * k] * 2,  # scattered 4-byte stores, a sector each at worst
-            "_merge_rows_kernel": [2 * n * row + 4 * n, (2 * n + k) * row + 4 * n],
+            "_scatter_rows_invert_kernel": [8 * k + 32 * k] * 2,  # scattered 4-byte stores, a sector each at worst
+            "_scatter_rows_merge_kernel": [2 * n * row + 4 * n, (2 * n + k) * row + 4 * n],
         }
         for launch in rec.launches:
             assert launch.moved_bytes <= 1.05 * compulsory[launch.kernel].pop(0), launch.summary()
@@ -288,12 +288,12 @@ class TestEmulator:
                 assert launch.loads.sectors > 10 * launch.loads.requests, launch.summary()  # 16-byte loads
         assert not any(compulsory.values())
 
-    @pytest.mark.parametrize(("k", "kernels"), [(3, ["put"]), (2000, ["invert", "merge"]), (2500, ["put"])])
-    def test_scatter_takes_what_moves_less(self, emulated, k, kernels):
+    @pytest.mark.parametrize(("k", "steps"), [(3, ["put"]), (2000, ["invert", "merge"]), (2500, ["put"])])
+    def test_scatter_rows_takes_what_moves_less(self, emulated, k, steps):
         into = randn(2500, 192)
         with emulated() as rec:
-            assert_scatter(randn(k, 192, seed=1), some_rows(2500, k), into, False)
-        assert [launch.kernel.split("_")[1] for launch in rec.launches] == kernels
+            assert_scatter_rows(randn(k, 192, seed=1), some_rows(2500, k), into, False)
+        assert [launch.kernel for launch in rec.launches] == [f"_scatter_rows_{step}_kernel" for step in steps]
 
     def test_five_launches(self, emulated):
         hidden, out = randn(3000, 32), randn(3000, 32, seed=1)
@@ -338,18 +338,18 @@ class TestGpu:
     def test_rows(self, dtype, shape):
         n, d = shape
         a, b = randn(n, d, dtype=dtype, device="cuda"), randn(n, d, dtype=dtype, seed=1, device="cuda")
-        assert_score(a, b)
+        assert_cosine_score(a, b)
         for k in {1, n // 2, n}:
             index = some_rows(n, max(k, 1)).to("cuda")
-            assert_gather(a, index, [x.to("cuda") for x in carried_arrays(n)])
+            assert_gather_rows(a, index, [x.to("cuda") for x in carried_arrays(n)])
             for add in (False, True):
-                assert_scatter(b[: len(index)], index, a, add)
+                assert_scatter_rows(b[: len(index)], index, a, add)
 
     @pytest.mark.parametrize("shape", [(1, 1), (1, 131072), (3, 100_001), (1, 3_000_000)], ids=str)
-    def test_select(self, shape):
+    def test_select_hard(self, shape):
         for k in (0, 1, shape[1] // 3, shape[1]):
-            assert_select(randn(*shape, seed=k).cuda(), k)
-            assert_select(special_scores(*shape, seed=k).cuda(), k)
+            assert_select_hard(randn(*shape, seed=k).cuda(), k)
+            assert_select_hard(special_scores(*shape, seed=k).cuda(), k)
 
     def test_deterministic(self):
         scores = special_scores(1, 300_000, seed=0).cuda()
@@ -376,9 +376,9 @@ class TestGpu:
             pytest.skip("needs 6.5 GB")
         view = table[:, :64]
         view.copy_(randn(3, 64).half())
-        assert_score(view, view.clone())
-        assert_gather(view, torch.tensor([2, 0], device="cuda"), [])
-        assert_scatter(view.clone()[:1], torch.tensor([2], device="cuda"), view, False)
+        assert_cosine_score(view, view.clone())
+        assert_gather_rows(view, torch.tensor([2, 0], device="cuda"), [])
+        assert_scatter_rows(view.clone()[:1], torch.tensor([2], device="cuda"), view, False)
 
     def test_gradients_and_opcheck(self):
         check_gradients("cuda")

@@ -32,7 +32,7 @@ def layouts(x):
     yield "transposed", x.t().contiguous().t()
 
 
-def assert_score(a, b):
+def assert_cosine_score(a, b):
     """As close to the float64 truth as plain torch is, plus SCORE_TOLERANCE."""
     got, plain = LAUNCHERS["cosine_score"](a, b), reference.cosine_score(a, b)
     a64, b64 = a.double(), b.double()
@@ -44,11 +44,11 @@ def assert_score(a, b):
     assert error.nan_to_num().max() <= allowed
 
 
-def assert_select(scores, k):
+def assert_select_hard(scores, k):
     assert_selected(*LAUNCHERS["select_hard"](scores, k), scores, k)
 
 
-def assert_gather(hidden, index, carried):
+def assert_gather_rows(hidden, index, carried):
     rows, gathered = LAUNCHERS["gather_rows"](hidden, index, carried)
     wanted_rows, wanted = reference.gather_rows(hidden, index, carried)
     assert torch.equal(rows, wanted_rows)
@@ -56,7 +56,7 @@ def assert_gather(hidden, index, carried):
     assert all(torch.equal(x, y) for x, y in zip(gathered, wanted, strict=True))
 
 
-def assert_scatter(rows, index, into, add):
+def assert_scatter_rows(rows, index, into, add):
     before = into.clone()
     got = LAUNCHERS["scatter_rows"](rows, index, into, add)
     assert got.is_contiguous()

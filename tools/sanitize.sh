@@ -23,7 +23,7 @@ flags=(-O1 -g -std=c++20 -fPIC -fno-omit-frame-pointer -Wall -Wextra -Werror
 
 cp -r "$root/cascade_fast" "$work/"
 find "$work/cascade_fast" -name '*.so' -delete
-for source in "$root"/csrc/module.cpp "$root"/csrc/cpu/*.cpp; do
+for source in "$root"/csrc/*.cpp "$root"/csrc/cpu/*.cpp; do
   echo "compiling ${source#"$root"/}"
   "$cxx" "${flags[@]}" -c "$source" -o "$work/$(basename "$source" .cpp).o"
 done

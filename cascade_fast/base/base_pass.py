@@ -290,7 +290,7 @@ def _run_split(
     for store_dtype in _store_dtypes(settings, model.dtype):
         store = _resume_or_create(folder, ids_BT, store_dtype, model.config, needs, with_loss, meta)
         progress.restart(start + store.rows)
-        if _fill(model, ids_BT, store, needs, _stored_criterion(settings), progress):
+        if fill_store(model, ids_BT, store, needs, _stored_criterion(settings), progress):
             return store.finish()
     raise AssertionError("float32 and bfloat16 hold every finite hidden state")
 
@@ -327,7 +327,7 @@ def _resume_or_create(
 
 
 @torch.inference_mode()
-def _fill(
+def fill_store(
     model: Any, ids_BT: Tensor, store: HiddenStore, needs: BaseNeeds, criterion: Criterion, progress: Progress
 ) -> bool:
     """Runs the blocks that the store does not have yet; False as soon as a hidden state does not fit its dtype."""

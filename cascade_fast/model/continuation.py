@@ -45,7 +45,7 @@ def continue_texts(
     """One continuation for each prompt, made as one batch.
 
     Args:
-        model, tokenizer: of :func:`cascade_fast.command_line.load_model`.
+        model, tokenizer: of :func:`cascade_fast.model.loading.load_model`.
         temperature: 0 takes the likeliest token every time; above, tokens are drawn from the likeliest that make up
             ``top_p`` of the probability.
         seed: of the draws.
@@ -90,6 +90,14 @@ def continue_texts(
             )
         )
     return found
+
+
+def chat_prompts(tokenizer: Any, prompts: list[str]) -> list[str]:
+    """Each prompt as a user's turn in the model's chat template. Raises InputError where it has none."""
+    if tokenizer.chat_template is None:
+        raise InputError("chat: the tokenizer has no chat template; leave --chat out")
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
 
 
 @contextmanager

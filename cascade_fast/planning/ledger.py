@@ -11,7 +11,8 @@ import math
 from typing import Any
 
 from cascade_fast.planning.counts import Shape
-from cascade_fast.planning.roofline import base_flops, this_machine, tokens_with_logits
+from cascade_fast.planning.devices import this_machine
+from cascade_fast.planning.times import base_flops, tokens_with_logits
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import SEED_PRESET, RunSettings
 

@@ -27,6 +27,7 @@ from cascade_fast.base.model import BaseModel
 from cascade_fast.criteria import model_criteria
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.configuration import CascadeConfig
+from cascade_fast.planning.plan import RunPlan
 from cascade_fast.reporting.heat_map import write_heat_map
 from cascade_fast.reporting.report import write_report
 from cascade_fast.runtime.compute import Compute
@@ -54,11 +55,13 @@ class RunFolder:
     """Locked for one process while open; use as a context manager.
 
     ``record`` is what ``config.json`` says of the run; ``kv`` in it is what ``kv: auto`` was settled to when it began.
+    ``plan`` is that of the run, None where it was finished when it was found.
     """
 
-    def __init__(self, path: Path, record: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, record: dict[str, Any] | None = None, plan: RunPlan | None = None) -> None:
         self.path = path
         self.record = record or {}
+        self.plan = plan
         self.log = MetricsLog(path / "metrics.jsonl")
         self._lock: filelock.BaseFileLock | None = None
 
@@ -70,13 +73,13 @@ class RunFolder:
         data_fingerprint: str,
         *,
         compute: Compute,
-        settle: Callable[[Path, str | None], str] = lambda _path, kv: kv or "store",
+        make_plan: Callable[[Path, str | None], RunPlan],
     ) -> "RunFolder":
         """The folder of a new run, or of the one to go on with.
 
         Args:
-            settle: called with the folder and what ``kv`` was settled to before, if it was; returns what it is. May
-                raise InputError.
+            make_plan: called with the folder and what ``kv`` was settled to before, if it was, unless the run is
+                finished: that takes no more room. May raise InputError.
 
         Raises:
             InputError: the folder is something else, holds a run that may not be resumed (and how it differs), cannot
@@ -91,11 +94,12 @@ class RunFolder:
         }
         try:
             found = _found(path, settings.resume, record)
-            record["kv"] = found.get("kv") if found else None
-            if found is None or not cls(path).finished:  # a finished run takes no more room
-                record["kv"] = settle(path, record["kv"])
+            kv = found.get("kv") if found else None
+            plan = None if found and cls(path).finished else make_plan(path, kv)
+            if plan is not None:
+                kv = plan.settings.kv
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path, {**(found or record), "kv": record["kv"]})
+            folder = cls(path, {**(found or record), "kv": kv}, plan)
             folder._acquire()
         except OSError as error:
             raise InputError(f"out: {str(path)!r}; cannot be used: {error.strerror or error}") from error

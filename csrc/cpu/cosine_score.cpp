@@ -1,7 +1,6 @@
 // cosine_score: <a, b> / (|a| |b| + 1e-8) per row in one pass over both arrays, accumulated in float32.
 //
 // Shape legend: N rows, D hidden size.
-#include "../common.h"
 #include "vectors.h"
 
 namespace cascade_fast {
@@ -17,8 +16,8 @@ struct Sums {
 template <class V, class T>
 CASCADE_INLINE void accumulate(const T* a_step, const T* b_step, Sums<V>& sums) {
   typename V::Floats a[2], b[2];
-  load<V>(a_step, a[0], a[1]);
-  load<V>(b_step, b[0], b[1]);
+  load_pair<V>(a_step, a[0], a[1]);
+  load_pair<V>(b_step, b[0], b[1]);
   for (int i = 0; i < 2; ++i) {
     sums.ab[i] += a[i] * b[i];
     sums.aa[i] += a[i] * a[i];
@@ -42,47 +41,18 @@ CASCADE_INLINE float score_row(const T* a_D, const T* b_D, int64_t d) {
   return sum<V>(ab) / (std::sqrt(sum<V>(aa)) * std::sqrt(sum<V>(bb)) + kEps);
 }
 
-struct Rows {  // the rows [begin, end) of two arrays whose rows are contiguous
+struct ScoreRows {  // of two arrays whose rows are contiguous
   const void *a, *b;
   int64_t stride_a, stride_b, d;
   float* score_N;
-};
 
-template <class V, class T>
-CASCADE_INLINE void score_rows(const Rows& rows, int64_t begin, int64_t end) {
-  for (int64_t n = begin; n < end; ++n) {
-    rows.score_N[n] = score_row<V>(
-        static_cast<const T*>(rows.a) + n * rows.stride_a, static_cast<const T*>(rows.b) + n * rows.stride_b, rows.d);
+  template <class V, class T>
+  CASCADE_INLINE void run(int64_t begin, int64_t end) const {
+    for (int64_t n = begin; n < end; ++n) {
+      score_N[n] = score_row<V>(static_cast<const T*>(a) + n * stride_a, static_cast<const T*>(b) + n * stride_b, d);
+    }
   }
-}
-
-using ScoreRows = void (*)(const Rows&, int64_t, int64_t);
-
-template <class T>
-void score_rows_baseline(const Rows& rows, int64_t begin, int64_t end) {
-  score_rows<Vectors<4>, T>(rows, begin, end);
-}
-
-#if CASCADE_X86
-template <class T>
-CASCADE_AVX2 void score_rows_avx2(const Rows& rows, int64_t begin, int64_t end) {
-  score_rows<Vectors<8>, T>(rows, begin, end);
-}
-
-template <class T>
-CASCADE_AVX512 void score_rows_avx512(const Rows& rows, int64_t begin, int64_t end) {
-  score_rows<Vectors<16>, T>(rows, begin, end);
-}
-#endif
-
-template <class T>
-ScoreRows best_for_this_cpu() {
-#if CASCADE_X86
-  if (cpu_has_avx512()) return score_rows_avx512<T>;
-  if (cpu_has_avx2()) return score_rows_avx2<T>;
-#endif
-  return score_rows_baseline<T>;
-}
+};
 
 Tensor with_contiguous_rows(const Tensor& t_ND) {
   return t_ND.size(1) <= 1 || t_ND.stride(1) == 1 ? t_ND : torch::stable::contiguous(t_ND);
@@ -92,14 +62,12 @@ Tensor cosine_score(const Tensor& h_in_ND, const Tensor& h_out_ND) {
   const Tensor a_ND = with_contiguous_rows(h_in_ND), b_ND = with_contiguous_rows(h_out_ND);
   const int64_t n = a_ND.size(0), d = a_ND.size(1);
   const Tensor score_N = torch::stable::new_empty(a_ND, {n}, ScalarType::Float);
-  const Rows rows{a_ND.const_data_ptr(), b_ND.const_data_ptr(), a_ND.stride(0), b_ND.stride(0), d,
-                  score_N.mutable_data_ptr<float>()};
-  ScoreRows score = best_for_this_cpu<float>();
-  if (a_ND.scalar_type() == ScalarType::BFloat16) score = best_for_this_cpu<BFloat16>();
-  if (a_ND.scalar_type() == ScalarType::Half) score = best_for_this_cpu<Half>();
+  const ScoreRows rows{a_ND.const_data_ptr(), b_ND.const_data_ptr(), a_ND.stride(0), b_ND.stride(0), d,
+                       score_N.mutable_data_ptr<float>()};
+  const auto run = run_for_this_cpu<ScoreRows>(a_ND.scalar_type());
   const int64_t row_bytes = 2 * d * static_cast<int64_t>(a_ND.element_size());
   parallel_blocks(n, rows_per_block(n, row_bytes + 4),
-                  [&](int64_t begin, int64_t end) { score(rows, begin, end); });
+                  [&](int64_t begin, int64_t end) { run(rows, begin, end); });
   return score_N;
 }
 

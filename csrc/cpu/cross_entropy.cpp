@@ -4,7 +4,6 @@
 // and, for the gradient, read and written: memory sees each logit once.
 //
 // Shape legend: C tokens, V vocabulary.
-#include "../common.h"
 #include "vectors.h"
 
 #include <limits>
@@ -35,15 +34,6 @@ CASCADE_INLINE void exp_of_negative(const typename V::Floats& x, typename V::Flo
 }
 
 template <class V>
-CASCADE_INLINE float max(const typename V::Floats& v) {
-  float lane[V::kLanes];
-  std::memcpy(lane, &v, sizeof(lane));
-  float most = lane[0];
-  for (int i = 1; i < V::kLanes; ++i) most = lane[i] > most ? lane[i] : most;
-  return most;
-}
-
-template <class V>
 struct Sums {  // of e^d and of d e^d, where d is a logit less the row's largest
   typename V::Floats e = {}, de = {};
 };
@@ -58,7 +48,7 @@ CASCADE_INLINE void accumulate(const typename V::Floats& d, Sums<V>& sums) {
   sums.de += (Floats)((Bits)d & ~(Bits)(d < kLeast)) * e;  // not -inf * 0
 }
 
-struct Logits {
+struct Logits {  // (C, V), contiguous
   void* data;
   int64_t v;
   const int64_t* labels_C;
@@ -66,6 +56,9 @@ struct Logits {
   float* loss_C;
   float* entropy_C;
   bool grad;
+
+  template <class V, class T>
+  CASCADE_INLINE void run(int64_t begin, int64_t end) const;
 };
 
 // What a row's tail is filled up with: adds nothing to a sum of exponentials.
@@ -84,9 +77,9 @@ CASCADE_INLINE void one_row(T* row_V, const Logits& all, int64_t c) {
   std::memcpy(static_cast<void*>(tail), row_V + whole, rest * sizeof(T));
 
   Floats x, y, most_x, most_y, e_x, e_y;
-  load<V>(tail, most_x, most_y);
+  load_pair<V>(tail, most_x, most_y);
   for (int64_t i = 0; i < whole; i += kStep) {
-    load<V>(row_V + i, x, y);
+    load_pair<V>(row_V + i, x, y);
     most_x = x > most_x ? x : most_x;
     most_y = y > most_y ? y : most_y;
   }
@@ -94,12 +87,12 @@ CASCADE_INLINE void one_row(T* row_V, const Logits& all, int64_t c) {
 
   Sums<V> sums_x, sums_y;
   for (int64_t i = 0; i < whole; i += kStep) {
-    load<V>(row_V + i, x, y);
+    load_pair<V>(row_V + i, x, y);
     accumulate<V>(x - most, sums_x);
     accumulate<V>(y - most, sums_y);
   }
   if (rest > 0) {
-    load<V>(tail, x, y);
+    load_pair<V>(tail, x, y);
     accumulate<V>(x - most, sums_x);
     accumulate<V>(y - most, sums_y);
   }
@@ -112,52 +105,24 @@ CASCADE_INLINE void one_row(T* row_V, const Logits& all, int64_t c) {
   const float inverse = 1.0f / s;
   const T label_grad = static_cast<T>(std::exp(static_cast<float>(row_V[label]) - most) * inverse - 1.0f);
   for (int64_t i = 0; i < whole; i += kStep) {
-    load<V>(row_V + i, x, y);
+    load_pair<V>(row_V + i, x, y);
     exp_of_negative<V>(x - most, e_x);
     exp_of_negative<V>(y - most, e_y);
-    store<V>(row_V + i, e_x * inverse, e_y * inverse);
+    store_pair<V>(row_V + i, e_x * inverse, e_y * inverse);
   }
   if (rest > 0) {
-    load<V>(tail, x, y);
+    load_pair<V>(tail, x, y);
     exp_of_negative<V>(x - most, e_x);
     exp_of_negative<V>(y - most, e_y);
-    store<V>(tail, e_x * inverse, e_y * inverse);
+    store_pair<V>(tail, e_x * inverse, e_y * inverse);
     std::memcpy(static_cast<void*>(row_V + whole), tail, rest * sizeof(T));
   }
   row_V[label] = label_grad;
 }
 
 template <class V, class T>
-CASCADE_INLINE void rows(const Logits& all, int64_t begin, int64_t end) {
-  for (int64_t c = begin; c < end; ++c) one_row<V>(static_cast<T*>(all.data) + c * all.v, all, c);
-}
-
-using RowsBody = void (*)(const Logits&, int64_t, int64_t);
-
-template <class T>
-void rows_baseline(const Logits& all, int64_t begin, int64_t end) {
-  rows<Vectors<4>, T>(all, begin, end);
-}
-
-#if CASCADE_X86
-template <class T>
-CASCADE_AVX2 void rows_avx2(const Logits& all, int64_t begin, int64_t end) {
-  rows<Vectors<8>, T>(all, begin, end);
-}
-
-template <class T>
-CASCADE_AVX512 void rows_avx512(const Logits& all, int64_t begin, int64_t end) {
-  rows<Vectors<16>, T>(all, begin, end);
-}
-#endif
-
-template <class T>
-RowsBody best_for_this_cpu() {
-#if CASCADE_X86
-  if (cpu_has_avx512()) return rows_avx512<T>;
-  if (cpu_has_avx2()) return rows_avx2<T>;
-#endif
-  return rows_baseline<T>;
+void Logits::run(int64_t begin, int64_t end) const {
+  for (int64_t c = begin; c < end; ++c) one_row<V>(static_cast<T*>(data) + c * v, *this, c);
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_(const Tensor& logits_CV, const Tensor& labels_C, bool grad) {
@@ -175,11 +140,9 @@ std::tuple<Tensor, Tensor> cross_entropy_(const Tensor& logits_CV, const Tensor&
   const Tensor entropy_C = torch::stable::new_empty(logits_CV, {c}, ScalarType::Float);
   const Logits all{logits_CV.mutable_data_ptr(), v, labels, labels_stride, loss_C.mutable_data_ptr<float>(),
                    entropy_C.mutable_data_ptr<float>(), grad};
-  RowsBody body = best_for_this_cpu<float>();
-  if (logits_CV.scalar_type() == ScalarType::BFloat16) body = best_for_this_cpu<BFloat16>();
-  if (logits_CV.scalar_type() == ScalarType::Half) body = best_for_this_cpu<Half>();
+  const auto run = run_for_this_cpu<Logits>(logits_CV.scalar_type());
   const int64_t row_bytes = v * static_cast<int64_t>(logits_CV.element_size());
-  parallel_blocks(c, rows_per_block(c, row_bytes + 16), [&](int64_t begin, int64_t end) { body(all, begin, end); });
+  parallel_blocks(c, rows_per_block(c, row_bytes + 16), [&](int64_t begin, int64_t end) { run(all, begin, end); });
   return {loss_C, entropy_C};
 }
 

@@ -5,24 +5,6 @@
 
 namespace cascade_fast {
 
-void check_index(const int64_t* index_K, int64_t stride, int64_t k, int64_t n) {
-  std::atomic<int64_t> first{k};
-  parallel_blocks(k, 64 * 1024, [&](int64_t begin, int64_t end) {
-    bool bad = false;
-    for (int64_t i = begin; i < end; ++i) {
-      bad |= static_cast<uint64_t>(index_K[i * stride]) >= static_cast<uint64_t>(n);
-    }
-    if (!bad) return;
-    while (static_cast<uint64_t>(index_K[begin * stride]) < static_cast<uint64_t>(n)) ++begin;
-    for (int64_t seen = first; begin < seen && !first.compare_exchange_weak(seen, begin);) {
-    }
-  });
-  if (first < k) {
-    throw std::out_of_range("index: entry " + std::to_string(first) + " is " + std::to_string(index_K[first * stride]) +
-                            "; must be in [0, " + std::to_string(n) + ")");
-  }
-}
-
 namespace {
 
 // An (N,) array of any dtype and its (K,) output.

@@ -1,11 +1,13 @@
 // rms_norm and its gradients, each in one pass: float32 in, float32 inside, rounded once to the compute dtype.
 //
-// Plain loops that the compiler vectorises, compiled for AVX-512, AVX2 and the baseline; sums go into kLanes partial
-// sums, because the compiler may not reorder additions by itself.
+// Plain loops that the compiler vectorises, for each instruction set by itself: the Vectors of targets.h go unused.
+// Sums go into kLanes partial sums, because the compiler may not reorder additions by itself.
 //
 // Shape legend: N rows, D hidden size, P parts of kRowsPerPart rows.
-#include "../common.h"
-#include "vectors.h"
+#include "targets.h"
+
+#include <cmath>
+#include <cstring>
 
 namespace cascade_fast {
 namespace {
@@ -47,22 +49,25 @@ struct NormRows {  // all rows contiguous; inv_rms_N (N,)
   void* out_ND;
   float eps;
   int64_t d;
+
+  template <class V, class T>
+  CASCADE_INLINE void run(int64_t begin, int64_t end) const;
 };
 
-template <class T>
-CASCADE_INLINE void norm_rows(const NormRows& all, int64_t begin, int64_t end) {
-  const int64_t d = all.d, whole = d / kLanes * kLanes;
-  const float* __restrict weight = all.weight_D;
+template <class V, class T>
+void NormRows::run(int64_t begin, int64_t end) const {
+  const int64_t d = this->d, whole = d / kLanes * kLanes;  // a copy of d: no store below can change it
+  const float* __restrict weight = weight_D;
   for (int64_t n = begin; n < end; ++n) {
-    const float* __restrict x = all.x_ND + n * d;
+    const float* __restrict x = x_ND + n * d;
     float squares[kLanes] = {};
     for (int64_t i = 0; i < whole; i += kLanes) {
       for (int j = 0; j < kLanes; ++j) squares[j] += x[i + j] * x[i + j];
     }
     for (int64_t i = whole; i < d; ++i) squares[i - whole] += x[i] * x[i];
-    const float inv_rms = 1.0f / std::sqrt(sum(squares) / static_cast<float>(d) + all.eps);
-    all.inv_rms_N[n] = inv_rms;
-    T* __restrict out = static_cast<T*>(all.out_ND) + n * d;
+    const float inv_rms = 1.0f / std::sqrt(sum(squares) / static_cast<float>(d) + eps);
+    inv_rms_N[n] = inv_rms;
+    T* __restrict out = static_cast<T*>(out_ND) + n * d;
     for (int64_t i = 0; i < d; ++i) narrow(x[i] * inv_rms * weight[i], out + i);
   }
 }
@@ -75,21 +80,24 @@ struct NormGradRows {
   float* grad_x_ND;
   float* grad_weight_PD;  // a row for each part of kRowsPerPart rows
   int64_t n, d;
+
+  template <class V, class T>
+  CASCADE_INLINE void run(int64_t begin, int64_t end) const;
 };
 
-template <class T>
-CASCADE_INLINE void norm_grad_parts(const NormGradRows& all, int64_t begin, int64_t end) {
-  const int64_t d = all.d, whole = d / kLanes * kLanes;
-  const float* __restrict weight = all.weight_D;
+template <class V, class T>
+void NormGradRows::run(int64_t begin, int64_t end) const {
+  const int64_t d = this->d, whole = d / kLanes * kLanes;  // a copy of d: no store below can change it
+  const float* __restrict weight = weight_D;
   for (int64_t part = begin; part < end; ++part) {
-    float* __restrict grad_weight = all.grad_weight_PD + part * d;
+    float* __restrict grad_weight = grad_weight_PD + part * d;
     std::memset(grad_weight, 0, d * sizeof(float));
-    const int64_t last = std::min(all.n, (part + 1) * kRowsPerPart);
-    for (int64_t n = part * kRowsPerPart; n < last; ++n) {
-      const T* __restrict grad = static_cast<const T*>(all.grad_ND) + n * d;
-      const float* __restrict x = all.x_ND + n * d;
-      float* __restrict grad_x = all.grad_x_ND + n * d;
-      const float inv_rms = all.inv_rms_N[n];
+    const int64_t last = std::min(n, (part + 1) * kRowsPerPart);
+    for (int64_t row = part * kRowsPerPart; row < last; ++row) {
+      const T* __restrict grad = static_cast<const T*>(grad_ND) + row * d;
+      const float* __restrict x = x_ND + row * d;
+      float* __restrict grad_x = grad_x_ND + row * d;
+      const float inv_rms = inv_rms_N[row];
       float products[kLanes] = {};
       for (int64_t i = 0; i < whole; i += kLanes) {
         for (int j = 0; j < kLanes; ++j) products[j] += widen(grad[i + j]) * weight[i + j] * x[i + j];
@@ -105,35 +113,6 @@ CASCADE_INLINE void norm_grad_parts(const NormGradRows& all, int64_t begin, int6
   }
 }
 
-// NAME(dtype): the body for this dtype and this CPU.
-#if CASCADE_X86
-#define CASCADE_BODIES(NAME, BODY, ARGS)                                                                     \
-  template <class T>                                                                                         \
-  void NAME##_baseline(const ARGS& all, int64_t begin, int64_t end) { BODY<T>(all, begin, end); }            \
-  template <class T>                                                                                         \
-  CASCADE_AVX2 void NAME##_avx2(const ARGS& all, int64_t begin, int64_t end) { BODY<T>(all, begin, end); }   \
-  template <class T>                                                                                         \
-  CASCADE_AVX512 void NAME##_avx512(const ARGS& all, int64_t begin, int64_t end) { BODY<T>(all, begin, end); } \
-  template <class T>                                                                                         \
-  void (*NAME##_for_this_cpu())(const ARGS&, int64_t, int64_t) {                                             \
-    return cpu_has_avx512() ? NAME##_avx512<T> : cpu_has_avx2() ? NAME##_avx2<T> : NAME##_baseline<T>;       \
-  }
-#else
-#define CASCADE_BODIES(NAME, BODY, ARGS)                                                           \
-  template <class T>                                                                               \
-  void NAME##_baseline(const ARGS& all, int64_t begin, int64_t end) { BODY<T>(all, begin, end); }  \
-  template <class T>                                                                               \
-  void (*NAME##_for_this_cpu())(const ARGS&, int64_t, int64_t) { return NAME##_baseline<T>; }
-#endif
-
-CASCADE_BODIES(norm, norm_rows, NormRows)
-CASCADE_BODIES(norm_grad, norm_grad_parts, NormGradRows)
-
-#define CASCADE_PICK(NAME, DTYPE)                                     \
-  ((DTYPE) == ScalarType::BFloat16 ? NAME##_for_this_cpu<BFloat16>()  \
-   : (DTYPE) == ScalarType::Half   ? NAME##_for_this_cpu<Half>()      \
-                                   : NAME##_for_this_cpu<float>())
-
 constexpr int64_t kItemsPerBlock = 16 * 1024;
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight_D, double eps, ScalarType dtype) {
@@ -141,11 +120,11 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight_D, dou
   const int64_t n = x_ND.size(0), d = x_ND.size(1);
   const Tensor out_ND = torch::stable::new_empty(x_ND, {n, d}, dtype);
   const Tensor inv_rms_N = torch::stable::new_empty(x_ND, {n}, ScalarType::Float);
-  const NormRows all{x_ND.const_data_ptr<float>(), w_D.const_data_ptr<float>(), inv_rms_N.mutable_data_ptr<float>(),
-                     out_ND.mutable_data_ptr(), static_cast<float>(eps), d};
-  const auto body = CASCADE_PICK(norm, dtype);
+  const NormRows rows{x_ND.const_data_ptr<float>(), w_D.const_data_ptr<float>(), inv_rms_N.mutable_data_ptr<float>(),
+                      out_ND.mutable_data_ptr(), static_cast<float>(eps), d};
+  const auto run = run_for_this_cpu<NormRows>(dtype);
   parallel_blocks(n, std::max<int64_t>(1, kItemsPerBlock / std::max<int64_t>(d, 1)),
-                  [&](int64_t begin, int64_t end) { body(all, begin, end); });
+                  [&](int64_t begin, int64_t end) { run(rows, begin, end); });
   return {out_ND, inv_rms_N};
 }
 
@@ -156,11 +135,11 @@ std::tuple<Tensor, Tensor> rms_norm_backward(
   const int64_t n = x_ND.size(0), d = x_ND.size(1), parts = ceil_div(n, kRowsPerPart);
   const Tensor grad_x_ND = torch::stable::new_empty(x_ND, {n, d});
   const Tensor grad_weight_PD = torch::stable::new_empty(x_ND, {std::max<int64_t>(parts, 1), d});
-  const NormGradRows all{grad_ND.const_data_ptr(), x_ND.const_data_ptr<float>(), w_D.const_data_ptr<float>(),
-                         inv_rms_N.const_data_ptr<float>(), grad_x_ND.mutable_data_ptr<float>(),
-                         grad_weight_PD.mutable_data_ptr<float>(), n, d};
-  const auto body = CASCADE_PICK(norm_grad, grad_ND.scalar_type());
-  parallel_blocks(parts, 1, [&](int64_t begin, int64_t end) { body(all, begin, end); });
+  const NormGradRows rows{grad_ND.const_data_ptr(), x_ND.const_data_ptr<float>(), w_D.const_data_ptr<float>(),
+                          inv_rms_N.const_data_ptr<float>(), grad_x_ND.mutable_data_ptr<float>(),
+                          grad_weight_PD.mutable_data_ptr<float>(), n, d};
+  const auto run = run_for_this_cpu<NormGradRows>(grad_ND.scalar_type());
+  parallel_blocks(parts, 1, [&](int64_t begin, int64_t end) { run(rows, begin, end); });
   const Tensor grad_weight_D = torch::stable::new_empty(x_ND, {d});
   float* total = grad_weight_D.mutable_data_ptr<float>();
   std::memset(total, 0, d * sizeof(float));

@@ -4,18 +4,12 @@
 // Shape legend: N rows, D hidden size, K rows put back.
 #include "rows.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 namespace cascade_fast {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-
 // Sum in float32, rounded once.
 template <class T>
-void add_row(char* to, const char* into, int64_t into_stride, const char* row, int64_t row_stride, int64_t d) {
+void add_row_of(char* to, const char* into, int64_t into_stride, const char* row, int64_t row_stride, int64_t d) {
   for (int64_t i = 0; i < d; ++i) {
     T a, b;
     std::memcpy(static_cast<void*>(&a), into + i * into_stride, sizeof(T));
@@ -23,14 +17,6 @@ void add_row(char* to, const char* into, int64_t into_stride, const char* row, i
     const T sum = static_cast<T>(static_cast<float>(a) + static_cast<float>(b));
     std::memcpy(to + i * sizeof(T), static_cast<const void*>(&sum), sizeof(T));
   }
-}
-
-using AddRow = void (*)(char*, const char*, int64_t, const char*, int64_t, int64_t);
-
-AddRow add_row_of(ScalarType dtype) {
-  if (dtype == ScalarType::BFloat16) return add_row<BFloat16>;
-  if (dtype == ScalarType::Half) return add_row<Half>;
-  return add_row<float>;
 }
 
 Tensor scatter_rows(const Tensor& rows_KD, const Tensor& index_K, const Tensor& into_ND, bool add) {
@@ -45,7 +31,7 @@ Tensor scatter_rows(const Tensor& rows_KD, const Tensor& index_K, const Tensor& 
   for (int64_t k = 0; k < count; ++k) source_N[index[k * index_stride]] = k;
 
   const RowView rows(rows_KD), into(into_ND), out(out_ND);
-  const AddRow add_row = add_row_of(into_ND.scalar_type());
+  const auto add_row = for_dtype(into_ND.scalar_type(), []<class T>() { return &add_row_of<T>; });
   parallel_blocks(n, rows_per_block(n, out.row_bytes() + 32), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = source_N[i];

@@ -5,7 +5,7 @@
 // it. Four passes whatever the scores are, and no result depends on how a row is cut among threads.
 //
 // Shape legend: B rows selected each for itself, N scores a row, K selected.
-#include "../common.h"
+#include "common.h"
 
 #include <cstring>
 #include <limits>

@@ -1,79 +1,96 @@
-// The compiler's portable vectors, for bodies that are compiled once for each instruction set of x86-64 (AVX-512, AVX2 and
-// the SSE2 baseline), with vectors of that set's own width, and picked at run time. One body with vectors of 16 floats
-// for all is shorter, but GCC 12 splits them through the stack: AVX2 then reached 0.4 to 0.6 of the memory's bandwidth.
+// What bodies do with the vectors of an instruction set (targets.h): load, convert, round, store, reduce. All results
+// are written through references: a vector returned by value would tie the function to one instruction set's calling
+// convention.
 #pragma once
 
 #include "targets.h"
 
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 namespace cascade_fast {
-namespace {  // compiled for several instruction sets in every file that includes it: nothing here may be shared
+namespace {  // as in targets.h
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
+// --- one vector, in the order of memory ------------------------------------------------------------------------------
 
-template <int Lanes>
-struct Vectors {  // of one instruction set
-  static constexpr int kLanes = Lanes;      // floats in a vector
-  static constexpr int kStep = 2 * Lanes;   // values of a row taken at once
-  // typedef, not using: GCC ignores the attribute of an alias that depends on a template parameter.
-  typedef float Floats __attribute__((vector_size(4 * Lanes)));
-  typedef uint32_t Bits __attribute__((vector_size(4 * Lanes)));
-  typedef int32_t SignedBits __attribute__((vector_size(4 * Lanes)));
-  static_assert(sizeof(Floats) == 4 * Lanes && sizeof(Bits) == 4 * Lanes && sizeof(SignedBits) == 4 * Lanes);
-};
-
-// The next 2 * Lanes values as two vectors of float32, written through references: a vector returned by value would tie
-// the function to one instruction set's calling convention. 16-bit values are read as 32-bit words and split into lower
-// and upper halves, so even and odd columns part: the order within a row is the same for both arrays, which is all
-// that sums of products ask for.
-template <class V>
-CASCADE_INLINE void load(const float* p, typename V::Floats& x, typename V::Floats& y) {
-  std::memcpy(&x, p, sizeof(x));
-  std::memcpy(&y, p + V::kLanes, sizeof(y));
-}
-
-template <class V>  // a bfloat16 is the upper half of a float32
-CASCADE_INLINE void load(const BFloat16* p, typename V::Floats& x, typename V::Floats& y) {
-  typename V::Bits words;
-  std::memcpy(&words, p, sizeof(words));
-  x = (typename V::Floats)(words << 16);
-  y = (typename V::Floats)(words & 0xffff0000u);
+// Unsigned integers as 32 bits. GCC makes one instruction of such a loop, and dozens of __builtin_convertvector.
+template <class V, class T>
+CASCADE_INLINE void widen(const T* from, typename V::Ints& to) {
+  alignas(64) int32_t wide[V::kLanes];
+  for (int i = 0; i < V::kLanes; ++i) wide[i] = from[i];
+  std::memcpy(&to, wide, sizeof(to));
 }
 
 // From a float16 in the upper half of a word: its exponent and mantissa move to a float32's place (the arithmetic
 // shift keeps the sign), 2^112 is the difference of the exponents' biases and normalises subnormals too, and
 // exponent 31, which means inf or NaN, becomes 255.
 template <class V>
-CASCADE_INLINE void from_half(const typename V::SignedBits& upper, typename V::Floats& x) {
+CASCADE_INLINE void from_half(const typename V::Ints& upper, typename V::Floats& x) {
   using Floats = typename V::Floats;
-  using SignedBits = typename V::SignedBits;
-  const SignedBits moved = (upper >> 3) & static_cast<int32_t>(0x8fffe000u);
+  using Ints = typename V::Ints;
+  const Ints moved = (upper >> 3) & static_cast<int32_t>(0x8fffe000u);
   const Floats scaled = (Floats)moved * 0x1p112f;
-  const SignedBits special = (moved & 0x0f800000) == 0x0f800000;
-  x = (Floats)((SignedBits)scaled | (special & 0x7f800000));
+  const Ints special = (moved & 0x0f800000) == 0x0f800000;
+  x = (Floats)((Ints)scaled | (special & 0x7f800000));
 }
 
 template <class V>
-CASCADE_INLINE void load(const Half* p, typename V::Floats& x, typename V::Floats& y) {
-  typename V::SignedBits words;
+CASCADE_INLINE void load(const float* p, typename V::Floats& x) {
+  std::memcpy(&x, p, sizeof(x));
+}
+
+template <class V>
+CASCADE_INLINE void load(const BFloat16* p, typename V::Floats& x) {  // a bfloat16 is the upper half of a float32
+  typename V::Ints words;
+  widen<V>(reinterpret_cast<const uint16_t*>(p), words);
+  x = (typename V::Floats)(words << 16);
+}
+
+template <class V>
+CASCADE_INLINE void load(const Half* p, typename V::Floats& x) {
+  typename V::Ints words;
+  widen<V>(reinterpret_cast<const uint16_t*>(p), words);
+  from_half<V>(words << 16, x);
+}
+
+template <class V>
+CASCADE_INLINE void store(float* p, const typename V::Floats& x) {
+  std::memcpy(p, &x, sizeof(x));
+}
+
+// --- two vectors at once ---------------------------------------------------------------------------------------------
+
+// The next V::kStep values. 16-bit values are read as 32-bit words and split into lower and upper halves, so even and
+// odd columns part: the order within a row is the same for all arrays of one dtype, which is all that sums of products
+// ask for.
+template <class V>
+CASCADE_INLINE void load_pair(const float* p, typename V::Floats& x, typename V::Floats& y) {
+  load<V>(p, x);
+  load<V>(p + V::kLanes, y);
+}
+
+template <class V>
+CASCADE_INLINE void load_pair(const BFloat16* p, typename V::Floats& x, typename V::Floats& y) {
+  typename V::Bits words;
   std::memcpy(&words, p, sizeof(words));
-  const auto lower = (typename V::SignedBits)((typename V::Bits)words << 16);
+  x = (typename V::Floats)(words << 16);
+  y = (typename V::Floats)(words & 0xffff0000u);
+}
+
+template <class V>
+CASCADE_INLINE void load_pair(const Half* p, typename V::Floats& x, typename V::Floats& y) {
+  typename V::Ints words;
+  std::memcpy(&words, p, sizeof(words));
+  const auto lower = (typename V::Ints)((typename V::Bits)words << 16);
   from_half<V>(lower, x);
   from_half<V>(words, y);
 }
 
-// The reverse of load: each value rounded to nearest, ties to even. A NaN stays one.
+// The reverse of load_pair: each value rounded to nearest, ties to even. A NaN stays one.
 template <class V>
-CASCADE_INLINE void store(float* p, const typename V::Floats& x, const typename V::Floats& y) {
-  std::memcpy(p, &x, sizeof(x));
-  std::memcpy(p + V::kLanes, &y, sizeof(y));
+CASCADE_INLINE void store_pair(float* p, const typename V::Floats& x, const typename V::Floats& y) {
+  store<V>(p, x);
+  store<V>(p + V::kLanes, y);
 }
 
 template <class V>  // the rounded value in the upper half of a word; the lower half holds what was cut off
@@ -85,7 +102,7 @@ CASCADE_INLINE void round_to_bfloat16(const typename V::Floats& x, typename V::B
 }
 
 template <class V>
-CASCADE_INLINE void store(BFloat16* p, const typename V::Floats& x, const typename V::Floats& y) {
+CASCADE_INLINE void store_pair(BFloat16* p, const typename V::Floats& x, const typename V::Floats& y) {
   typename V::Bits even, odd;
   round_to_bfloat16<V>(x, even);
   round_to_bfloat16<V>(y, odd);
@@ -108,13 +125,15 @@ CASCADE_INLINE void round_to_half(const typename V::Floats& x, typename V::Bits&
 }
 
 template <class V>
-CASCADE_INLINE void store(Half* p, const typename V::Floats& x, const typename V::Floats& y) {
+CASCADE_INLINE void store_pair(Half* p, const typename V::Floats& x, const typename V::Floats& y) {
   typename V::Bits even, odd;
   round_to_half<V>(x, even);
   round_to_half<V>(y, odd);
   const typename V::Bits words = even | (odd << 16);
   std::memcpy(static_cast<void*>(p), &words, sizeof(words));
 }
+
+// --- reductions ------------------------------------------------------------------------------------------------------
 
 template <class V>
 CASCADE_INLINE float sum(const typename V::Floats& v) {
@@ -124,6 +143,15 @@ CASCADE_INLINE float sum(const typename V::Floats& v) {
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   }
   return lane[0];
+}
+
+// A NaN is passed over, unless it is the first. Not through memory, as sum: adamw8bit with float16 gradients was then
+// 13 % slower on AVX2 (GCC 12).
+template <class V>
+CASCADE_INLINE float max(const typename V::Floats& v) {
+  float most = v[0];
+  for (int i = 1; i < V::kLanes; ++i) most = v[i] > most ? v[i] : most;
+  return most;
 }
 
 }  // namespace

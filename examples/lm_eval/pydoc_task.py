@@ -8,7 +8,7 @@ import random
 
 import datasets
 
-from cascade_fast.data import pydoc_texts
+from cascade_fast.base.texts import pydoc_texts
 
 PIECE = 1000  # characters, about 250 tokens
 SHOWN, ASKED = 24, 12  # words of a paragraph that are given, and that are asked for

@@ -1,5 +1,5 @@
 // Launcher of cosine_score.
-#include "score.cuh"
+#include "cosine_score.cuh"
 
 #include "launch.cuh"
 

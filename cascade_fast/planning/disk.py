@@ -1,45 +1,11 @@
-"""What is settled before a run writes anything: how it gets keys and values, and whether the disk has room for it."""
+"""Whether the disk has room for what a run will write, before it writes anything."""
 
 import contextlib
-import dataclasses
 from pathlib import Path
 
-from cascade_fast.base.base_pass import pass_folder
-from cascade_fast.base.model import BaseModel, cache_folder
-from cascade_fast.base.texts import TokenBlocks
 from cascade_fast.input_checks import InputError
 from cascade_fast.planning.memory import BASE_PASS_DISK
-from cascade_fast.planning.roofline import plan_on, this_machine, with_kv
-from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import free_disk_bytes
-from cascade_fast.settings import RunSettings
-from cascade_fast.stages.kind import base_needs
-
-
-def settle_kv(
-    settings: RunSettings,
-    base: BaseModel,
-    blocks: TokenBlocks,
-    compute: Compute,
-    why: list[str],
-    out: Path,
-    before: str | None,
-) -> str:
-    """``kv`` for this run: settled once, so that a run resumed on a fuller disk goes on as it began. ``why`` gets the
-    line that says so.
-
-    Raises:
-        InputError: the disk has no room for what the run will write.
-    """
-    cache = cache_folder(settings)
-    if before is not None:
-        settings = dataclasses.replace(settings, kv=before)
-    machine, dtype = this_machine(compute), compute.dtype
-    settings, lines = with_kv(settings, base.config, machine, dtype, free_disk_bytes(cache))
-    why += [f"plan: {line}" for line in lines]
-    passed = pass_folder(base, blocks, settings, base_needs(settings), compute, cache)
-    check_disk(plan_on(settings, base.config, machine, dtype).disk, out=out, base_pass=passed)
-    return settings.kv
 
 
 def check_disk(planned: dict[str, float], *, out: Path, base_pass: Path) -> None:

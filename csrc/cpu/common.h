@@ -1,9 +1,11 @@
-// Shared by the CPU bodies: names, threads, and memory that is written once.
+// Shared by the CPU bodies: names, dtypes, threads, and memory that is written once.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <atomic>
@@ -19,10 +21,20 @@
 
 namespace cascade_fast {
 
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// run.template operator()<T>() with the element type of `dtype`, which is float32, float16 or bfloat16.
+template <class Run>
+auto for_dtype(ScalarType dtype, const Run& run) {
+  if (dtype == ScalarType::BFloat16) return run.template operator()<BFloat16>();
+  if (dtype == ScalarType::Half) return run.template operator()<Half>();
+  return run.template operator()<float>();
+}
 
 // Runs body(begin, end) over [0, n) in blocks that threads take as they become free: a thread that is held up (by
 // another program on its core) does not hold up the others. body must not throw: torch would lose the message.

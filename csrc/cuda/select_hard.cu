@@ -1,5 +1,5 @@
 // Launcher of select_hard: one kernel, preceded by one memset when a row is shared by several blocks.
-#include "select.cuh"
+#include "select_hard.cuh"
 
 #include <algorithm>
 #include <tuple>

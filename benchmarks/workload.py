@@ -1,0 +1,68 @@
+"""What the benchmarks of training train: stages of SmolLM2-135M's shapes, on random weights and tokens."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig
+
+from cascade_fast.base.hidden_store import HiddenStore
+from cascade_fast.runtime.compute import Compute
+from cascade_fast.runtime.metrics_log import MetricsLog
+from cascade_fast.settings import RunSettings
+from cascade_fast.stages.append import AppendedStage
+from cascade_fast.stages.stage import StageConfig
+from cascade_fast.stages.tokens import StageTokens
+from cascade_fast.training.stage_trainer import StageTrainer
+
+CPU = torch.device("cpu")
+LAYERS, TOKENS, BLOCKS, SEQ_LEN = 8, 8192, 16, 128
+
+
+def base_config() -> LlamaConfig:
+    """SmolLM2-135M's."""
+    return LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49_152,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+    )
+
+
+def random_store(folder: Path, dtype: torch.dtype) -> HiddenStore:
+    store = HiddenStore.create(folder, TOKENS, 576, dtype, with_loss=True, meta={"reads": "residual"})
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, 576, generator=generator)
+    store.append({"hidden": hidden, "label": torch.randint(0, 49_152, (TOKENS,), generator=generator)})
+    return store.finish()
+
+
+def trainer(settings: RunSettings, folder: Path, dtype: torch.dtype) -> StageTrainer:
+    shape = StageConfig.from_base(
+        base_config(), layers=settings.layers_per_stage, init=settings.init, head=settings.head, reads=settings.reads
+    )
+    head_VD = (torch.randn(49_152, 576, generator=torch.Generator().manual_seed(1)) * 0.02).to(dtype)
+    stage = AppendedStage(shape, head_VD=head_VD if settings.head == "shared" else None)
+    store = random_store(folder / "store", torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    tokens = StageTokens(store, torch.arange(TOKENS))
+    return StageTrainer(
+        stage, tokens, tokens, settings, number=1, folder=folder, compute=Compute(CPU, dtype),
+        log=MetricsLog(folder / "log.jsonl"), log_size=0,
+    )  # fmt: skip
+
+
+def steps_of(trainer: StageTrainer, count: int) -> Callable[[], None]:
+    batches = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(2)).split(trainer.settings.batch_tokens)
+    done = 0
+
+    def run() -> None:
+        nonlocal done
+        for _ in range(count):
+            trainer.train_step(batches[done % (len(batches) - 1)])
+            done += 1
+
+    return run

@@ -1,0 +1,45 @@
+"""The plots of a comparison: validation perplexity over what varies or what it has cost."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure  # without pyplot: no display, no global state
+from matplotlib.ticker import EngFormatter, NullFormatter
+
+from cascade_fast.comparison.runs import Row
+from cascade_fast.runtime.files import atomic_write
+
+
+def plot_lines(
+    path: Path, rows: Sequence[Row], panels: Sequence[tuple[str, str, bool]], *, base_ppl: float | None = None
+) -> str:
+    """Validation perplexity of each name as a line, a panel for each ``(key, axis label, logarithmic)``.
+
+    A point for every run, joined in the order of the panel's quantity; the base as a horizontal line.
+
+    Returns:
+        The Markdown that shows it.
+    """
+    figure = Figure(figsize=(5.5 * len(panels), 5.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    for panel, (key, label, logarithmic) in zip(axes, panels, strict=True):
+        for number, name in enumerate(names):
+            points = sorted((row[key], row["val_ppl"]) for row in rows if row["name"] == name)
+            panel.plot(*zip(*points, strict=True), marker="osD^vP*X"[number % 8], color=f"C{number % 10}", label=name)
+        if base_ppl is not None:
+            panel.axhline(base_ppl, color="0.5", linestyle="--", label="base")
+        panel.set(xlabel=label)
+        values = [row[key] for row in rows]
+        if logarithmic and min(values) > 0 and max(values) > 3 * min(values):
+            panel.set_xscale("log", subs=(2, 5))
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+            panel.xaxis.set_minor_formatter(EngFormatter(sep="") if max(values) < 30 * min(values) else NullFormatter())
+        elif max(values) >= 10_000:
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.grid(alpha=0.3)
+    axes[0].set(ylabel="perplexity over all validation tokens")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    return f"![{path.stem}]({path.name})"

@@ -1,0 +1,44 @@
+"""The grid of a sweep: the settings of a run for every combination of some values."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+from cascade_fast.input_checks import InputError
+from cascade_fast.settings import RunSettings, make_settings
+
+# In this order runs that share a base pass follow one another: the cache keeps the last few.
+GRID = ("stage_kind", "layers_per_stage", "criterion", "lr", "hard_ratio")
+
+
+def make_grid(given: dict[str, Any], settings_file: str | None = None) -> list[RunSettings]:
+    """The settings of every run. Of the names in :data:`GRID`, ``given`` holds lists.
+
+    Raises:
+        InputError: an empty or repeated value, or settings that cannot work.
+    """
+    given = dict(given)
+    for name in GRID:
+        if name in given and not given[name]:
+            raise InputError(f"{name}: no value; give at least one")
+    base = make_settings({n: value[0] if n in GRID else value for n, value in given.items()}, settings_file)
+    if base.out is None:
+        raise InputError("out: not given; must name the folder of the sweep")
+    if base.resume != "never":
+        raise InputError(f"resume: {base.resume!r}; leave it out: a sweep always goes on where it was")
+    values = {name: given.pop(name, [getattr(base, name)]) for name in GRID}
+    grid = []
+    for point in itertools.product(*values.values()):
+        settings = make_settings({**given, **dict(zip(GRID, point, strict=True))}, settings_file)
+        grid.append(dataclasses.replace(settings, out=str(Path(base.out) / run_name(settings)), resume="auto"))
+    for settings in grid:
+        if [c.out for c in grid].count(settings.out) > 1:
+            raise InputError(f"{', '.join(GRID)}: a value is given twice")
+    return grid
+
+
+def run_name(settings: RunSettings) -> str:
+    """All of :data:`GRID`, so that a run has the same name in a larger sweep."""
+    s = settings
+    return f"{s.stage_kind}-L{s.layers_per_stage}-{s.criterion}-lr{s.lr:g}-r{s.hard_ratio:g}"

@@ -1,0 +1,60 @@
+"""A cascade for every combination of some settings: the trainings, and one report of them all."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cascade_fast import cascade
+from cascade_fast.comparison.curves import plot_lines
+from cascade_fast.comparison.grid import GRID
+from cascade_fast.comparison.runs import Row, base_row, train_all
+from cascade_fast.comparison.tables import write_report, write_tables
+from cascade_fast.runtime.console import say
+from cascade_fast.settings import RunSettings
+
+
+def run_sweep(folder: Path, grid: Sequence[RunSettings]) -> Path:
+    """Trains what is not there yet, and compares; the path of the report."""
+    rows = train_all(folder, "sweep", [("", settings, cascade.run_cascade) for settings in grid])
+    report = _write_comparison(folder, rows)
+    say(f"report: {report}")
+    return report
+
+
+def _write_comparison(folder: Path, rows: list[Row]) -> Path:
+    """``report.md``, ``comparison.json``, ``comparison.csv`` and ``sweep.png`` of these runs."""
+    # A line for each criterion and whatever else differs; along a line, the hard ratio.
+    vary = [n for n in GRID if n != "hard_ratio" and len({r["settings"][n] for r in rows}) > 1]
+    for row in rows:
+        row["name"] = _label(row, vary or ["criterion"])
+        row["hard_ratio"] = row["settings"]["hard_ratio"]
+    table_rows = [{**row, "name": _label(row, [*vary, "hard_ratio"])} for row in rows]
+    base = base_row(rows[0])
+    table = write_tables(folder, "sweep", [base, *table_rows])
+    panels = [
+        ("hard_ratio", "hard ratio", False),
+        ("layers_per_token", "layers per token", False),
+        ("seconds", "seconds: base pass and training", True),
+    ]
+    plot = plot_lines(folder / "sweep.png", rows, panels, base_ppl=base["val_ppl"])
+    best = min(table_rows, key=lambda r: r["val_ppl"])
+    settings = rows[0]["settings"]
+    test = "" if best["test_ppl"] is None else f" and {best['test_ppl']:.4f} on the test blocks"
+    parts = [
+        "# Sweep",
+        f"Base {settings['base']}, text {settings['dataset']}: {settings['train_blocks']} blocks of "
+        f"{settings['seq_len']} tokens to train on, seed {settings['seed']}, at most {settings['num_stages']} stage(s) "
+        f"and {settings['epochs']} epoch(s).",
+        f"The lowest all-token validation perplexity is {best['val_ppl']:.4f} ({best['val_change']:.4f} x base){test}: "
+        f"**{best['name']}**, at {best['layers_per_token']:.2f} layers per token. Of {len(rows)} runs it is the "
+        "best by the blocks that chose it.",
+        table,
+        plot,
+        "Layers per token: the base's, and a stage's for the share of the validation tokens that entered it. Seconds "
+        "are those of the base pass over all blocks (also where an earlier run had made it) and of the training steps.",
+    ]
+    return write_report(folder, parts)
+
+
+def _label(row: Row, names: Sequence[str]) -> str:
+    words = {"layers_per_stage": "{} layers", "lr": "lr {:g}", "hard_ratio": "r = {:g}"}
+    return ", ".join(words.get(name, "{}").format(row["settings"][name]) for name in names)

@@ -1,0 +1,138 @@
+"""The plan of a run: how it gets keys and values, the memory it takes and the time, on one device. Made once, and
+handed on: the trainer says it, checks the disk with it and takes its micro batch; ``python -m cascade_fast.plan``
+prints it.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cascade_fast.base.base_pass import pass_folder
+from cascade_fast.base.model import BaseModel, cache_folder
+from cascade_fast.base.texts import TokenBlocks
+from cascade_fast.planning.counts import Shape
+from cascade_fast.planning.devices import Device, this_machine
+from cascade_fast.planning.disk import check_disk
+from cascade_fast.planning.kv import choose_kv, kv_disk_bytes, kv_seconds
+from cascade_fast.planning.memory import GIB, PROCESS_BYTES, MemoryPlan, memory_plan
+from cascade_fast.planning.times import Time, base_pass_time, epoch_time
+from cascade_fast.runtime.compute import Compute, resident_bytes
+from cascade_fast.runtime.files import free_disk_bytes
+from cascade_fast.settings import RunSettings
+from cascade_fast.stages.kind import base_needs
+
+PCIE_BYTES_PER_SECOND = 12e9  # third generation, 16 lanes, as copies reach
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run with ``settings`` takes on ``device``.
+
+    ``settings.kv`` is settled where a stage asks; ``kv_line`` says why, None where it was not ``auto``.
+    """
+
+    settings: RunSettings
+    base_config: Any  # transformers'
+    device: Device
+    memory: MemoryPlan
+    base_pass: Time
+    epoch: Time  # of stage 1, without validation
+    kv_line: str | None
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.fits(self.device.memory_bytes, self.device.ram_bytes)
+
+    @property
+    def peak_line(self) -> str:
+        """The peak beside the device's memory, each phase's, and whether the run fits."""
+        phases = ", ".join(f"{phase.name} {gib(phase.peak)}" for phase in self.memory.phases)
+        peak = f"peak {gib(self.memory.worst.peak)} GiB of {gib(self.device.memory_bytes)}"
+        return f"{peak} ({phases}): {'fits' if self.fits else 'does NOT fit'}"
+
+    def lines(self) -> list[str]:
+        """What the trainer says of it."""
+        batch, micro = self.settings.batch_tokens, self.memory.micro_batch_tokens
+        lines = [
+            self.peak_line,
+            f"base pass {_about(self.base_pass)}; an epoch of stage 1 {_about(self.epoch)}",
+        ]
+        if micro < batch:
+            lines.append(f"a batch of {batch} tokens in {math.ceil(batch / micro)} parts of {micro}")
+        if self.kv_line is not None:
+            lines.append(self.kv_line)
+        return [f"plan: {line}" for line in lines]
+
+
+def make_plan(settings: RunSettings, base_config: Any, device: Device, disk_bytes: float = math.inf) -> RunPlan:
+    """The plan of a run on a base with transformers' configuration ``base_config``.
+
+    Args:
+        disk_bytes: free for the base pass; decides about ``kv: auto``.
+    """
+    settings, kv_line = _settle_kv(settings, base_config, device, disk_bytes)
+    memory = memory_plan(
+        settings,
+        base_config,
+        dtype=device.dtype,
+        on_cpu=device.on_cpu,
+        memory_bytes=device.memory_bytes,
+        fused_attention=device.fused_attention,
+        process_bytes=max(PROCESS_BYTES, resident_bytes()),
+    )
+    return RunPlan(
+        settings,
+        base_config,
+        device,
+        memory,
+        base_pass_time(settings, base_config, device),
+        epoch_time(settings, base_config, device, memory.micro_batch_tokens),
+        kv_line,
+    )
+
+
+def plan_run(
+    settings: RunSettings, base: BaseModel, blocks: TokenBlocks, compute: Compute, out: Path, kv: str | None
+) -> RunPlan:
+    """The plan of a run on this machine that writes to ``out``.
+
+    ``kv``: as it was settled when the run began; None for a new one. A run resumed on a fuller disk goes on as it
+    began.
+
+    Raises:
+        InputError: the disk has no room for what the run will write.
+    """
+    cache = cache_folder(settings)
+    if kv is not None:
+        settings = dataclasses.replace(settings, kv=kv)
+    plan = make_plan(settings, base.config, this_machine(compute), free_disk_bytes(cache))
+    passed = pass_folder(base, blocks, plan.settings, base_needs(plan.settings), compute, cache)
+    check_disk(plan.memory.disk, out=out, base_pass=passed)
+    return plan
+
+
+def _settle_kv(
+    settings: RunSettings, base_config: Any, device: Device, disk_bytes: float
+) -> tuple[RunSettings, str | None]:
+    """``settings`` with ``kv: auto`` settled for ``device`` and so much free disk, and the line that says why."""
+    if settings.kv != "auto":
+        return settings, None
+    shape = Shape.from_settings(settings, base_config)
+    memory = shape.kind.memory(settings, shape.stage, device.dtype.itemsize)
+    if memory.kv_numbers == 0:
+        return settings, None  # nobody asks
+    read = device.bandwidth if device.on_cpu else PCIE_BYTES_PER_SECOND
+    seconds = kv_seconds(memory, device.rate, read, device.ram_bytes)
+    chosen, why = choose_kv(seconds, kv_disk_bytes(memory), disk_bytes)
+    return dataclasses.replace(settings, kv=chosen), f"kv: {chosen} ({why})"
+
+
+def _about(taken: Time) -> str:
+    return f"at least {taken.seconds:.1f} s (limit: {taken.limit})"
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, two decimals."""
+    return f"{size / GIB:.2f}"
