@@ -13,6 +13,7 @@ import torch
 from conftest import byte_tokenizer
 from transformers import AutoTokenizer
 
+from cascade_fast import report as command
 from cascade_fast.base.texts import token_texts
 from cascade_fast.model.modeling import CascadeForCausalLM
 from cascade_fast.reporting import report
@@ -36,7 +37,7 @@ def run(tiny_runs, tmp_path) -> Path:
 
 
 def _main(capsys, *argv):
-    code = report.main([str(part) for part in argv])
+    code = command.main([str(part) for part in argv])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
