@@ -383,7 +383,7 @@ def test_the_overfitting_rule(losses, said):
     assert diagnose([made_records.epoch(val_loss=loss) for loss in losses]) == said
 
 
-# --- the door a stage gets ------------------------------------------------------------------------------------------
+# --- the exit threshold a stage gets ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["append", "second-look"])

@@ -86,21 +86,21 @@ def test_flops_are_those_of_the_matrix_products_that_ran(run):
 def test_the_easy_and_the_hard_apart(run):
     model, blocks = _loaded(run)
     found = evaluate_cascade(model, blocks, count_flops=False)
-    doors, rows = found["doors"], found["rows"]
-    assert [door["exit"] for door in doors] == ["base", "stage 1"]
+    exits, rows = found["exits"], found["rows"]
+    assert [row["exit"] for row in exits] == ["base", "stage 1"]
     tokens = blocks.shape[0] * 32
-    assert doors[0]["easy_tokens"] + doors[0]["hard_tokens"] == tokens
-    assert doors[1]["easy_tokens"] + doors[1]["hard_tokens"] == doors[0]["hard_tokens"]
+    assert exits[0]["easy_tokens"] + exits[0]["hard_tokens"] == tokens
+    assert exits[1]["easy_tokens"] + exits[1]["hard_tokens"] == exits[0]["hard_tokens"]
 
-    def together(door, hard):
-        parts = [(door["easy_tokens"], door["easy_perplexity"]), (door["hard_tokens"], door[hard])]
+    def together(row, hard):
+        parts = [(row["easy_tokens"], row["easy_perplexity"]), (row["hard_tokens"], row[hard])]
         return math.exp(sum(n * math.log(ppl) for n, ppl in parts) / sum(n for n, _ in parts))
 
-    # The first door's parts make up all tokens: had all left at the base, and where they did leave.
-    assert together(doors[0], "hard_perplexity_here") == pytest.approx(rows[0]["perplexity"], rel=1e-5)
-    assert together(doors[0], "hard_perplexity_at_its_exit") == pytest.approx(rows[2]["perplexity"], rel=1e-5)
-    arrived = together(doors[1], "hard_perplexity_at_its_exit")
-    assert arrived == pytest.approx(doors[0]["hard_perplexity_at_its_exit"], rel=1e-5)
+    # The base's parts make up all tokens: had all left at the base, and where they did leave.
+    assert together(exits[0], "hard_perplexity_here") == pytest.approx(rows[0]["perplexity"], rel=1e-5)
+    assert together(exits[0], "hard_perplexity_at_its_exit") == pytest.approx(rows[2]["perplexity"], rel=1e-5)
+    arrived = together(exits[1], "hard_perplexity_at_its_exit")
+    assert arrived == pytest.approx(exits[0]["hard_perplexity_at_its_exit"], rel=1e-5)
 
 
 def test_the_bootstrap_s_interval():
@@ -185,7 +185,7 @@ def test_another_text_and_a_saved_cascade(tiny_runs, tiny_data, tmp_path, capsys
         assert code == 0
         outputs.append(json.loads((tmp_path / "all.json").read_text()))
     assert outputs[0]["data"]["tokens"] == 360
-    assert outputs[0]["doors"] == outputs[1]["doors"]
+    assert outputs[0]["exits"] == outputs[1]["exits"]
     assert outputs[0]["rows"][2]["flops_per_token"] is None
 
 
@@ -214,6 +214,6 @@ def test_a_cascade_that_kept_no_stage(tiny_settings, tmp_path, capsys):
     assert _main(capsys, tmp_path / "run", "--json", tmp_path / "all.json", "--device", "cpu")[0] == 0
     found = json.loads(Path(tmp_path / "all.json").read_text())
     assert [row["name"] for row in found["rows"]] == ["base"]
-    assert found["doors"] == []
+    assert found["exits"] == []
     code, _, err = _main(capsys, tmp_path / "run", "--sweep-threshold", tmp_path / "s.csv")
     assert (code, "kept no stage" in err) == (2, True)

@@ -38,6 +38,12 @@ def test_compiles_without_a_graph_break(scope, masked, backend):
     assert torch.equal(compiled_in.grad, eager_in.grad)
 
 
+@pytest.fixture(autouse=True)
+def _compiled_anew():
+    """torch compiles one function so many times only."""
+    torch._dynamo.reset()
+
+
 class Router(torch.nn.Linear):
     def forward(self, h_in_ND, h_out_ND, *, logits=None):
         return super().forward(h_out_ND).squeeze(-1)

@@ -65,7 +65,7 @@ def test_log_likelihoods_are_the_model_s_own(run, exits):
     lm = _lm(run, exits=exits)
     model = CascadeForCausalLM.from_pretrained(run).eval()
     closed = {"all": 0, "base": 2, 1: 1}[exits]
-    doors = model.config.thresholds[: 2 - closed] + [-math.inf] * closed
+    thresholds = model.config.thresholds[: 2 - closed] + [-math.inf] * closed
     texts = [
         "The class statement defines a class.",
         "An expression",
@@ -75,14 +75,14 @@ def test_log_likelihoods_are_the_model_s_own(run, exits):
     for text, found in zip(texts, rolling, strict=True):
         ids = torch.tensor([[lm.prefix_token_id, *lm.tok_encode(text)]])
         with torch.no_grad():
-            loss = model(ids, labels=ids, thresholds=doors).loss
+            loss = model(ids, labels=ids, thresholds=thresholds).loss
         assert found == pytest.approx(-loss.item() * (ids.shape[1] - 1), rel=1e-5)
     ((pair, _),) = lm.loglikelihood(_requests("loglikelihood", (texts[1], " is evaluated")), disable_tqdm=True)
     context = torch.tensor([lm.tok_encode(texts[1] + " is evaluated")])
     labels = context.clone()
     labels[:, : len(lm.tok_encode(texts[1]))] = -100
     with torch.no_grad():
-        loss = model(context, labels=labels, thresholds=doors).loss
+        loss = model(context, labels=labels, thresholds=thresholds).loss
     assert pair == pytest.approx(-loss.item() * (labels != -100).sum().item(), rel=1e-5)
 
 

@@ -189,20 +189,20 @@ def _agree(output, rows, dtype):
         torch.testing.assert_close(output.logits[row, kept][same], logits[same], rtol=tolerance, atol=tolerance)
 
 
-def _clear_doors(model, sequences) -> list[float]:
+def _clear_thresholds(model, sequences) -> list[float]:
     """Thresholds in the widest gap between the middle scores of ``sequences``. A trained threshold is some token's own
     score, and in bfloat16 such a token comes out on either side of it."""
-    doors: list[float] = []
+    chosen: list[float] = []
     for number in range(2):
-        thresholds = [*doors, math.inf, -math.inf][:2]
+        thresholds = [*chosen, math.inf, -math.inf][:2]
         score_N = torch.cat(
             [model(s, output_exits=True, thresholds=thresholds).scores[0, :, number] for s in sequences]
         )
         score_N = score_N[~score_N.isnan()].sort().values
         middle = score_N[len(score_N) // 4 : 3 * len(score_N) // 4]
         gap = int(middle.diff().argmax())
-        doors.append(middle[gap : gap + 2].mean().item())
-    return doors
+        chosen.append(middle[gap : gap + 2].mean().item())
+    return chosen
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -216,7 +216,7 @@ def test_padding_and_batching_change_nothing(run, dtype, side):
     for row, (sequence, where) in enumerate(zip(sequences, kept, strict=True)):
         ids[row, where], mask[row, where] = sequence[0], 1
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    asked = {"output_exits": True, "thresholds": _clear_doors(model, sequences)}
+    asked = {"output_exits": True, "thresholds": _clear_thresholds(model, sequences)}
     output = model(ids, attention_mask=mask, position_ids=positions, **asked)
     assert torch.equal(output.exits == -1, mask == 0)
     alone = [model(sequence, **asked) for sequence in sequences]
@@ -268,14 +268,14 @@ def test_every_family_has_its_cascade(family, criterion, tmp_path):
     assert isinstance(model.base, model_class)
     ids = text_ids()
     open_scores = model(ids, thresholds=OPEN, output_exits=True).scores
-    doors = open_scores.flatten(0, 1).median(0).values.tolist()
-    output = model(ids, thresholds=doors, output_exits=True)
+    chosen = open_scores.flatten(0, 1).median(0).values.tolist()
+    output = model(ids, thresholds=chosen, output_exits=True)
     assert output.exits.unique().tolist() == [0, 1, 2]
     assert torch.equal(model(ids, thresholds=CLOSED).logits, model.base(ids).logits)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(loaded(ids, thresholds=doors).logits, output.logits)
-    how = {"max_new_tokens": 4, "do_sample": False, "thresholds": doors, "attention_mask": torch.ones_like(ids)}
+    torch.testing.assert_close(loaded(ids, thresholds=chosen).logits, output.logits)
+    how = {"max_new_tokens": 4, "do_sample": False, "thresholds": chosen, "attention_mask": torch.ones_like(ids)}
     assert torch.equal(loaded.generate(ids, **how), loaded.generate(ids, **how, use_cache=False))
 
 

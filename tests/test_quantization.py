@@ -97,7 +97,7 @@ def test_a_whole_run_on_a_4_bit_base(settings, tmp_path):
     assert model.base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     settings = make_settings(results["settings"])
     blocks = load_blocks(settings, find_base(settings).tokenizer()).ids["val"]
-    closed, trained = (measure(model, blocks, doors) for doors in ([-math.inf], model.config.thresholds))
+    closed, trained = (measure(model, blocks, thresholds) for thresholds in ([-math.inf], model.config.thresholds))
     assert closed.perplexity == pytest.approx(results["base"]["val_ppl"], rel=1e-5)
     assert trained.perplexity == pytest.approx(results["stages"][0]["all_token_val_ppl"], rel=1e-5)
     with pytest.raises(InputError, match=r"self_contained: True; .* in 4 bit \(base_quantization nf4\)"):

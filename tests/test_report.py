@@ -412,7 +412,7 @@ def test_pointing_at_a_token_shows_its_card(opened, run):
     assert card["loss of the base"] == f"{block['base_loss'][at]:.4f}"
     assert card["loss at its exit"] == f"{block['loss'][at]:.4f}"
     assert card["change"] == f"{block['loss'][at] - block['base_loss'][at]:+.4f}"
-    assert card["score at door 2"].startswith(f"{block['scores'][at][1]:.4f} ≤")
+    assert card["score before stage 2"].startswith(f"{block['scores'][at][1]:.4f} ≤")
     opened.mouse.move(0, 0)
     assert opened.locator("#card").is_hidden()
     token.focus()

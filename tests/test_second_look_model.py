@@ -23,7 +23,7 @@ CRITERIA = ["entropy", "cosine"]
 
 
 def _cascade(base, criterion="entropy", *, noise=0.1, stages=2) -> CascadeForCausalLM:
-    """``base`` with two looks, each the base's last layers and noise; half of the tokens go on at each door."""
+    """``base`` with two looks, each the base's last layers and noise; half of the tokens go on at each exit."""
     shape = SecondLookConfig.from_base(base.config, layers=LAYERS)
     config = CascadeConfig(
         base_config=base.config,
@@ -43,9 +43,9 @@ def _cascade(base, criterion="entropy", *, noise=0.1, stages=2) -> CascadeForCau
         stage.load_state_dict(copied)
         for parameter in stage.parameters():
             parameter += noise * torch.randn(parameter.shape)
-    for number in range(stages):  # one door after the other: the second sees only those that come through the first
-        doors = [*model.config.thresholds[:number], *[math.inf] * (stages - number)]
-        scores = model(text_ids(), thresholds=doors, output_exits=True).scores[..., number]
+    for number in range(stages):  # one after the other: the second sees only those that the first lets in
+        thresholds = [*model.config.thresholds[:number], *[math.inf] * (stages - number)]
+        scores = model(text_ids(), thresholds=thresholds, output_exits=True).scores[..., number]
         model.config.stages[number]["threshold"] = scores[~scores.isnan()].median().item()
     return model
 
@@ -123,8 +123,8 @@ def test_every_token_through_every_stage_is_the_base_with_the_last_stage_s_layer
 def test_closed_doors_are_the_base_exactly(model, base, use_cache):
     ids, mask = text_ids(), torch.ones(4, 24, dtype=torch.int64)
     mask[1, :9] = 0
-    for doors in (CLOSED, [-math.inf, math.inf], [-1e9, -1e9]):
-        output = model(ids, attention_mask=mask, thresholds=doors, use_cache=use_cache)
+    for thresholds in (CLOSED, [-math.inf, math.inf], [-1e9, -1e9]):
+        output = model(ids, attention_mask=mask, thresholds=thresholds, use_cache=use_cache)
         assert torch.equal(output.logits, base(ids, attention_mask=mask).logits)
         assert (cache_of(output) is None) == (use_cache is False)
 
@@ -300,7 +300,7 @@ def test_every_hard_token_runs_but_the_head_only_for_those_kept(model, keep):
     torch.testing.assert_close(output.scores, whole.scores[:, kept], equal_nan=True, rtol=1e-4, atol=1e-4)
     assert [sum(r) for r in rows] == [int((whole.exits >= n).sum()) for n in (1, 2)]
     distinct = whole.exits[:, torch.arange(24)[kept].unique()]
-    if model.config.criterion == "entropy":  # the doors ask for it of all who come there; the last exit has none
+    if model.config.criterion == "entropy":  # exits ask for it of all that come there; the last exit has none
         assert sum(head_rows) == int((whole.exits >= 0).sum() + (whole.exits >= 1).sum() + (distinct == 2).sum())
     else:
         assert sum(head_rows) == distinct.numel()

@@ -168,7 +168,7 @@ def evaluate_cascade(
 
     Returns:
         ``rows``: see :meth:`Measured.row`, and the perplexity's difference to the base with its interval.
-        ``doors``: for each exit but the last, tokens and perplexity of those that left there, and of those that went
+        ``exits``: for each exit but the last, tokens and perplexity of those that left there, and of those that went
         on: had they left there, and where they did leave.
     """
     trained, stages = model.config.thresholds, len(model.stages)
@@ -187,17 +187,17 @@ def evaluate_cascade(
         low, high = bootstrap_difference(measured.loss_BS, base.loss_BS)
         row |= {"difference": measured.perplexity - base.perplexity, "difference_low": low, "difference_high": high}
         rows.append({name: None if value != value else value for name, value in row.items()})  # NaN is no JSON
-    return {"rows": rows, "doors": _doors(all_measured)}
+    return {"rows": rows, "exits": _exits(all_measured)}
 
 
 def cascade_name(stages: int) -> str:
     return "base" if stages == 0 else "+ stage 1" if stages == 1 else f"+ stages 1-{stages}"
 
 
-def _doors(all_measured: list[Measured]) -> list[dict[str, Any]]:
+def _exits(all_measured: list[Measured]) -> list[dict[str, Any]]:
     """With k stages every token that comes as far as exit k leaves there: what it would have lost had it stayed."""
     whole = all_measured[-1]
-    doors = []
+    exits = []
     for exit_, here in enumerate(all_measured[:-1]):
         left, on = whole.exit_BS == exit_, whole.exit_BS > exit_
         row = {
@@ -208,14 +208,14 @@ def _doors(all_measured: list[Measured]) -> list[dict[str, Any]]:
             "hard_perplexity_here": _perplexity(here.loss_BS[on]),
             "hard_perplexity_at_its_exit": _perplexity(whole.loss_BS[on]),
         }
-        doors.append({name: None if value != value else value for name, value in row.items()})
-    return doors
+        exits.append({name: None if value != value else value for name, value in row.items()})
+    return exits
 
 
 def sweep_threshold(
     model: CascadeForCausalLM, blocks: Tensor, *, points: int = 9, batch_tokens: int = 1024
 ) -> list[dict[str, Any]]:
-    """Moves the door of stage 1 from closed to open; the others stay as trained. A row for each point.
+    """Moves the exit threshold of stage 1 from closed to open; the others stay as trained. A row for each point.
 
     The points are equal shares of the tokens, so that cost grows evenly; ``trained`` marks the row of the trained
     threshold.

@@ -56,11 +56,11 @@ def say_tables(results: dict[str, Any]) -> None:
             for row in rows
         ],
     )
-    if results["doors"]:
+    if results["exits"]:
         say_table(
             "\nperplexity of easy tokens, which leave, and of hard ones: had they left here, and where they do",
             ["at exit", "easy", "perplexity", "hard", "had they left", "where they do"],
-            [[_show(value) for value in door.values()] for door in results["doors"]],
+            [[_show(value) for value in row.values()] for row in results["exits"]],
         )
 
 

@@ -1,6 +1,6 @@
 """``heat_map.json``: some validation text, token by token - where each left the cascade, and what that did to its loss.
 
-Shapes: B blocks, S predicted tokens a block, N = B * S, P doors.
+Shapes: B blocks, S predicted tokens a block, N = B * S, P scores of a token.
 """
 
 import json
@@ -52,7 +52,7 @@ def heat_map(
             {
                 "texts": token_texts(tokenizer, ids_BT[number, : shown + 1].tolist()),
                 "exits": exits,
-                # A token that left at exit k came to k + 1 doors; behind the last stage there is none.
+                # A token that left at exit k has k + 1 scores; after the last stage there is none.
                 "scores": [scores[: exit_ + 1] for scores, exit_ in zip(score_NP, exits, strict=True)],
                 "base_loss": _rounded(base_loss_N[rows]),
                 "loss": _rounded(evaluation.loss_N[rows]),
@@ -97,5 +97,5 @@ def read_record(path: Path, record_format: int, *, needs: Sequence[str]) -> dict
 
 
 def _rounded(values: Tensor) -> list[Any]:
-    """As nested lists of finite numbers; where no door was come to, what stands there is cut off."""
+    """As nested lists of finite numbers; what stands where a token did not come is cut off."""
     return torch.round(values.double().nan_to_num(_LARGEST).clamp(-_LARGEST, _LARGEST), decimals=DIGITS).tolist()
