@@ -1,7 +1,7 @@
 """The whole run: train a cascade as spec'd - base pass, then select, train, keep or stop, advance, stage by stage.
 
 The algorithm is :meth:`CascadeRun.train`; what surrounds it stands below it, what is said and written in
-``messages.py`` and ``run_folder.py``.
+``training/messages.py`` and ``runtime/run_folder.py``.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +20,28 @@ from cascade_fast.base.hidden_store import HiddenStore, StoreError
 from cascade_fast.base.model import BaseModel, cache_folder, check_cache
 from cascade_fast.base.texts import load_blocks
 from cascade_fast.criteria import get_criterion
+from cascade_fast.model.configuration import finished_run_config
 from cascade_fast.planning.ledger import compute_ledger, matmul_rate, stage_work
-from cascade_fast.planning.plan import plan_run
-from cascade_fast.reporting.heat_map import heat_map
+from cascade_fast.planning.memory import MemoryPlan
+from cascade_fast.planning.plan import RunPlan, plan_run
+from cascade_fast.records import (
+    BaseRecord,
+    CascadeFinal,
+    Memory,
+    PlannedMemory,
+    RunRecord,
+    RunResults,
+    SplitTokens,
+    StageRecord,
+)
+from cascade_fast.reporting.heat_map import heat_map, write_heat_map
+from cascade_fast.reporting.report import write_report
 from cascade_fast.runtime.compute import Compute, keep_freed_memory, peak_rss_bytes, release_memory
 from cascade_fast.runtime.console import Progress, format_count, say
-from cascade_fast.runtime.files import DamagedFile
+from cascade_fast.runtime.files import DamagedFile, write_json
+from cascade_fast.runtime.machine import describe_machine, package_versions
 from cascade_fast.runtime.metrics_log import MetricsLog
+from cascade_fast.runtime.run_folder import RunFolder, write_results
 from cascade_fast.selection import check_finite, select_below, select_hardest
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.exits import (
@@ -39,9 +55,8 @@ from cascade_fast.stages.kind import StageKind, base_needs, find_base_for_stages
 from cascade_fast.stages.stage import Stage
 from cascade_fast.stages.tokens import StageTokens
 from cascade_fast.training.messages import say_base_pass, say_stage, say_start, say_summary
-from cascade_fast.training.run_folder import RunFolder
 from cascade_fast.training.stage_trainer import StageTrainer
-from cascade_fast.training.trainer import TrainingHistory
+from cascade_fast.training.trainer import NON_FINITE_LOSS, TIME_IS_UP, TrainingHistory
 
 EXIT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the tokens that arrive; tried on validation
 
@@ -63,7 +78,7 @@ class CascadeRun:
     deadline: float | None
     micro_batch_tokens: int | None = None  # of the memory plan
     stages: list[ExitStage] = field(default_factory=list)
-    records: list[dict[str, Any]] = field(default_factory=list)  # of each stage trained, kept or not
+    records: list[StageRecord] = field(default_factory=list)  # of each stage trained, kept or not
     evaluation: ExitEvaluation | None = None  # of the stages kept, on validation; None: not known yet
 
     def train(self) -> None:
@@ -84,7 +99,7 @@ class CascadeRun:
                 break
             hard_val = self.kind.tokens(val, hard_val_index_K, self.recompute)
             record = self._stage(number, selection.threshold, train[-1]["score"], hard, hard_val)
-            if not record["accepted"] or record["stopped"] in ("time is up", "non-finite loss"):
+            if not record.accepted or record.stopped in (TIME_IS_UP, NON_FINITE_LOSS):
                 break
             if number < settings.num_stages:
                 train = [*train, self._advance(number, hard, "train")]
@@ -115,7 +130,7 @@ class CascadeRun:
         score_N: Tensor,
         hard: StageTokens,
         hard_val: StageTokens,
-    ) -> dict[str, Any]:
+    ) -> StageRecord:
         """Trains stage ``number``, keeps it if it is worth it, and leaves its record; or finds all that done."""
         done = self._done(number)
         if done is not None:
@@ -138,48 +153,48 @@ class CascadeRun:
         if training.best_epoch:
             entry, evaluation = self._choose_exit(entry, score_N)
         accepted, verdict = self._judge(training, evaluation)
-        record = {
-            "stage": number,
-            "threshold": threshold,
-            "exit_threshold": entry.threshold,
-            "train_hard": n,
-            "train_total": total,
-            "val_hard": len(hard_val),
-            "added_parameters": stage.parameter_count(),
-            "trainable_parameters": sum(p.numel() for p in stage.parameters() if p.requires_grad),
-            "epochs": training.epochs,
-            "best_epoch": training.best_epoch,
-            "best_val_ppl": training.best_val_ppl if training.best_epoch else None,
-            "seconds": sum(e["seconds"] for e in training.epochs),
-            "compute": stage_work(self.settings, self.base.config, training.epochs, matmul_rate(self.compute)),
-            "accepted": accepted,
-            "verdict": verdict,
-            "stopped": training.stopped,
-            "all_token_val_ppl": evaluation.perplexity if evaluation else None,
-            "exit_share": evaluation.shares(len(self.stages) + 1) if evaluation else {},
-        }
+        record = StageRecord(
+            stage=number,
+            threshold=threshold,
+            exit_threshold=entry.threshold,
+            train_hard=n,
+            train_total=total,
+            val_hard=len(hard_val),
+            added_parameters=stage.parameter_count(),
+            trainable_parameters=sum(p.numel() for p in stage.parameters() if p.requires_grad),
+            epochs=training.epochs,
+            best_epoch=training.best_epoch,
+            best_val_ppl=training.best_val_ppl if training.best_epoch else None,
+            seconds=sum(epoch.seconds for epoch in training.epochs),
+            compute=stage_work(self.settings, self.base.config, training.epochs, matmul_rate(self.compute)),
+            accepted=accepted,
+            verdict=verdict,
+            stopped=training.stopped,
+            all_token_val_ppl=evaluation.perplexity if evaluation else None,
+            exit_share=evaluation.shares(len(self.stages) + 1) if evaluation else {},
+        )
         if accepted:
             self.stages.append(entry)
             self.evaluation = evaluation
-            self.folder.keep_stage(number, entry, criterion=self.settings.criterion)
+            entry.save(self.folder.stage(number))
         self.records.append(record)
-        self.log.write("stage", **{k: v for k, v in record.items() if k != "epochs"})
+        self.log.write("stage", **{k: v for k, v in record.to_dict().items() if k != "epochs"})
         self.folder.write_stage_record(number, record, self.log.size())
         if not self.kind.attends:  # tokens that attend read what every exit before them has left
             self.folder.drop_hidden(number - 2)
         say_stage(record)
         return record
 
-    def _done(self, number: int) -> dict[str, Any] | None:
+    def _done(self, number: int) -> StageRecord | None:
         """The record of stage ``number`` where its training is over and what it left is whole; its weights are loaded.
 
         Where something is damaged the stage is trained anew, to the same bits.
         """
         try:
             done = self.folder.stage_record(number)
-            if done is not None and done["accepted"]:
+            if done is not None and done.accepted:
                 folder, shape = self.folder.stage(number), self.kind.config(self.settings, self.base.config)
-                entry = ExitStage.load(folder, shape, done["exit_threshold"], self.base_pass.head_VD)
+                entry = ExitStage.load(folder, shape, done.exit_threshold, self.base_pass.head_VD)
                 entry.stage.to(self.compute.device)
                 self.stages.append(entry)
                 self.evaluation = None
@@ -298,45 +313,46 @@ class CascadeRun:
             thresholds=[entry.threshold for entry in self.stages],
         )
 
-    def results(self, started: float) -> dict[str, Any]:
-        """``results.json``: looks at the test blocks, for the only time."""
-        test, stores, last = self.base_pass.stores["test"], self.base_pass.stores, self.settings.num_stages
-        have_test = len(test) > 0
-        final = self.final
-        tokens = {split: len(store) for split, store in stores.items()}
-        return {
-            "base": {
-                "name": self.base.name,
-                "source": self.base.source,
-                "parameters": self.base_pass.parameters,
-                "layers": self.base.layers,
-                "val_ppl": self._all_tokens("val", []).perplexity,
-            },
-            "tokens": tokens,
-            "settings": self.settings.to_dict(),
-            "stages": self.records,
-            "final": {
-                "all_token_val_ppl": final.perplexity,
-                "all_token_test_ppl": self._all_tokens("test").perplexity if have_test else None,
-                "base_test_ppl": self._all_tokens("test", []).perplexity if have_test else None,
-                "exit_share": final.shares(len(self.stages)),
-                "stages_kept": len(self.stages),
-                "stages_asked": last,
-                "total_parameters": self.base_pass.parameters + sum(s.stage.parameter_count() for s in self.stages),
-                "base_pass_seconds": self.base_pass.seconds,
-                "base_pass_reused": self.base_pass.reused,
-                "seconds": time.monotonic() - started,
-                "peak_rss_bytes": peak_rss_bytes(),
-            },
-            "compute": compute_ledger(
+    def results(self, started: float, plan: MemoryPlan) -> RunResults:
+        """What came of the run: looks at the test blocks, for the only time."""
+        final, passed = self.final, self.base_pass
+        tokens = SplitTokens(**{split: len(store) for split, store in passed.stores.items()})
+        return RunResults(
+            base=BaseRecord(
+                name=self.base.name,
+                source=self.base.source,
+                parameters=passed.parameters,
+                layers=self.base.layers,
+                val_ppl=self._all_tokens("val", []).perplexity,
+            ),
+            tokens=tokens,
+            settings=self.settings.to_dict(),
+            stages=self.records,
+            final=CascadeFinal(
+                all_token_val_ppl=final.perplexity,
+                all_token_test_ppl=self._all_tokens("test").perplexity if tokens.test else None,
+                base_test_ppl=self._all_tokens("test", []).perplexity if tokens.test else None,
+                exit_share=final.shares(len(self.stages)),
+                stages_kept=len(self.stages),
+                stages_asked=self.settings.num_stages,
+                total_parameters=passed.parameters + sum(s.stage.parameter_count() for s in self.stages),
+                base_pass_seconds=passed.seconds,
+                base_pass_reused=passed.reused,
+                seconds=time.monotonic() - started,
+                peak_rss_bytes=peak_rss_bytes(),
+            ),
+            compute=compute_ledger(
                 self.settings,
                 self.base.config,
                 tokens=tokens,
-                base_pass_seconds=self.base_pass.seconds,
+                base_pass_seconds=passed.seconds,
                 stages=self.records,
                 rate=matmul_rate(self.compute),
             ),
-        }
+            memory=Memory(
+                planned=PlannedMemory(**plan.to_dict()), measured_peak_bytes=self.compute.peak_memory_bytes()
+            ),
+        )
 
     @property
     def _how(self) -> dict[str, Any]:
@@ -362,15 +378,25 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     blocks = load_blocks(settings, base.tokenizer())
     settings = blocks.settle(settings)
     release_memory()  # of tokenization
-    make_plan = functools.partial(plan_run, settings, base, blocks, compute)
-    fingerprints = base.fingerprint, blocks.fingerprint()
-    with RunFolder.open(settings, *fingerprints, compute=compute, make_plan=make_plan) as folder:
-        plan = folder.plan
-        if plan is None or folder.finished:
+    plans: list[RunPlan] = []  # one, unless the run is finished
+
+    def settle(out: Path, kv: str | None) -> str:
+        plans.append(plan_run(settings, base, blocks, compute, out, kv))
+        return plans[0].settings.kv
+
+    record = RunRecord(
+        settings=settings.to_dict(),
+        fingerprints={"base": base.fingerprint, "data": blocks.fingerprint()},
+        versions=package_versions(),
+        machine=describe_machine(compute),
+    )
+    with RunFolder.open(settings, record, settle) as folder:
+        if folder.finished:
             folder.check()
             folder.clean()
             say(f"finished already: {folder.report}")
             return folder
+        (plan,) = plans
         settings = plan.settings
         say_start(settings, folder, base, blocks, compute)
         for line in plan.lines():
@@ -380,16 +406,17 @@ def run_cascade(settings: RunSettings) -> RunFolder:
         passed = dataclasses.replace(passed, head_VD=passed.head_VD.to(compute.device))  # once, for all stages
         run = CascadeRun(settings, folder, base, passed, compute, folder.log, deadline, plan.memory.micro_batch_tokens)
         run.train()
-        results = run.results(started)
-        results["memory"] = {
-            "planned": plan.memory.to_dict(),
-            "measured_peak_bytes": compute.peak_memory_bytes(),
-        }
-        folder.finish(results, run.stages, base, run.heat_map(blocks.ids["val"]))
+        results, tokens = run.results(started, plan.memory), run.heat_map(blocks.ids["val"])
+        write_json(folder.config, finished_run_config(folder.record, results, base, run.stages))
+        write_heat_map(folder.path, tokens)
+        write_results(folder.path, results)
+        write_report(folder.path)
+        folder.log.write("end", seconds=results.final.seconds)
+        folder.clean()
         say_summary(results, folder)
-        if results["stages"] and results["stages"][-1]["stopped"] == "non-finite loss":
+        if results.stages and results.stages[-1].stopped == NON_FINITE_LOSS:
             raise NonFiniteLoss(
-                f"training of stage {len(results['stages'])} stopped: the loss is not finite. The best before it is "
+                f"training of stage {len(results.stages)} stopped: the loss is not finite. The best before it is "
                 f"kept in {folder.path}. Try a lower --lr, --warmup-steps 100, --grad-clip 1, or --dtype float32"
             )
         return folder

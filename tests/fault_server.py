@@ -27,7 +27,7 @@ def main() -> None:
     commands = {
         name: importlib.import_module(f"cascade_fast.{name}") for name in ("train", "evaluate", "generate", "report")
     }
-    for name in ("cascade", "model.modeling", "model.measuring", "base.texts", "training.run_folder"):
+    for name in ("cascade", "model.modeling", "model.measuring", "base.texts", "runtime.run_folder"):
         importlib.import_module(f"cascade_fast.{name}")
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parent.parent
 # The packages and modules of the package's root, from the ground up: each imports from itself and from what stands
 # before it.
 ORDER = [
-    "input_checks", "settings", "ops", "runtime", "losses", "selection", "criteria", "hard_token_gather", "base",
-    "stages", "planning", "model", "auto_classes", "reporting", "training", "cascade", "comparison", "command_line",
-    "commands",
+    "input_checks", "settings", "records", "resume", "ops", "runtime", "losses", "selection", "criteria",
+    "hard_token_gather", "base", "stages", "planning", "model", "auto_classes", "reporting", "training", "cascade",
+    "comparison", "command_line", "commands",
 ]  # fmt: skip
 COMMANDS = {"train", "generate", "evaluate", "plan", "report", "sweep", "baselines", "env", "harness"}
 SOURCES = sorted((ROOT / "cascade_fast").rglob("*.py"))

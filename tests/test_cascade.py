@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+import made_records
 import pytest
 import torch
 from conftest import tiny_llama_config
@@ -85,12 +86,11 @@ def test_a_warm_cascade_helps_and_says_where_everything_is(tiny_settings, tmp_pa
     assert final["total_parameters"] == base["parameters"] + sum(s["added_parameters"] for s in kept)
     assert final["peak_rss_bytes"] > 10**8
     names = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()}
-    stages = {f"stages/{n}/{f}" for n in range(1, len(kept) + 1) for f in ("config.json", "model.safetensors")}
+    stages = {f"stages/{n}/{f}" for n in range(1, len(kept) + 1) for f in ("model.safetensors",)}
     records = {
         "config.json",
         "metrics.jsonl",
         "results.json",
-        "cascade.json",
         "report.md",
         "report.html",
         "heat_map.json",
@@ -101,19 +101,16 @@ def test_a_warm_cascade_helps_and_says_where_everything_is(tiny_settings, tmp_pa
 
 def test_records_tie_the_cascade_together(tiny_settings, tmp_path):
     run, results = _run(tiny_settings, tmp_path / "run", num_stages=1)
-    cascade = json.loads((run.path / "cascade.json").read_text())
-    assert cascade["base"]["fingerprint"] == find_base(make_settings(tiny_settings)).fingerprint
-    assert [s["threshold"] for s in cascade["stages"]] == [results["stages"][0]["threshold"]]
-    stage_config = json.loads((run.path / "stages/1/config.json").read_text())
-    assert stage_config["threshold"] == results["stages"][0]["threshold"]
+    config = json.loads((run.path / "config.json").read_text())
+    assert config["base"]["fingerprint"] == find_base(make_settings(tiny_settings)).fingerprint
+    assert [s["threshold"] for s in config["stages"]] == [results["stages"][0]["threshold"]]
     events = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [e["event"] for e in events] == ["start", "steps", "epoch", "steps", "epoch", "stage", "end"]
-    config = json.loads((run.path / "config.json").read_text())
     assert {"torch", "transformers", "python", "cascade_fast"} <= set(config["versions"])
     # What was saved is what was measured.
     base, passed = _stores(tiny_settings, tmp_path)
     shape = StageConfig.from_base(base.config, layers=2, init="identity", head="shared", reads="residual")
-    entry = ExitStage.load(run.path / "stages/1", shape, cascade["stages"][0]["threshold"], passed.head_VD)
+    entry = ExitStage.load(run.path / "stages/1", shape, config["stages"][0]["threshold"], passed.head_VD)
     evaluation = evaluate_exits([entry], passed.stores["val"], criterion=get_criterion("entropy"), **HOW)
     assert evaluation.perplexity == results["final"]["all_token_val_ppl"]
 
@@ -383,10 +380,10 @@ def test_the_seed_preset_s_counts_at_the_seed_s_sizes(tmp_path, monkeypatch):
     ],
 )
 def test_the_overfitting_rule(losses, said):
-    assert diagnose([{"val_loss": loss} for loss in losses]) == said
+    assert diagnose([made_records.epoch(val_loss=loss) for loss in losses]) == said
 
 
-# --- the exit threshold a stage gets ------------------------------------------------------------------------------------------
+# --- the exit threshold of a stage ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["append", "second-look"])
@@ -401,8 +398,8 @@ def test_the_door_that_serves_validation_best(tiny_settings, tmp_path, kind):
     assert after["all_token_val_ppl"] < before["all_token_val_ppl"]
     assert after["exit_share"]["stage_1"] > before["exit_share"]["stage_1"]
     assert chosen["final"]["all_token_val_ppl"] == after["all_token_val_ppl"]
-    kept = json.loads((tmp_path / "chosen" / "stages" / "1" / "config.json").read_text())
-    assert kept["threshold"] == after["exit_threshold"]
+    kept = json.loads((tmp_path / "chosen" / "config.json").read_text())
+    assert kept["stages"][0]["threshold"] == after["exit_threshold"]
 
 
 def test_the_door_is_there_again_after_a_resume(tiny_settings, tmp_path, monkeypatch):

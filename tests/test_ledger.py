@@ -2,6 +2,7 @@
 
 import json
 
+import made_records
 import pytest
 import torch
 from conftest import tiny_llama_config
@@ -13,6 +14,7 @@ from cascade_fast.cascade import run_cascade
 from cascade_fast.planning.counts import Shape
 from cascade_fast.planning.ledger import compute_ledger, seed_flops, stage_work
 from cascade_fast.planning.times import base_flops
+from cascade_fast.records import SplitTokens
 from cascade_fast.settings import make_settings
 
 
@@ -58,25 +60,25 @@ def test_the_ledger_adds_up():
         tiny_llama_config(),
         make_settings({"layers_per_stage": 2, "batch_tokens": 32, "criterion": "cosine"}),
     )
-    epochs = [{"tokens": 600, "seconds": 2.0}, {"tokens": 600, "seconds": 1.0}]
-    stages = [{"compute": stage_work(config, base, epochs, 1e9), "epochs": epochs}]
+    epochs = [made_records.epoch(tokens=600, seconds=2.0), made_records.epoch(tokens=600, seconds=1.0)]
+    stages = [made_records.stage(compute=stage_work(config, base, epochs, 1e9), epochs=epochs)]
     ledger = compute_ledger(
-        config, base, tokens={"train": 1000, "val": 100, "test": 0}, base_pass_seconds=4.0, stages=stages, rate=1e9
+        config, base, tokens=SplitTokens(train=1000, val=100, test=0), base_pass_seconds=4.0, stages=stages, rate=1e9
     )
-    assert ledger["training"]["tokens"] == 1200
-    assert ledger["training"]["layer_tokens"] == 2400
-    assert ledger["training"]["mfu"] == pytest.approx(
+    assert ledger.training.tokens == 1200
+    assert ledger.training.layer_tokens == 2400
+    assert ledger.training.mfu == pytest.approx(
         1200 * Shape.from_settings(config, base).counts.training_flops(128) / 3e9
     )
     shape = Shape.from_settings(config, base)
     without, with_logits = (base_flops(shape, 128, with_logits=logits) for logits in (False, True))
-    assert ledger["base_pass"]["flops"] == pytest.approx(1000 * without + 100 * with_logits)
-    assert ledger["base_pass"]["layer_tokens"] == 1100 * base.num_hidden_layers
-    compared = ledger["compared"]
-    assert compared["dense_stage"]["tokens"] == 2000
-    assert compared["dense_stage"]["flops"] / compared["stage_1"]["flops"] == pytest.approx(2000 / 1200)
-    assert compared["seed_recipe"]["steps"] == 38
-    assert compared["seed_recipe"]["flops"] == 1200 * seed_flops(config, base)
+    assert ledger.base_pass.flops == pytest.approx(1000 * without + 100 * with_logits)
+    assert ledger.base_pass.layer_tokens == 1100 * base.num_hidden_layers
+    compared = ledger.compared
+    assert compared.dense_stage.tokens == 2000
+    assert compared.dense_stage.flops / compared.stage_1.flops == pytest.approx(2000 / 1200)
+    assert compared.seed_recipe.steps == 38
+    assert compared.seed_recipe.flops == 1200 * seed_flops(config, base)
 
 
 def test_a_run_leaves_its_ledger(tiny_settings, tmp_path):

@@ -151,7 +151,7 @@ def test_it_runs_to_the_end(way, wheel, tiny_base, tiny_data, tmp_path, monkeypa
     assert "all tokens, each at its own exit" in said  # the evaluation
     assert (out / "report.md").is_file()
     with zipfile.ZipFile(f"{out}.zip") as archive:
-        assert "cascade.json" in archive.namelist()
+        assert "config.json" in archive.namelist()
     (page,) = (
         output["data"]["text/html"]
         for cell in notebook.cells

@@ -90,7 +90,7 @@ def test_a_whole_run_on_a_4_bit_base(settings, tmp_path):
     run = run_cascade(make_settings({**settings, "accept": "always", "out": str(tmp_path / "run")}))
     results = json.loads((run.path / "results.json").read_text())
     assert results["settings"]["base_quantization"] == "nf4"
-    assert json.loads((run.path / "cascade.json").read_text())["base"]["quantization"] == "nf4"
+    assert json.loads((run.path / "config.json").read_text())["base"]["quantization"] == "nf4"
     assert results["stages"][0]["epochs"]
     # The folder loads as a model on that base, whose numbers are the run's.
     model = CascadeForCausalLM.from_pretrained(run.path)

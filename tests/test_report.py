@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import filelock
+import made_records
 import pytest
 import torch
 from conftest import byte_tokenizer
@@ -277,10 +278,8 @@ def test_sample_text_is_shown_and_not_obeyed(run):
 
 
 def _stage(number, epochs, **changes):
-    epoch = {"train_loss": 1.0, "val_loss": 1.0}
-    epochs = [{**epoch, "epoch": n + 1} for n in range(epochs)]
-    stage = {"stage": number, "threshold": 0.1, "all_token_val_ppl": 7.0, "accepted": True, "epochs": epochs}
-    return {**stage, "stopped": "all epochs done", **changes}
+    made = {"epochs": [made_records.epoch(epoch=n + 1) for n in range(epochs)], **changes}
+    return made_records.stage(stage=number, **made)
 
 
 @pytest.mark.parametrize(
@@ -295,19 +294,18 @@ def _stage(number, epochs, **changes):
     ],
 )
 def test_a_plot_has_more_to_show_than_two_points(tmp_path, stages, plots):
-    results = {"base": {"val_ppl": 8.0}, "stages": stages}
-    assert write_plots(tmp_path, results, score_name="cosine") == plots
+    assert write_plots(tmp_path, made_records.results(stages, len(stages), {}), score_name="cosine") == plots
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(plots)
 
 
 def _results(stages, kept, **settings):
     default = {"lr": 6e-4, "hard_ratio": 0.6, "train_blocks": 320, "epochs": 2, "stage_kind": "append"}
     settings = {**default, "exit_threshold": "trained", **settings}
-    return {"settings": settings, "stages": stages, "final": {"stages_kept": kept}, "base": {"layers": 30}}
+    return made_records.results(stages, kept, settings)
 
 
 def _falling(*val_losses):
-    return {"epochs": [{"train_loss": 1.0, "val_loss": loss} for loss in val_losses]}
+    return made_records.stage(epochs=[made_records.epoch(val_loss=loss) for loss in val_losses])
 
 
 def test_advice_is_of_flags_that_exist():
@@ -320,9 +318,9 @@ def test_advice_is_of_flags_that_exist():
     (sentence,) = report.advice(_results([rejected], 0, hard_ratio=0.95, stage_kind="second-look"))
     assert "hard ratio" not in sentence
     assert "second-look" not in sentence
-    overfitted = report.advice(_results([{**_stage(1, 0), **_falling(1.0, 2.0)}], 1))
+    overfitted = report.advice(_results([_falling(1.0, 2.0)], 1))
     assert "Stage 1 overfits" in overfitted[0]
-    still_falling = report.advice(_results([{**_stage(1, 0), **_falling(2.0, 1.0)}], 1))
+    still_falling = report.advice(_results([_falling(2.0, 1.0)], 1))
     assert "--epochs 4" in still_falling[0]
     assert "--exit-threshold validation" in report.advice(_results([_stage(1, 1)], 1, stage_kind="second-look"))[0]
     known = {option for action in build_parser()._actions for option in action.option_strings}

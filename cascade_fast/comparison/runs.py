@@ -15,8 +15,10 @@ from typing import Any
 
 from cascade_fast.cascade import NonFiniteLoss
 from cascade_fast.input_checks import InputError
+from cascade_fast.records import Final, RunResults
 from cascade_fast.runtime.console import say
 from cascade_fast.runtime.files import read_json, write_json
+from cascade_fast.runtime.run_folder import read_any_results
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.kind import find_base_for_stages
 
@@ -66,49 +68,47 @@ def train_all(
 
 def read_run(folder: Path, name: str) -> Row:
     """The row of a finished run, a cascade or a full fine-tune; numbers as ``results.json`` has them."""
-    results = read_json(folder / "results.json", needs=("base", "final", "settings"))
-    base, final, settings = results["base"], results["final"], results["settings"]
-    if "stages" in results:
-        layers = settings["layers_per_stage"]
-        tokens = sum(epoch["tokens"] for stage in results["stages"] for epoch in stage["epochs"])
-        training = sum(stage["seconds"] for stage in results["stages"])
-        shares = list(final["exit_share"].values())
+    results = read_any_results(folder)
+    base, final, settings = results.base, results.final, results.settings
+    tokens = sum(epoch.tokens for epoch in results.epochs)
+    if isinstance(results, RunResults):
+        layers = trained = settings["layers_per_stage"]
+        training = sum(stage.seconds for stage in results.stages)
+        shares = results.final.exit_share.values()
         entered = sum(number * share for number, share in enumerate(shares))  # stages that a token goes through
-        trained, stages = layers, f"{final['stages_kept']} of {len(results['stages'])}"
+        stages = f"{results.final.stages_kept} of {len(results.stages)}"
     else:
-        tokens = sum(epoch["tokens"] for epoch in results["epochs"])
-        training = sum(epoch["seconds"] for epoch in results["epochs"])
-        layers, entered, trained, stages = 0, 0.0, base["layers"], "-"
-    test, base_test = final["all_token_test_ppl"], final["base_test_ppl"]
-    base_pass = final["base_pass_seconds"]
+        training = sum(epoch.seconds for epoch in results.epochs)
+        layers, entered, trained, stages = 0, 0.0, base.layers, "-"
+    test, base_test = final.all_token_test_ppl, final.base_test_ppl
     return {
         "name": name,
         "folder": folder.name,
         "epochs": settings["epochs"],
-        "val_ppl": final["all_token_val_ppl"],
-        "val_change": final["all_token_val_ppl"] / base["val_ppl"],
+        "val_ppl": final.all_token_val_ppl,
+        "val_change": final.all_token_val_ppl / base.val_ppl,
         "test_ppl": test,
-        "test_change": test / base_test if test is not None else None,
-        "base_val_ppl": base["val_ppl"],
+        "test_change": None if test is None or base_test is None else test / base_test,
+        "base_val_ppl": base.val_ppl,
         "base_test_ppl": base_test,
-        "seconds": base_pass + training,
-        "base_pass_seconds": base_pass,
+        "seconds": final.base_pass_seconds + training,
+        "base_pass_seconds": final.base_pass_seconds,
         "training_seconds": training,
         "process_seconds": _process_seconds(folder, final),
         "trained_tokens": tokens,
         "trained_layer_tokens": tokens * trained,
-        "layers_per_token": base["layers"] + layers * entered,
+        "layers_per_token": base.layers + layers * entered,
         "stages": stages,
         "settings": settings,
     }
 
 
-def _process_seconds(folder: Path, final: dict[str, Any]) -> float | None:
+def _process_seconds(folder: Path, final: Final) -> float | None:
     """From start to end, with the base pass; None for a run that was interrupted, which knows its last part only."""
     log = folder / "metrics.jsonl"
     if log.is_file() and any('"event": "resume"' in line for line in log.read_text(encoding="utf-8").splitlines()):
         return None
-    return final["seconds"] + (final["base_pass_seconds"] if final["base_pass_reused"] else 0.0)
+    return final.seconds + (final.base_pass_seconds if final.base_pass_reused else 0.0)
 
 
 def base_row(row: Row) -> Row:

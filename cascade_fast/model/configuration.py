@@ -1,16 +1,20 @@
 """``CascadeConfig``: what a cascade is made of, in Hugging Face's ``config.json``. A finished run writes it too."""
 
 import dataclasses
+import json
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from cascade_fast.base.model import FAMILY, check_model
+from cascade_fast.base.model import FAMILY, BaseModel, check_model
 from cascade_fast.criteria import model_criteria
 from cascade_fast.input_checks import InputError, check_fields, check_type, one_line, shown
+from cascade_fast.records import RunRecord, RunResults
 from cascade_fast.runtime.files import check_json
 from cascade_fast.settings import RESUME_MAY_CHANGE, STAGE_KINDS
+from cascade_fast.stages.exits import ExitStage
 from cascade_fast.stages.kind import get_kind
 from cascade_fast.stages.stage import StageConfig
 
@@ -233,3 +237,33 @@ def _check_stage(number: int, stage: dict[str, Any], base_config: Any) -> None:
 
 
 AutoConfig.register(CascadeConfig.model_type, CascadeConfig, exist_ok=True)
+
+
+# --- a finished run ---------------------------------------------------------------------------------------------------
+
+
+def finished_run_config(
+    record: RunRecord, results: RunResults, base: BaseModel, stages: Sequence[ExitStage]
+) -> dict[str, Any]:
+    """``config.json`` of a finished run: its record together with the cascade's configuration, so that the folder loads
+    as a model. ``stages``: those that are kept."""
+    criterion = results.settings["criterion"]
+    if criterion not in model_criteria():  # loading it says so
+        return {**record.to_dict(), "model_type": CascadeConfig.model_type, "criterion": criterion}
+    final, tokens = results.final, results.tokens
+    measured = {"validation": (tokens.val, results.base.val_ppl, final.all_token_val_ppl)}
+    if final.base_test_ppl is not None and final.all_token_test_ppl is not None:
+        measured["test"] = tokens.test, final.base_test_ppl, final.all_token_test_ppl
+    config = CascadeConfig(
+        base_config=base.config,
+        base={name: getattr(base, name) for name in REFERENCE_FIELDS},
+        criterion=criterion,
+        stages=[{**entry.stage.config.to_dict(), "threshold": entry.threshold} for entry in stages],
+        self_contained=False,
+        settings=results.settings,
+        measured={split: dict(zip(MEASURED_FIELDS, numbers, strict=True)) for split, numbers in measured.items()},
+        architectures=["CascadeForCausalLM"],
+        dtype=record.machine["dtype"],
+    )
+    run = record.to_dict()
+    return {**run, **{name: value for name, value in json.loads(config.to_json_string()).items() if name not in run}}

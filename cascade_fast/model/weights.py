@@ -106,4 +106,4 @@ def thin_state(folder: Path, config: CascadeConfig, base: BaseModel) -> dict[str
 def write_stages(folder: Path, config: CascadeConfig, stages: nn.ModuleList) -> None:
     """The stages as a training run leaves them."""
     for number, (stage, threshold) in enumerate(zip(stages, config.thresholds, strict=True), 1):
-        ExitStage(stage, threshold).save(folder / "stages" / str(number), criterion=config.criterion)  # type: ignore[arg-type]
+        ExitStage(stage, threshold).save(folder / "stages" / str(number))  # type: ignore[arg-type]

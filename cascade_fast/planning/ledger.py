@@ -13,6 +13,7 @@ from typing import Any
 from cascade_fast.planning.counts import Shape
 from cascade_fast.planning.devices import this_machine
 from cascade_fast.planning.times import base_flops, tokens_with_logits
+from cascade_fast.records import Compared, ComparedWork, Epoch, Ledger, SplitTokens, StageRecord, Work
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import SEED_PRESET, RunSettings
 
@@ -31,21 +32,21 @@ def matmul_rate(compute: Compute) -> float:
     return this_machine(compute).flops[compute.dtype_name]
 
 
-def work(tokens: int, layers: int, flops_a_token: float, seconds: float, rate: float) -> dict[str, Any]:
-    """One line of the ledger. ``layer_tokens``: tokens times layers they went through."""
+def work(tokens: int, layers: int, flops_a_token: float, seconds: float, rate: float) -> Work:
+    """A line of the ledger: ``tokens`` through ``layers``."""
     flops = tokens * flops_a_token
-    return {
-        "tokens": tokens,
-        "layer_tokens": tokens * layers,
-        "flops": flops,
-        "seconds": seconds,
-        "mfu": flops / (seconds * rate) if seconds > 0 else None,
-    }
+    return Work(
+        tokens=tokens, layer_tokens=tokens * layers, flops=flops, seconds=seconds, mfu=_mfu(flops, seconds, rate)
+    )
 
 
-def stage_work(settings: RunSettings, base_config: Any, epochs: list[dict[str, Any]], rate: float) -> dict[str, Any]:
+def _mfu(flops: float, seconds: float, rate: float) -> float | None:
+    return flops / (seconds * rate) if seconds > 0 else None
+
+
+def stage_work(settings: RunSettings, base_config: Any, epochs: list[Epoch], rate: float) -> Work:
     """Of a stage's training: every epoch's tokens, whether it was the best or not."""
-    tokens, seconds = sum(e["tokens"] for e in epochs), sum(e["seconds"] for e in epochs)
+    tokens, seconds = sum(e.tokens for e in epochs), sum(e.seconds for e in epochs)
     return work(tokens, settings.layers_per_stage, _stage_flops(settings, base_config), seconds, rate)
 
 
@@ -53,60 +54,56 @@ def compute_ledger(
     settings: RunSettings,
     base_config: Any,
     *,
-    tokens: dict[str, int],
+    tokens: SplitTokens,
     base_pass_seconds: float,
-    stages: list[dict[str, Any]],
+    stages: list[StageRecord],
     rate: float,
-) -> dict[str, Any]:
+) -> Ledger:
     """``compute`` of ``results.json``.
 
     Args:
-        tokens: of each split.
         base_pass_seconds: of the base pass, also where an earlier run has made it.
         stages: their records, in order.
         rate: see :func:`matmul_rate`.
-
-    Returns:
-        ``base_pass``, ``training`` (all stages) and ``compared``: stage 1 beside a dense stage of its kind and shape,
-        trained on every token for as many epochs, and beside the original recipe's stage on the same tokens; empty
-        where no epoch was finished.
     """
-    every = sum(tokens.values())
-    base_layers = base_config.num_hidden_layers
-    shape, with_logits = (
-        Shape.from_settings(settings, base_config),
-        tokens_with_logits(settings, every, tokens["train"]),
-    )
+    every, shape = tokens.total, Shape.from_settings(settings, base_config)
+    with_logits = tokens_with_logits(settings, every, tokens.train)
     flops = base_flops(shape, settings.seq_len, with_logits=False) + 2 * shape.counts.head * with_logits / max(every, 1)
-    done = [stage["compute"] for stage in stages]
-    training = {key: sum(line[key] for line in done) for key in ("tokens", "layer_tokens", "flops", "seconds")}
-    training["mfu"] = training["flops"] / (training["seconds"] * rate) if training["seconds"] > 0 else None
-    return {
-        "matmul_flops_per_second": rate,
-        "base_pass": work(every, base_layers, flops, base_pass_seconds, rate),
-        "training": training,
-        "compared": _compared(settings, base_config, tokens["train"], stages[0]) if training["tokens"] else {},
-    }
+    done = [stage.compute for stage in stages if stage.compute is not None]
+    total_flops, seconds = sum(line.flops for line in done), sum(line.seconds for line in done)
+    training = Work(
+        tokens=sum(line.tokens for line in done),
+        layer_tokens=sum(line.layer_tokens for line in done),
+        flops=total_flops,
+        seconds=seconds,
+        mfu=_mfu(total_flops, seconds, rate),
+    )
+    dense_tokens = tokens.train * len(stages[0].epochs) if stages else 0
+    return Ledger(
+        matmul_flops_per_second=rate,
+        base_pass=work(every, base_config.num_hidden_layers, flops, base_pass_seconds, rate),
+        training=training,
+        compared=_compared(settings, base_config, done[0].tokens, dense_tokens) if training.tokens else None,
+    )
 
 
 def _stage_flops(settings: RunSettings, base_config: Any) -> int:
     return Shape.from_settings(settings, base_config).counts.training_flops(settings.seq_len)
 
 
-def _compared(settings: RunSettings, base_config: Any, train_tokens: int, stage: dict[str, Any]) -> dict[str, Any]:
-    ours, layers = stage["compute"], settings.layers_per_stage
-    dense = train_tokens * len(stage["epochs"])
+def _compared(settings: RunSettings, base_config: Any, tokens: int, dense_tokens: int) -> Compared:
+    """``tokens``: that stage 1 was trained on, every epoch's; ``dense_tokens``: as many epochs of all tokens."""
 
-    def line(tokens: int, flops_a_token: float, batch_tokens: int) -> dict[str, Any]:
-        return {
-            "tokens": tokens,
-            "layer_tokens": tokens * layers,
-            "flops": tokens * flops_a_token,
-            "steps": math.ceil(tokens / batch_tokens),
-        }
+    def line(tokens: int, flops_a_token: float, batch_tokens: int) -> ComparedWork:
+        return ComparedWork(
+            tokens=tokens,
+            layer_tokens=tokens * settings.layers_per_stage,
+            flops=tokens * flops_a_token,
+            steps=math.ceil(tokens / batch_tokens),
+        )
 
-    return {
-        "stage_1": line(ours["tokens"], _stage_flops(settings, base_config), settings.batch_tokens),
-        "dense_stage": line(dense, _stage_flops(settings, base_config), settings.batch_tokens),
-        "seed_recipe": line(ours["tokens"], seed_flops(settings, base_config), SEED_PRESET["batch_tokens"]),
-    }
+    return Compared(
+        stage_1=line(tokens, _stage_flops(settings, base_config), settings.batch_tokens),
+        dense_stage=line(dense_tokens, _stage_flops(settings, base_config), settings.batch_tokens),
+        seed_recipe=line(tokens, seed_flops(settings, base_config), SEED_PRESET["batch_tokens"]),
+    )

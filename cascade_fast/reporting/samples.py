@@ -10,7 +10,8 @@ from cascade_fast.criteria import model_criteria
 from cascade_fast.model.continuation import continue_texts
 from cascade_fast.model.loading import load_model
 from cascade_fast.reporting.heat_map import read_heat_map, read_record
-from cascade_fast.runtime.files import read_json, write_json
+from cascade_fast.runtime.files import write_json
+from cascade_fast.runtime.run_folder import read_results
 
 FILE = "samples.json"
 FORMAT = 1
@@ -27,14 +28,14 @@ def make_samples(folder: Path, device: str = "auto") -> bool:
     Raises:
         InputError: the run's files are damaged or its base is not found.
     """
-    results = read_json(folder / "results.json", needs=("settings", "final"))
+    results = read_results(folder)
     content = read_heat_map(folder)
     prompts = [] if content is None else sample_prompts(content)
     if (
         (folder / FILE).exists()
         or not prompts
-        or results["final"]["stages_kept"] == 0
-        or results["settings"]["criterion"] not in model_criteria()
+        or results.final.stages_kept == 0
+        or results.settings["criterion"] not in model_criteria()
     ):
         return False
     model, tokenizer = load_model(str(folder), device=device, dtype="auto", base_path=None)

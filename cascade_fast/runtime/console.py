@@ -3,7 +3,6 @@
 import os
 import re
 import time
-from typing import Any
 
 from rich import box
 from rich.cells import cell_len
@@ -14,6 +13,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from cascade_fast.records import Epoch
 from cascade_fast.runtime.visible import visible
 
 LINE_SECONDS = 30.0  # between progress lines where there is no terminal
@@ -124,11 +124,11 @@ class Progress:
         return (self.done - self._start_tokens) / max(time.monotonic() - self._rate_started, 1e-9)
 
 
-def epoch_line(epoch: dict[str, Any]) -> str:
-    """An epoch's record in one line, for the console and the report."""
+def epoch_line(epoch: Epoch) -> str:
+    """An epoch in one line, for the console and the report."""
     return (
-        f"epoch {epoch['epoch']}: train_loss={epoch['train_loss']:.4f}, val_loss={epoch['val_loss']:.4f}, "
-        f"val_ppl={epoch['val_ppl']:.2f}, time={epoch['seconds']:.1f}s, {epoch['tokens_per_second']:,.0f} tokens/s"
+        f"epoch {epoch.epoch}: train_loss={epoch.train_loss:.4f}, val_loss={epoch.val_loss:.4f}, "
+        f"val_ppl={epoch.val_ppl:.2f}, time={epoch.seconds:.1f}s, {epoch.tokens_per_second:,.0f} tokens/s"
     )
 
 

@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 import torch
@@ -26,6 +26,7 @@ from cascade_fast.input_checks import InputError, one_line
 
 CHECKSUM = "sha256"
 METADATA = "cascade_fast"  # of a safetensors file: JSON with its checksum
+RecordRead = TypeVar("RecordRead")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 # What a killed process leaves: temporary files of atomic_write, and those that safetensors itself writes first.
@@ -165,6 +166,20 @@ def read_json(path: Path, *, needs: Sequence[str] = ()) -> dict[str, Any]:
         if name not in content:
             raise DamagedFile(f"{str(path)!r} is damaged: has no {name}")
     return content
+
+
+def load_record(path: Path, from_dict: Callable[[dict[str, Any]], RecordRead]) -> RecordRead:
+    """What ``from_dict``, of a class of :mod:`cascade_fast.records`, makes of the content of a JSON file.
+
+    Raises:
+        DamagedFile: as :func:`read_json`, or the content is not that of such a record.
+    """
+    try:
+        return from_dict(read_json(path))
+    except DamagedFile:
+        raise
+    except InputError as error:
+        raise DamagedFile(f"{str(path)!r} is damaged: {error}") from error
 
 
 def check_json(path: Path | str, content: dict[str, Any]) -> None:

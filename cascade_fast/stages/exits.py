@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from cascade_fast.criteria import Criterion, Places, TokensAtExit
 from cascade_fast.input_checks import one_line
 from cascade_fast.losses import perplexity
 from cascade_fast.runtime.compute import Compute
-from cascade_fast.runtime.files import DamagedFile, load_tensors, save_tensors, write_json
+from cascade_fast.runtime.files import DamagedFile, load_tensors, save_tensors
 from cascade_fast.selection import select_below
 from cascade_fast.stages.kind import get_kind
 from cascade_fast.stages.stage import Stage, StageConfig
@@ -29,10 +28,9 @@ class ExitStage:
     stage: Stage
     threshold: float
 
-    def save(self, folder: Path, **record: Any) -> None:
-        """Writes ``config.json`` and ``model.safetensors``."""
+    def save(self, folder: Path) -> None:
+        """Writes the weights, ``model.safetensors``; shape and threshold are the cascade's to keep."""
         save_tensors(folder / "model.safetensors", self.stage.state_dict())
-        write_json(folder / "config.json", {**self.stage.config.to_dict(), "threshold": self.threshold, **record})
 
     @classmethod
     def load(cls, folder: Path, config: StageConfig, threshold: float, head_VD: Tensor) -> "ExitStage":

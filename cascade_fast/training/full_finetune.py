@@ -8,6 +8,7 @@ help.
 Shape legend: B blocks of a batch, S tokens of a block, N = B * S tokens, D hidden size, V vocabulary.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,16 @@ from cascade_fast.base.model import find_base
 from cascade_fast.base.texts import load_blocks
 from cascade_fast.input_checks import InputError
 from cascade_fast.losses import perplexity
+from cascade_fast.records import BaseRecord, Final, FullFinetuneResults, SplitTokens
+from cascade_fast.resume import fingerprint_differences, settings_differences
 from cascade_fast.runtime.compute import Compute, keep_freed_memory, peak_rss_bytes
 from cascade_fast.runtime.console import say
-from cascade_fast.runtime.files import atomic_write, clear_temporaries, is_temporary, read_json, write_json
-from cascade_fast.settings import RESUME_MAY_CHANGE, RunSettings, saved_settings
+from cascade_fast.runtime.files import atomic_write, clear_temporaries, is_temporary
+from cascade_fast.runtime.run_folder import RESULTS, read_any_results, write_results
+from cascade_fast.settings import RunSettings
 from cascade_fast.training.trainer import Trainer, TrainingHistory, validation_loss
+
+BEST = "best.safetensors"  # the weights so far, while training goes on
 
 
 def full_finetune(settings: RunSettings) -> Path:
@@ -64,32 +70,32 @@ def full_finetune(settings: RunSettings) -> Path:
         whole, tokens["train"], tokens["val"], settings, compute=compute, folder=folder, started=started
     )
     history = trainer.run(base_losses["val"])
-    results = {
-        "base": {
-            "name": base.name,
-            "source": base.source,
-            "parameters": model.num_parameters(),
-            "layers": base.layers,
-            "val_ppl": perplexity(base_losses["val"]),
-        },
-        "tokens": {split: len(of) for split, of in tokens.items()},
-        "settings": settings.to_dict(),
-        "fingerprints": fingerprints,
-        "epochs": [{k: v for k, v in epoch.items() if k != "skipped_steps"} for epoch in history.epochs],
-        "best_epoch": history.best_epoch,
-        "stopped": history.stopped,
-        "final": {
-            "all_token_val_ppl": history.best_val_ppl,
-            "all_token_test_ppl": perplexity(loss("test")) if "test" in base_losses else None,
-            "base_test_ppl": perplexity(base_losses["test"]) if "test" in base_losses else None,
-            "base_pass_seconds": 0.0,  # it needs none
-            "base_pass_reused": False,
-            "seconds": time.monotonic() - started,
-            "peak_rss_bytes": peak_rss_bytes(),
-        },
-    }
-    (folder / "best.safetensors").unlink(missing_ok=True)
-    write_json(folder / "results.json", results)
+    results = FullFinetuneResults(
+        base=BaseRecord(
+            name=base.name,
+            source=base.source,
+            parameters=model.num_parameters(),
+            layers=base.layers,
+            val_ppl=perplexity(base_losses["val"]),
+        ),
+        tokens=SplitTokens(**{split: len(of) for split, of in tokens.items()}),
+        settings=settings.to_dict(),
+        fingerprints=fingerprints,
+        epochs=[dataclasses.replace(epoch, skipped_steps=None) for epoch in history.epochs],
+        best_epoch=history.best_epoch,
+        stopped=history.stopped,
+        final=Final(
+            all_token_val_ppl=history.best_val_ppl,
+            all_token_test_ppl=perplexity(loss("test")) if "test" in base_losses else None,
+            base_test_ppl=perplexity(base_losses["test"]) if "test" in base_losses else None,
+            base_pass_seconds=0.0,  # it needs none
+            base_pass_reused=False,
+            seconds=time.monotonic() - started,
+            peak_rss_bytes=peak_rss_bytes(),
+        ),
+    )
+    (folder / BEST).unlink(missing_ok=True)
+    write_results(folder, results)
     return folder
 
 
@@ -158,7 +164,7 @@ class FullFinetune(Trainer):
         deadline = None if settings.max_minutes is None else started + 60 * settings.max_minutes
         name = "full fine-tune"
         super().__init__(whole, train, val, settings, name=name, number=0, compute=compute, deadline=deadline)
-        self.best = folder / "best.safetensors"
+        self.best = folder / BEST
 
     def run(self, base_loss: float) -> TrainingHistory:
         """Trains; the model ends as it was best, the base, with ``base_loss`` on validation, included."""
@@ -176,17 +182,18 @@ class FullFinetune(Trainer):
 
 def _finished(folder: Path, settings: RunSettings, fingerprints: dict[str, str]) -> bool:
     """Raises InputError where the folder holds something else."""
-    found = read_json(folder / "results.json", needs=("settings",)) if (folder / "results.json").exists() else None
-    if found is None:
-        ours = folder.is_dir() and all(p.name == "best.safetensors" or is_temporary(p) for p in folder.iterdir())
+    if not (folder / RESULTS).exists():
+        ours = folder.is_dir() and all(p.name == BEST or is_temporary(p) for p in folder.iterdir())
         if folder.exists() and not ours:
             raise InputError(f"out: {str(folder)!r}; exists and is not the folder of a full fine-tune")
         clear_temporaries(folder)
         return False
-    now = {**settings.to_dict(), **fingerprints}
-    before = {**saved_settings(found["settings"]), **found.get("fingerprints", {})}
-    differing = [n for n, v in now.items() if n not in RESUME_MAY_CHANGE and before.get(n) != v]
+    found = read_any_results(folder)
+    differing = settings_differences(found.settings, settings.to_dict())
+    if isinstance(found, FullFinetuneResults):
+        differing += fingerprint_differences(found.fingerprints or {}, fingerprints)
+    else:
+        differing.append("it is a cascade's")
     if differing:
-        shown = "; ".join(f"{n} was {before.get(n)!r}, is {now[n]!r}" for n in differing)
-        raise InputError(f"out: {str(folder)!r}; holds another run: {shown}")
+        raise InputError(f"out: {str(folder)!r}; holds another run: {'; '.join(differing)}")
     return True

@@ -3,19 +3,18 @@
 import math
 import shlex
 from pathlib import Path
-from typing import Any
 
 from cascade_fast import ops
 from cascade_fast.base.base_pass import BasePass
 from cascade_fast.base.model import BaseModel
 from cascade_fast.base.texts import TokenBlocks
 from cascade_fast.criteria import model_criteria
+from cascade_fast.records import RunResults, StageRecord
 from cascade_fast.reporting.report import advice
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.console import format_count, say, say_table
-from cascade_fast.runtime.files import read_json
+from cascade_fast.runtime.run_folder import RunFolder, read_results
 from cascade_fast.settings import RunSettings
-from cascade_fast.training.run_folder import RunFolder
 
 
 def say_start(
@@ -42,36 +41,36 @@ def say_base_pass(passed: BasePass) -> None:
         say(f"base pass: {tokens:,} tokens in {passed.seconds:.1f} s")
 
 
-def say_stage(record: dict[str, Any]) -> None:
-    shares = record["exit_share"]
+def say_stage(record: StageRecord) -> None:
+    shares = record.exit_share
     say_table(
-        f"stage {record['stage']}, best epoch: validation perplexity of its hard tokens and of all, and where all exit",
+        f"stage {record.stage}, best epoch: validation perplexity of its hard tokens and of all, and where all exit",
         ["stage", "epoch", "hard ppl", "all ppl", *(name.replace("_", " ") for name in shares), "seconds"],
         [
             [
-                str(record["stage"]),
-                str(record["best_epoch"]),
-                _number(record["best_val_ppl"]),
-                _number(record["all_token_val_ppl"]),
+                str(record.stage),
+                str(record.best_epoch),
+                _number(record.best_val_ppl),
+                _number(record.all_token_val_ppl),
                 *(f"{share:.1%}" for share in shares.values()),
-                f"{record['seconds']:.1f}",
+                f"{record.seconds:.1f}",
             ]
         ],
     )
-    say(f"  {record['verdict']}")
+    say(f"  {record.verdict}")
 
 
-def say_summary(results: dict[str, Any], folder: RunFolder) -> None:
-    base, final, memory = results["base"], results["final"], results["memory"]
-    planned = memory["planned"]
-    rows = [["validation", _number(base["val_ppl"]), _number(final["all_token_val_ppl"])]]
-    if final["base_test_ppl"] is not None:
-        rows.append(["test", _number(final["base_test_ppl"]), _number(final["all_token_test_ppl"])])
+def say_summary(results: RunResults, folder: RunFolder) -> None:
+    base, final, memory = results.base, results.final, results.memory
+    assert memory is not None  # only earlier versions have none
+    rows = [["validation", _number(base.val_ppl), _number(final.all_token_val_ppl)]]
+    if final.base_test_ppl is not None:
+        rows.append(["test", _number(final.base_test_ppl), _number(final.all_token_test_ppl)])
     say_table("all-token perplexity", ["split", "base", "cascade"], rows)
     say(
-        f"{final['stages_kept']} stage(s) kept, {format_count(final['total_parameters'])} parameters, "
-        f"{final['seconds']:.1f} s, peak memory {memory['measured_peak_bytes'] / 2**30:.2f} GiB"
-        f" (planned {planned['peak_bytes'] / 2**30:.2f}, {planned['phase']})"
+        f"{final.stages_kept} stage(s) kept, {format_count(final.total_parameters)} parameters, "
+        f"{final.seconds:.1f} s, peak memory {memory.measured_peak_bytes / 2**30:.2f} GiB"
+        f" (planned {memory.planned.peak_bytes / 2**30:.2f}, {memory.planned.phase})"
     )
     say(f"page: {folder.page}")
     say(f"report: {folder.report}")
@@ -79,10 +78,10 @@ def say_summary(results: dict[str, Any], folder: RunFolder) -> None:
 
 def say_next(folder: Path) -> None:
     """After a finished run: the commands that show what came of it, or what to try where nothing did."""
-    results = read_json(folder / "results.json", needs=("final", "settings"))
-    if results["final"]["stages_kept"] == 0:
+    results = read_results(folder)
+    if results.final.stages_kept == 0:
         say("\n".join(advice(results)).replace("`", ""))
-    elif results["settings"]["criterion"] in model_criteria():
+    elif results.settings["criterion"] in model_criteria():
         run = shlex.quote(str(folder))
         say("next:")
         say(f'  python -m cascade_fast.generate {run} "Your text" --compare-base')

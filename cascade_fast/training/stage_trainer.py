@@ -1,7 +1,6 @@
 """Trains one stage on its hard tokens, straight from the hidden store: checkpoints, resume, a log, and an end in good
 order on Ctrl-C."""
 
-import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -126,7 +125,7 @@ class StageTrainer(Trainer):
             "step": self.step,
             "epoch_seconds": self.epoch_seconds,
             "last_look": list(self.last_look),
-            "training": vars(self.history) | {"best_val_loss": _json_number(self.history.best_val_loss)},
+            "training": self.history.to_dict(),
             "optimizer": optimizer_values,
             "scaler": self.scaler.state_dict(),
             "metrics_size": self.log.size(),
@@ -159,11 +158,6 @@ class StageTrainer(Trainer):
         self.totals.copy_(tensors["totals"])
         self.last_look = EpochTotals(*state["last_look"])
         self.epoch, self.step, self.epoch_seconds = state["epoch"], state["step"], state["epoch_seconds"]
-        training = state["training"]
-        self.history = TrainingHistory(**{**training, "best_val_loss": float(training["best_val_loss"])})
+        self.history = TrainingHistory.from_dict(state["training"])
         self.log_event("resume", epoch=self.epoch, step=self.step)
         say(f"  resumed at epoch {self.epoch}, step {self.step}")
-
-
-def _json_number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cascade_fast.losses import linear_cross_entropy, perplexity, token_losses
+from cascade_fast.records import Epoch
 from cascade_fast.runtime.compute import Compute, trim_host_memory
 from cascade_fast.runtime.console import Progress, epoch_line, say
 from cascade_fast.settings import RunSettings
@@ -75,7 +76,7 @@ class EpochTotals(NamedTuple):
 class TrainingHistory:
     """What became of a training; grows epoch by epoch. Epoch 0 is the weights it began with."""
 
-    epochs: list[dict[str, Any]] = field(default_factory=list)
+    epochs: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
     best_val_loss: float = math.inf
     stopped: str = ""  # why training ended
@@ -83,6 +84,18 @@ class TrainingHistory:
     @property
     def best_val_ppl(self) -> float:
         return perplexity(self.best_val_loss)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; a best loss that is infinite, as of a stage before its first epoch, as text."""
+        best = self.best_val_loss
+        epochs = [epoch.to_dict() for epoch in self.epochs]
+        return {**vars(self), "epochs": epochs, "best_val_loss": best if math.isfinite(best) else str(best)}
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> "TrainingHistory":
+        """What :meth:`to_dict` has given."""
+        epochs = [Epoch.from_dict(epoch) for epoch in given["epochs"]]
+        return cls(**{**given, "epochs": epochs, "best_val_loss": float(given["best_val_loss"])})
 
 
 def epoch_order(n: int, *, seed: int, stage: int, epoch: int) -> Tensor:
@@ -297,19 +310,19 @@ class Trainer:
         if not math.isfinite(val_loss):
             self._diverged()
             return
-        record = {
-            "epoch": self.epoch,
-            "tokens": seen,
-            "train_loss": self.last_look.loss_sum / self.last_look.tokens,
-            "val_loss": val_loss,
-            "val_ppl": perplexity(val_loss),
-            "seconds": self.epoch_seconds,
-            "tokens_per_second": seen / max(self.epoch_seconds, 1e-9),
-            "skipped_steps": self.last_look.not_finite,
-        }
-        history.epochs.append(record)
-        self.log_event("epoch", **record)
-        say(f"  {epoch_line(record)}")
+        epoch = Epoch(
+            epoch=self.epoch,
+            tokens=seen,
+            train_loss=self.last_look.loss_sum / self.last_look.tokens,
+            val_loss=val_loss,
+            val_ppl=perplexity(val_loss),
+            seconds=self.epoch_seconds,
+            tokens_per_second=seen / max(self.epoch_seconds, 1e-9),
+            skipped_steps=self.last_look.not_finite,
+        )
+        history.epochs.append(epoch)
+        self.log_event("epoch", **epoch.to_dict())
+        say(f"  {epoch_line(epoch)}")
         if val_loss < history.best_val_loss:
             history.best_val_loss, history.best_epoch = val_loss, self.epoch
             self.save_best()
