@@ -396,7 +396,7 @@ def run_cascade(settings: RunSettings) -> RunFolder:
             folder.clean()
             say(f"finished already: {folder.report}")
             return folder
-        (plan,) = plans
+        plan = plans[0]
         settings = plan.settings
         say_start(settings, folder, base, blocks, compute)
         for line in plan.lines():
