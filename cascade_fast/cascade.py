@@ -148,14 +148,14 @@ class CascadeRun:
             self.folder.forget_stages(number, with_training=True)
             stage = self._new_stage(number)
             training = self._train_stage(stage, number, hard, hard_val)
-        entry, evaluation = ExitStage(stage.eval(), threshold), None
+        trained, evaluation = ExitStage(stage.eval(), threshold), None
         if training.best_epoch:
-            entry, evaluation = self._choose_exit(entry, score_N)
+            trained, evaluation = self._choose_exit(trained, score_N)
         accepted, verdict = self._judge(training, evaluation)
         record = StageRecord(
             stage=number,
             threshold=threshold,
-            exit_threshold=entry.threshold,
+            exit_threshold=trained.threshold,
             train_hard=n,
             train_total=total,
             val_hard=len(hard_val),
@@ -173,9 +173,9 @@ class CascadeRun:
             exit_share=evaluation.shares(len(self.stages) + 1) if evaluation else {},
         )
         if accepted:
-            self.stages.append(entry)
+            self.stages.append(trained)
             self.evaluation = evaluation
-            entry.save(self.folder.stage(number))
+            trained.save(self.folder.stage(number))
         self.records.append(record)
         self.log.write("stage", **{k: v for k, v in record.to_dict().items() if k != "epochs"})
         self.folder.write_stage_record(number, record, self.log.size())
@@ -193,9 +193,9 @@ class CascadeRun:
             done = self.folder.stage_record(number)
             if done is not None and done.accepted:
                 folder, shape = self.folder.stage(number), self.kind.config(self.settings, self.base.config)
-                entry = ExitStage.load(folder, shape, done.exit_threshold, self.base_pass.head_VD)
-                entry.stage.to(self.compute.device)
-                self.stages.append(entry)
+                kept = ExitStage.load(folder, shape, done.exit_threshold, self.base_pass.head_VD)
+                kept.stage.to(self.compute.device)
+                self.stages.append(kept)
                 self.evaluation = None
         except DamagedFile as error:
             say(f"stage {number}: {error}; trained anew")
@@ -233,22 +233,22 @@ class CascadeRun:
     def _choose_exit(self, trained: ExitStage, score_N: Tensor) -> tuple[ExitStage, ExitEvaluation]:
         """The stage with the exit threshold it was trained at, or with the best of those that let in more tokens, and
         what comes of it. ``score_N``: of the training tokens that arrive."""
-        entries = [trained]
+        tried = [trained]
         if self.settings.exit_threshold == "validation":
             wider = [share for share in EXIT_SHARES if share > self.settings.hard_ratio]
-            entries += [ExitStage(trained.stage, select_hardest(score_N, share).threshold) for share in wider]
+            tried += [ExitStage(trained.stage, select_hardest(score_N, share).threshold) for share in wider]
         evaluations = []
-        for entry in entries:
-            evaluations.append(self._all_tokens("val", [*self.stages, entry]))
+        for stage in tried:
+            evaluations.append(self._all_tokens("val", [*self.stages, stage]))
             release_memory()  # other thresholds, other sizes: what has been freed would not fit
-        best = min(range(len(entries)), key=lambda i: evaluations[i].perplexity)
-        return entries[best], evaluations[best]
+        best = min(range(len(tried)), key=lambda i: evaluations[i].perplexity)
+        return tried[best], evaluations[best]
 
     def _judge(self, training: TrainingHistory, evaluation: ExitEvaluation | None) -> tuple[bool, str]:
         """Whether the stage is kept, and the sentence that says why."""
         if evaluation is None:
             return False, f"rejected: no epoch ended with a finite loss ({training.stopped})"
-        before, after = self.final.perplexity, evaluation.perplexity
+        before, after = self.evaluated.perplexity, evaluation.perplexity
         change = f"all-token validation perplexity {before:.4f} -> {after:.4f} ({after / before - 1:+.2%})"
         if self.settings.accept == "always":
             return True, f"kept, as the preset keeps every stage: {change}"
@@ -295,7 +295,7 @@ class CascadeRun:
     # --- results -----------------------------------------------------------------------------------------------------
 
     @property
-    def final(self) -> ExitEvaluation:
+    def evaluated(self) -> ExitEvaluation:
         """Of the stages kept so far, on validation."""
         if self.evaluation is None:
             self.evaluation = self._all_tokens("val")
@@ -307,14 +307,14 @@ class CascadeRun:
             self.base.tokenizer(),
             ids_BT,
             self.base_pass.stores["val"]["loss"],
-            self.final,
+            self.evaluated,
             criterion=self.settings.criterion,
-            thresholds=[entry.threshold for entry in self.stages],
+            thresholds=[stage.threshold for stage in self.stages],
         )
 
     def results(self, started: float, plan: MemoryPlan) -> RunResults:
         """What came of the run: looks at the test blocks, for the only time."""
-        final, passed = self.final, self.base_pass
+        final, passed = self.evaluated, self.base_pass
         tokens = SplitTokens(**{split: len(store) for split, store in passed.stores.items()})
         return RunResults(
             base=BaseRecord(

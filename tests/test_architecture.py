@@ -13,6 +13,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from cascade_fast.settings import CRITERIA, STAGE_KINDS
+
 ROOT = Path(__file__).parent.parent
 
 # The packages and modules of the package's root, from the ground up: each imports from itself and from what stands
@@ -69,6 +71,23 @@ def test_imports_go_down_only(path):
             continue
         assert _part(imported) != "commands", f"{module} imports the command {imported}"
         assert ORDER.index(_part(imported)) <= ORDER.index(_part(module)), f"{module} imports {imported}"
+
+
+# Where a criterion may be told by its name: the methods that are compared, which choose one.
+NAMES = {*STAGE_KINDS, *CRITERIA}
+OWNERS = {"cascade_fast.comparison.methods"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: _module(p))
+def test_nobody_asks_for_the_name_of_a_stage_kind_or_a_criterion(path):
+    """They are objects, and are asked what they do. Other settings have values of the same names: ``lr_schedule``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Compare) or _module(path) in OWNERS:
+            continue
+        sides = [node.left, *node.comparators]
+        names = {part.value for side in sides for part in ast.walk(side) if isinstance(part, ast.Constant)} & NAMES
+        told = ast.unparse(node)
+        assert not names or ("kind" not in told and "criterion" not in told), f"{path}:{node.lineno}: {told}"
 
 
 def test_no_two_modules_import_each_other():

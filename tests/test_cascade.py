@@ -383,7 +383,7 @@ def test_the_overfitting_rule(losses, said):
     assert diagnose([made_records.epoch(val_loss=loss) for loss in losses]) == said
 
 
-# --- the exit threshold a stage gets ------------------------------------------------------------------------------------------
+# --- the exit threshold of a stage ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["append", "second-look"])

@@ -338,8 +338,8 @@ def fill_store(
     at_once = max(1, TOKENS_AT_ONCE.get(device.type, 2048) // seq_len)
     residual: dict[str, Tensor] = {}
     copied = _last_layers(model, needs)
-    entry = copied[0] if copied else model.model.norm
-    hook = entry.register_forward_pre_hook(lambda _module, args: residual.update(hidden=args[0]))
+    begins = copied[0] if copied else model.model.norm
+    hook = begins.register_forward_pre_hook(lambda _module, args: residual.update(hidden=args[0]))
     last_saved = time.monotonic()
     try:
         for first in range(store.rows // seq_len, ids_BT.shape[0], at_once):

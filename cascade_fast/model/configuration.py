@@ -258,7 +258,7 @@ def finished_run_config(
         base_config=base.config,
         base={name: getattr(base, name) for name in REFERENCE_FIELDS},
         criterion=criterion,
-        stages=[{**entry.stage.config.to_dict(), "threshold": entry.threshold} for entry in stages],
+        stages=[{**kept.stage.config.to_dict(), "threshold": kept.threshold} for kept in stages],
         self_contained=False,
         settings=results.settings,
         measured={split: dict(zip(MEASURED_FIELDS, numbers, strict=True)) for split, numbers in measured.items()},

@@ -14,6 +14,7 @@ from cascade_fast.runtime.console import epoch_line, format_count, literal, mark
 from cascade_fast.runtime.files import atomic_write_text, load_record
 from cascade_fast.runtime.run_folder import CONFIG, REPORT, check_run, read_results
 from cascade_fast.settings import SECOND_LOOK_PRESET
+from cascade_fast.stages.kind import get_kind
 
 DIAGNOSIS_RULE = (
     "Rule: *clear overfitting* if the first epoch has the lowest validation loss while the training loss falls on; "
@@ -173,6 +174,7 @@ def _samples(samples: list[dict[str, Any]]) -> list[str]:
 def advice(results: RunResults) -> list[str]:
     """What to try next, judged by how the run went: a sentence each, settings as flags in backquotes."""
     settings, stages, kept = results.settings, results.stages, results.final.stages_kept
+    attends = get_kind(settings["stage_kind"]).attends
     second_look = "`--preset second-look`"
     if results.base.layers < SECOND_LOOK_PRESET["layers_per_stage"]:
         second_look = f"`--stage-kind second-look --layers-per-stage {results.base.layers}`"
@@ -182,7 +184,7 @@ def advice(results: RunResults) -> list[str]:
         if settings["hard_ratio"] < 0.9:
             tries.append("a higher hard ratio (`--hard-ratio 0.9`)")
         tries.append(f"more text ({more_text})")
-        if settings["stage_kind"] == "append":
+        if not attends:
             tries.append(f"stages that read the text again ({second_look})")
         return [f"No stage was kept: the cascade is its base. Worth a try, one at a time: {', '.join(tries)}."]
     found = []
@@ -195,7 +197,7 @@ def advice(results: RunResults) -> list[str]:
             f"The validation loss of stage {kept} still fell in its last epoch: more of them "
             f"(`--epochs {2 * settings['epochs']}`)."
         )
-    if settings["stage_kind"] == "append":
+    if not attends:
         found.append(f"Stages that read the text again gain more, and cost more: {second_look}.")
     elif settings["exit_threshold"] == "trained":
         found.append("Perhaps more tokens gain from the stage than it was trained on: `--exit-threshold validation`.")

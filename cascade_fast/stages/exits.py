@@ -151,12 +151,12 @@ def evaluate_exits(
     for first in range(0, len(store), step):
         stores = [store.part(slice(first, first + step))]
         token_K = torch.arange(first, first + len(stores[0]))  # where the tokens still on their way are
-        for number, entry in enumerate(stages, 1):
-            hard_J = select_below(stores[-1]["score"], entry.threshold)
+        for number, exit_stage in enumerate(stages, 1):
+            hard_J = select_below(stores[-1]["score"], exit_stage.threshold)
             if len(hard_J) == 0:
                 break
             tokens = kind.tokens(stores, hard_J, recompute)
-            arrays = advance(entry.stage, tokens, torch.arange(tokens.units), criterion=criterion, compute=compute)
+            arrays = advance(exit_stage.stage, tokens, torch.arange(tokens.units), criterion=criterion, compute=compute)
             token_K = token_K[hard_J]
             loss_N[token_K], exit_N[token_K] = arrays["loss"], number
             if number < len(stages):
