@@ -24,7 +24,7 @@ PLAIN_SIZES = SIZES[:6]  # beyond them the plain step takes gigabytes
 def forward_backward(trainer: StageTrainer, tokens: int, *, plain: bool) -> None:
     stage, dtype = trainer.module, trainer.compute.dtype
     inputs, label_N = trainer.train.batch(torch.arange(tokens), trainer.device)
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with trainer.compute.autocast():
         _, normed_ND = stage(inputs)
         if plain:
             loss: Tensor = torch.nn.functional.cross_entropy(normed_ND.to(dtype) @ stage.head.T, label_N)
