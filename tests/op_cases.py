@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.operator_inputs import hidden_pair, select_truth
+from benchmarks.operator_inputs import bits, cosine_truth, hidden_pair, select_truth  # noqa: F401 (the tests find them here)
 from cascade_fast import ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Who serves which operator on which device. Nothing else in the package chooses a body.
+"""Who serves which operator on which device.
 
 A *backend* is a name: ``reference`` (plain torch, any device), ``cpp`` (the compiled extension, CPU),
 ``cuda`` (the compiled extension, NVIDIA GPUs) or ``triton`` (NVIDIA GPUs; CPU tensors too when Triton's
