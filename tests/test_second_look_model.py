@@ -120,7 +120,7 @@ def test_every_token_through_every_stage_is_the_base_with_the_last_stage_s_layer
 
 
 @pytest.mark.parametrize("use_cache", [None, True, False])
-def test_closed_doors_are_the_base_exactly(model, base, use_cache):
+def test_closed_stages_are_the_base_exactly(model, base, use_cache):
     ids, mask = text_ids(), torch.ones(4, 24, dtype=torch.int64)
     mask[1, :9] = 0
     for thresholds in (CLOSED, [-math.inf, math.inf], [-1e9, -1e9]):

@@ -46,7 +46,7 @@ class CascadeLM(HFLM):
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "auto"  # lm-eval says cuda:0 when nothing is asked for, and means: a GPU if there is one
         model, tokenizer = load_model(pretrained, device=device, dtype=dtype, base_path=base_path)
-        self.thresholds = open_doors(model.config.thresholds, exits)
+        self.thresholds = open_exits(model.config.thresholds, exits)
         kwargs = {"softmax_dtype": "float32", "backend": "causal", **kwargs}
         super().__init__(pretrained=model, tokenizer=tokenizer, **kwargs)
 
@@ -59,7 +59,7 @@ class CascadeLM(HFLM):
         return super()._model_generate(context, max_length, stop, thresholds=self.thresholds, **generation_kwargs)
 
 
-def open_doors(thresholds: list[float], exits: str | int) -> list[float]:
+def open_exits(thresholds: list[float], exits: str | int) -> list[float]:
     """The trained thresholds, with those behind the ``exits`` asked for closed: -inf lets no token in."""
     stages = len(thresholds)
     named = {"all": stages, "base": 0}

@@ -24,7 +24,7 @@ from cascade_fast.stages.tokens import StageTokens
 
 
 class StageKind(ABC):
-    """What is not abstract is as a stage has it that takes each token for itself.
+    """A kind of stages. The defaults are those of a stage that takes each token by itself.
 
     Attributes:
         name: as ``settings.stage_kind`` has it.
