@@ -1,7 +1,7 @@
 """Documents of the two tasks beside this file, from CPython's reference text, which Python itself ships: no download.
 
-Only the last fifth of the topics is used. ``cascade_fast.train`` reads them in order, so that its default run has seen
-none of these.
+Only the last fifth of the topics is used. A run with ``--shuffle off`` reads the topics in order, so that it has seen
+none of these; the default, which shuffles them, may have trained on some.
 """
 
 import random
