@@ -123,6 +123,12 @@ def tiny_settings(tiny_base, tiny_data) -> dict:
     return _settings(tiny_base, tiny_data)
 
 
+@pytest.fixture
+def look_settings(tiny_settings) -> dict:
+    """The same of second looks at two layers, with stores that round nothing."""
+    return {**tiny_settings, "stage_kind": "second-look", "layers_per_stage": 2, "store_dtype": "float32"}
+
+
 @pytest.fixture(scope="session")
 def tiny_runs(tiny_base, tiny_data, tmp_path_factory) -> dict[str, Path]:
     """Finished runs with two stages each: ``warm`` (entropy, shared head), ``seed`` (cosine, own heads) and ``look``

@@ -1,79 +1,30 @@
-"""A second look: what it must equal, exactly or to float32's rounding, and what it refuses."""
+"""A second look: what it must equal, exactly or to float32's rounding."""
 
 import dataclasses
-import json
 import math
 
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama_config
 from safetensors.torch import load_file
+from second_look_cases import CPU, HOW, LAYERS, copied_stage, passed_by_base
 from test_stage import FAMILIES
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.cache_name import cache_of, with_cache
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.model import find_base
 from cascade_fast.base.texts import load_blocks
 from cascade_fast.cascade import run_cascade
-from cascade_fast.criteria import get_criterion
-from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute
-from cascade_fast.runtime.files import read_json, write_json
 from cascade_fast.selection import select_hardest
 from cascade_fast.settings import make_settings
 from cascade_fast.stages.exits import ExitStage, advance, evaluate_exits
-from cascade_fast.stages.kind import base_needs, find_base_for_stages
-from cascade_fast.stages.second_look import KIND, SecondLookConfig, SecondLookStage
+from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage
 from cascade_fast.stages.tokens import SequenceTokens
 from cascade_fast.training import trainer
 from cascade_fast.training.trainer import epoch_order, validation_loss
-
-CPU = torch.device("cpu")
-HOW = {"criterion": get_criterion("entropy"), "compute": Compute(CPU, torch.float32)}
-LAYERS = 2
-
-
-@pytest.fixture
-def look_settings(tiny_settings):
-    return {**tiny_settings, "stage_kind": "second-look", "layers_per_stage": LAYERS, "store_dtype": "float32"}
-
-
-def _passed(settings, tmp_path, **changes):
-    settings = make_settings({**settings, **changes})
-    base = find_base(settings)
-    blocks = load_blocks(settings, base.tokenizer())
-    return (
-        base,
-        blocks,
-        base_pass(
-            base,
-            blocks,
-            settings,
-            base_needs(settings),
-            Compute(CPU, torch.float32),
-            tmp_path / "cache",
-        ),
-    )
-
-
-def _stage(base, passed, *, noise=0.0, seed=0) -> SecondLookStage:
-    shape = SecondLookConfig.from_base(base.config, layers=LAYERS)
-    weights = {**passed.layers, "norm.weight": passed.norm_D}
-    stage = SecondLookStage(shape, head_VD=passed.head_VD, weights=weights)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in stage.parameters():
-            parameter += noise * torch.randn(parameter.shape, generator=generator)
-    return stage.eval()
-
-
-def _run(settings, folder, **changes):
-    run = run_cascade(make_settings({**settings, "out": str(folder), **changes}))
-    return run, json.loads((folder / "results.json").read_text())
-
 
 # --- what it equals --------------------------------------------------------------------------------------------------
 
@@ -92,17 +43,17 @@ def test_before_training_the_cascade_is_the_base(tiny_settings, tmp_path, family
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     look = {"stage_kind": "second-look", "layers_per_stage": LAYERS, "store_dtype": "float32"}
-    base, _, passed = _passed({**tiny_settings, "base": str(tmp_path / "base"), **look}, tmp_path)
+    base, _, passed = passed_by_base({**tiny_settings, "base": str(tmp_path / "base"), **look}, tmp_path)
     val = passed.stores["val"]
     threshold = select_hardest(val["score"], hard_ratio).threshold
-    evaluation = evaluate_exits([ExitStage(_stage(base, passed), threshold)], val, **HOW)
+    evaluation = evaluate_exits([ExitStage(copied_stage(base, passed), threshold)], val, **HOW)
     torch.testing.assert_close(evaluation.loss_N, val["loss"], rtol=1e-5, atol=1e-5)
     assert evaluation.shares(1)["stage_1"] == pytest.approx(hard_ratio, abs=0.01)
 
 
 def test_nothing_hard_is_the_base_exactly(look_settings, tmp_path):
-    base, _, passed = _passed(look_settings, tmp_path)
-    entries = [ExitStage(_stage(base, passed, noise=0.2), -math.inf)] * 2
+    base, _, passed = passed_by_base(look_settings, tmp_path)
+    entries = [ExitStage(copied_stage(base, passed, noise=0.2), -math.inf)] * 2
     evaluation = evaluate_exits(entries, passed.stores["val"], **HOW)
     assert torch.equal(evaluation.loss_N, passed.stores["val"]["loss"])
 
@@ -120,8 +71,8 @@ def _renamed(base, stage: SecondLookStage) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("hard_ratio", [0.05, 0.5, 1.0])
 def test_a_changed_stage_is_what_it_is_on_paper(look_settings, tmp_path, hard_ratio):
     """Token by token with transformers: a cache of the base's keys and values, but the stage's where hard."""
-    base, blocks, passed = _passed(look_settings, tmp_path)
-    val, stage = passed.stores["val"], _stage(base, passed, noise=0.1)
+    base, blocks, passed = passed_by_base(look_settings, tmp_path)
+    val, stage = passed.stores["val"], copied_stage(base, passed, noise=0.1)
     hard = select_hardest(val["score"], hard_ratio)
     evaluation = evaluate_exits([ExitStage(stage, hard.threshold)], val, **HOW)
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
@@ -164,7 +115,7 @@ def test_everything_hard_is_fine_tuning_the_last_layers(look_settings, tmp_path,
         "lr": 1e-3,
         "accept": "always",
     }
-    run, _ = _run(look_settings, tmp_path / "run", **changes)
+    run = run_cascade(make_settings({**look_settings, "out": str(tmp_path / "run"), **changes}))
     settings = make_settings({**look_settings, **changes})
     base = find_base(settings)
     ids = load_blocks(settings, base.tokenizer()).ids["train"].long()
@@ -200,9 +151,9 @@ def _renamed_from_file(base, weights) -> set[str]:
 
 @pytest.fixture
 def hard_tokens(look_settings, tmp_path):
-    base, _, passed = _passed(look_settings, tmp_path)
+    base, _, passed = passed_by_base(look_settings, tmp_path)
     train = passed.stores["train"]
-    return _stage(base, passed, noise=0.1), SequenceTokens([train], select_hardest(train["score"], 0.4).index_K)
+    return copied_stage(base, passed, noise=0.1), SequenceTokens([train], select_hardest(train["score"], 0.4).index_K)
 
 
 def test_a_batch_is_its_sequences_one_by_one(hard_tokens):
@@ -225,8 +176,8 @@ def test_a_batch_is_its_sequences_one_by_one(hard_tokens):
 )
 def test_padding_changes_nothing(look_settings, tmp_path, positions):
     """Outputs and gradients of a pack whose sequences have different numbers of hard tokens, against one by one."""
-    base, _, passed = _passed(look_settings, tmp_path)
-    stage = _stage(base, passed, noise=0.1)
+    base, _, passed = passed_by_base(look_settings, tmp_path)
+    stage = copied_stage(base, passed, noise=0.1)
     index_K = torch.tensor([32 * sequence + p for sequence, hard in positions.items() for p in hard])
     tokens = SequenceTokens([passed.stores["train"]], index_K)
     assert tokens.units == len(positions)
@@ -286,9 +237,9 @@ def test_a_token_cannot_see_what_comes_after_it(hard_tokens):
 
 def test_a_third_look_attends_to_what_the_second_left(look_settings, tmp_path):
     """Evaluation in memory, the stores on disk, and the definition agree for two stages."""
-    base, _, passed = _passed(look_settings, tmp_path)
+    base, _, passed = passed_by_base(look_settings, tmp_path)
     val = passed.stores["val"]
-    first, second = _stage(base, passed, noise=0.1), _stage(base, passed, noise=0.1, seed=1)
+    first, second = copied_stage(base, passed, noise=0.1), copied_stage(base, passed, noise=0.1, seed=1)
     hard = select_hardest(val["score"], 0.6)
     tokens = SequenceTokens([val], hard.index_K)
     arrays = advance(first, tokens, torch.arange(tokens.units), **HOW)
@@ -317,146 +268,9 @@ def test_a_third_look_attends_to_what_the_second_left(look_settings, tmp_path):
     torch.testing.assert_close(some.kv_BSL2GE, pack.kv_BSL2GE[picked])
 
 
-# --- the whole run ---------------------------------------------------------------------------------------------------
-
-
-def test_a_run_saves_what_it_measured(look_settings, tmp_path):
-    look_settings = {**look_settings, "shuffle": "off"}  # splits on which so small a model gets better
-    run, results = _run(look_settings, tmp_path / "run", accept="always", hard_ratio=0.5)
-    first, second = results["stages"]
-    assert first["all_token_val_ppl"] < results["base"]["val_ppl"]
-    assert second["train_total"] == first["train_hard"]
-    layer = find_base(make_settings(look_settings)).config
-    assert first["added_parameters"] == LAYERS * _layer_parameters(layer) + layer.hidden_size
-    cascade = json.loads((run.path / "config.json").read_text())
-    assert [stage["kind"] for stage in cascade["stages"]] == ["second-look"] * 2
-    base, _, passed = _passed(look_settings, tmp_path)
-    shape = SecondLookConfig.from_base(base.config, layers=LAYERS)
-    entries = [
-        ExitStage.load(run.path / f"stages/{n}", shape, cascade["stages"][n - 1]["threshold"], passed.head_VD)
-        for n in (1, 2)
-    ]
-    evaluation = evaluate_exits(entries, passed.stores["val"], **HOW)
-    assert evaluation.perplexity == pytest.approx(results["final"]["all_token_val_ppl"], rel=1e-6)
-    assert evaluation.shares(2) == pytest.approx(second["exit_share"])
-    assert (run.path / "stages/2/model.safetensors").is_file()
-    assert not (run.path / "hidden").exists()
-
-
-def _layer_parameters(config) -> int:
-    size, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    return size * head * (2 * heads + 2 * groups) + 3 * size * inner + 2 * size
-
-
-def test_stage_two_starts_as_stage_one(look_settings, tmp_path):
-    """With a learning rate of nearly nothing stage 2 stays what it was copied from."""
-    run, results = _run(look_settings, tmp_path / "run", accept="always", lr=1e-12, weight_decay=0.0, epochs=1)
-    one, two = (load_file(run.path / f"stages/{n}/model.safetensors") for n in (1, 2))
-    assert len(results["stages"]) == 2
-    assert all(torch.allclose(one[name], two[name], atol=1e-8) for name in one)
-    assert results["final"]["all_token_val_ppl"] == pytest.approx(results["base"]["val_ppl"], rel=1e-5)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_in_sixteen_bit_too(look_settings, tmp_path, dtype):
-    _, results = _run(
-        look_settings, tmp_path / "run", dtype=dtype, store_dtype="auto", num_stages=1, micro_batch_tokens=32
-    )
-    (stage,) = results["stages"]
-    assert stage["all_token_val_ppl"] < results["base"]["val_ppl"]
-    assert all(epoch["tokens_per_second"] > 0 for epoch in stage["epochs"])
-
-
-@pytest.mark.parametrize(("kind", "trims"), [("second-look", True), ("append", False)])
-def test_memory_goes_back_to_the_system_within_an_epoch(look_settings, tmp_path, monkeypatch, kind, trims):
-    """Packs differ in size, and what one has freed seldom fits the next; tokens of an appended stage's batch do not."""
-    monkeypatch.setattr(trainer, "TRIM_STEPS", 2)
-    trimmed = []
-    monkeypatch.setattr(trainer, "trim_host_memory", lambda: trimmed.append(True))
-    run, _ = _run(look_settings, tmp_path / "run", stage_kind=kind, num_stages=1, epochs=1, batch_tokens=32)
-    events = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    steps = max(event["step"] for event in events if event["event"] == "steps")
-    assert steps >= 4
-    assert len(trimmed) == (steps // 2 + 1 if trims else 0)  # and once before validation
-
-
-def test_micro_batches_add_up(look_settings, tmp_path):
-    """The same run in parts: the same loss to rounding."""
-    runs = [
-        _run(look_settings, tmp_path / str(part), num_stages=1, micro_batch_tokens=part)[1]["stages"][0]
-        for part in (None, 16)
-    ]
-    losses = [[(e["train_loss"], e["val_loss"]) for e in stage["epochs"]] for stage in runs]
-    assert losses[1] == [pytest.approx(epoch, abs=1e-4) for epoch in losses[0]]
-
-
-def test_recomputed_keys_and_values_are_the_base_s(look_settings, tmp_path):
-    base, _, passed = _passed(look_settings, tmp_path)
-    val = passed.stores["val"]
-    with torch.no_grad():
-        kv = _stage(base, passed).keys_and_values(val.hidden.unflatten(0, (-1, 32)))
-    torch.testing.assert_close(kv.flatten(0, 1), val["kv"], rtol=1e-5, atol=1e-5)
-
-
-def test_a_run_that_recomputes_is_the_run_that_stores(look_settings, tmp_path):
-    runs = [_run(look_settings, tmp_path / kv, accept="always", kv=kv) for kv in ("store", "recompute")]
-    losses = [[(e["train_loss"], e["val_loss"]) for s in r["stages"] for e in s["epochs"]] for _, r in runs]
-    assert losses[1] == [pytest.approx(epoch, abs=1e-4) for epoch in losses[0]]
-    finals = [results["final"] for _, results in runs]
-    assert finals[1]["all_token_test_ppl"] == pytest.approx(finals[0]["all_token_test_ppl"], rel=1e-4)
-    assert finals[1]["stages_kept"] == 2
-    _, _, passed = _passed(look_settings, tmp_path, kv="recompute")
-    assert "kv" not in passed.stores["train"]
-
-
-def test_a_run_settles_how_it_gets_keys_and_values_once(look_settings, tmp_path, capsys):
-    """The plan finds it out, says why, and a resumed run does not ask again."""
-    _, results = _run(look_settings, tmp_path / "run", num_stages=1)
-    assert "plan: kv: " in capsys.readouterr().out
-    assert results["settings"]["kv"] in ("store", "recompute")
-    assert results["memory"]["planned"]["peak_bytes"] > 0
-    record = read_json(tmp_path / "run" / "config.json")
-    assert record["kv"] == results["settings"]["kv"]
-    (tmp_path / "run" / "results.json").unlink()  # as if it had been killed at the end
-    other = {"store": "recompute", "recompute": "store"}[record["kv"]]
-    write_json(tmp_path / "run" / "config.json", {**record, "kv": other})
-    _, resumed = _run(look_settings, tmp_path / "run", num_stages=1, resume="auto")
-    assert resumed["settings"]["kv"] == other
-
-
-# --- what it refuses -------------------------------------------------------------------------------------------------
-
-
-def test_what_makes_no_sense_is_refused(tiny_settings):
-    look = {**tiny_settings, "stage_kind": "second-look"}
-    with pytest.raises(InputError, match="init: 'random'; a second look starts as the base's own layers"):
-        make_settings({**look, "init": "random"})
-    with pytest.raises(InputError, match="kv: 'recompute'; stages of kind append use none"):
-        make_settings({**tiny_settings, "kv": "recompute"})
-    with pytest.raises(InputError, match="init: 'random'"):
-        make_settings({**look, "preset": "seed"})
-    with pytest.raises(InputError, match="head: shared"):
-        make_settings({**look, "head": "own"})
-    with pytest.raises(InputError, match=r"layers_per_stage: 4; .* which has 3"):
-        find_base_for_stages(make_settings({**look, "layers_per_stage": 4}))
-    find_base_for_stages(make_settings({**look, "layers_per_stage": 3}))
-
-
-def test_bases_it_cannot_copy_are_refused():
-    shape = {k: v for k, v in tiny_llama_config().to_dict().items() if k not in ("model_type", "rope_parameters")}
-    settings, check = make_settings({"preset": "second-look", "layers_per_stage": 2, "seq_len": 32}), KIND.check
-    with pytest.raises(InputError, match=r"seq_len: 32; 'x' attends to the last 8 tokens only.*must be at most 8"):
-        check("x", MistralConfig(**{**shape, "sliding_window": 8}), settings)
-    check("x", MistralConfig(**{**shape, "sliding_window": 32}), settings)
-    dynamic = tiny_llama_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    with pytest.raises(InputError, match="rotary positions of type dynamic, must be one of default, linear"):
-        check("x", dynamic, settings)
-
-
 def test_all_layers_may_look_again(look_settings, tmp_path):
     """L = the base's layers: a hard token re-enters at its embedding."""
-    _, _, passed = _passed(look_settings, tmp_path, layers_per_stage=3)
+    _, _, passed = passed_by_base(look_settings, tmp_path, layers_per_stage=3)
     base = find_base(make_settings(look_settings))
     shape = SecondLookConfig.from_base(base.config, layers=3)
     stage = SecondLookStage(shape, head_VD=passed.head_VD, weights={**passed.layers, "norm.weight": passed.norm_D})
