@@ -7,17 +7,16 @@ The algorithm is :meth:`CascadeRun.train`; what surrounds it stands below it, wh
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cascade_fast.base.base_pass import BasePass, base_pass
 from cascade_fast.base.hidden_store import HiddenStore, StoreError
 from cascade_fast.base.model import BaseModel, cache_folder, check_cache
-from cascade_fast.base.texts import load_blocks
+from cascade_fast.base.sequences import Sequences
+from cascade_fast.base.texts import load_sequences
 from cascade_fast.criteria import get_criterion
 from cascade_fast.model.configuration import finished_run_config
 from cascade_fast.planning.ledger import compute_ledger, matmul_rate, stage_work
@@ -41,7 +40,7 @@ from cascade_fast.runtime.files import DamagedFile, write_json
 from cascade_fast.runtime.machine import describe_machine, package_versions
 from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.runtime.run_folder import RunFolder, write_results
-from cascade_fast.selection import check_finite, select_below, select_hardest
+from cascade_fast.selection import select_below
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.exits import (
     TOKENS_AT_ONCE,
@@ -49,10 +48,11 @@ from cascade_fast.stages.exits import (
     ExitStage,
     advance,
     evaluate_exits,
+    hardest_of_store,
 )
 from cascade_fast.stages.kind import StageKind, base_needs, find_base_for_stages, get_kind
 from cascade_fast.stages.stage import Stage
-from cascade_fast.stages.tokens import StageTokens
+from cascade_fast.stages.tokens import Recompute, StageTokens
 from cascade_fast.training.messages import say_base_pass, say_stage, say_start, say_summary
 from cascade_fast.training.stage_trainer import StageTrainer
 from cascade_fast.training.trainer import NON_FINITE_LOSS, TIME_IS_UP, TrainingHistory
@@ -87,8 +87,7 @@ class CascadeRun:
         # read all of them.
         train, val = [self.base_pass.stores["train"]], [self.base_pass.stores["val"]]
         for number in range(1, settings.num_stages + 1):
-            check_finite(train[-1]["score"], train[-1]["sequence"], train[-1]["position"])
-            selection = select_hardest(train[-1]["score"], settings.hard_ratio)
+            selection = hardest_of_store(train[-1], settings.hard_ratio)
             hard = self.kind.tokens(train, selection.index_K, self.recompute)
             hard_val_index_K = self._hard_validation_index(val[-1], selection.threshold)
             if len(hard_val_index_K) == 0:
@@ -97,7 +96,7 @@ class CascadeRun:
                 )
                 break
             hard_val = self.kind.tokens(val, hard_val_index_K, self.recompute)
-            record = self._stage(number, selection.threshold, train[-1]["score"], hard, hard_val)
+            record = self._stage(number, selection.threshold, hard, hard_val)
             if not record.accepted or record.stopped in (TIME_IS_UP, NON_FINITE_LOSS):
                 break
             if number < settings.num_stages:
@@ -107,7 +106,7 @@ class CascadeRun:
     def _hard_validation_index(self, val: HiddenStore, threshold: float) -> Tensor:
         """By the training threshold, as inference must; or, as the seed did, by validation's own quantile."""
         if self.settings.val_selection == "quantile":
-            return select_hardest(val["score"], self.settings.hard_ratio).index_K
+            return hardest_of_store(val, self.settings.hard_ratio).index_K
         return select_below(val["score"], threshold)
 
     def _new_stage(self, number: int) -> Stage:
@@ -119,14 +118,13 @@ class CascadeRun:
         return get_kind(self.settings.stage_kind)
 
     @functools.cached_property
-    def recompute(self) -> Callable[[Tensor], Tensor] | None:
+    def recompute(self) -> Recompute | None:
         return self.kind.recompute(self.settings, self.base.config, self.base_pass, self.compute)
 
     def _stage(
         self,
         number: int,
         threshold: float,
-        score_N: Tensor,
         hard: StageTokens,
         hard_val: StageTokens,
     ) -> StageRecord:
@@ -135,7 +133,7 @@ class CascadeRun:
         if done is not None:
             return done
         stage = self._new_stage(number)
-        n, total = len(hard), len(hard.store)
+        n, total = len(hard), len(hard.store.labelled_index())
         say(
             f"stage {number}/{self.settings.num_stages}: threshold {threshold:.4f}, "
             f"training hard tokens {n:,} / {total:,} ({n / total:.1%}), validation hard tokens {len(hard_val):,}, "
@@ -150,7 +148,7 @@ class CascadeRun:
             training = self._train_stage(stage, number, hard, hard_val)
         trained, evaluation = ExitStage(stage.eval(), threshold), None
         if training.best_epoch:
-            trained, evaluation = self._choose_exit(trained, score_N)
+            trained, evaluation = self._choose_exit(trained, hard.store)
         accepted, verdict = self._judge(training, evaluation)
         record = StageRecord(
             stage=number,
@@ -230,13 +228,13 @@ class CascadeRun:
             earlier.stage.layers.to(self.compute.device)
         return training
 
-    def _choose_exit(self, trained: ExitStage, score_N: Tensor) -> tuple[ExitStage, ExitEvaluation]:
+    def _choose_exit(self, trained: ExitStage, arrived: HiddenStore) -> tuple[ExitStage, ExitEvaluation]:
         """The stage with the exit threshold it was trained at, or with the best of those that let in more tokens, and
-        what comes of it. ``score_N``: of the training tokens that arrive."""
+        what comes of it. ``arrived``: the training tokens that come to it."""
         tried = [trained]
         if self.settings.exit_threshold == "validation":
             wider = [share for share in EXIT_SHARES if share > self.settings.hard_ratio]
-            tried += [ExitStage(trained.stage, select_hardest(score_N, share).threshold) for share in wider]
+            tried += [ExitStage(trained.stage, hardest_of_store(arrived, share).threshold) for share in wider]
         evaluations = []
         for stage in tried:
             evaluations.append(self._all_tokens("val", [*self.stages, stage]))
@@ -287,7 +285,7 @@ class CascadeRun:
             kv_shape=self.stages[-1].stage.config.kv_shape,
         )
         with Progress(f"{split} tokens through stage {number}", len(hard)) as progress:
-            for picked in torch.arange(hard.units).split(hard.units_of(TOKENS_AT_ONCE)):
+            for picked in hard.chunks(TOKENS_AT_ONCE):
                 store.append(advance(self.stages[-1].stage, hard, picked, **self._how))
                 progress.advance(hard.count(picked))
         return store.finish()
@@ -301,21 +299,20 @@ class CascadeRun:
             self.evaluation = self._all_tokens("val")
         return self.evaluation
 
-    def heat_map(self, ids_BT: Tensor) -> dict[str, Any]:
-        """``heat_map.json``, of the validation blocks ``ids_BT``."""
+    def heat_map(self, val: Sequences) -> dict[str, Any]:
+        """``heat_map.json``, of the validation sequences."""
         return heat_map(
             self.base.tokenizer(),
-            ids_BT,
-            self.base_pass.stores["val"]["loss"],
+            val,
             self.evaluated,
             criterion=self.settings.criterion,
             thresholds=[stage.threshold for stage in self.stages],
         )
 
     def results(self, started: float, plan: MemoryPlan) -> RunResults:
-        """What came of the run: looks at the test blocks, for the only time."""
+        """What came of the run: reads the test split, for the only time."""
         final, passed = self.evaluated, self.base_pass
-        tokens = SplitTokens(**{split: len(store) for split, store in passed.stores.items()})
+        tokens = SplitTokens(**{split: len(store.labelled_index()) for split, store in passed.stores.items()})
         return RunResults(
             base=BaseRecord(
                 name=self.base.name,
@@ -374,17 +371,17 @@ def run_cascade(settings: RunSettings) -> RunFolder:
         keep_freed_memory()
     check_cache(settings)
     base = find_base_for_stages(settings)
-    blocks = load_blocks(settings, base.tokenizer())
-    settings = blocks.settle(settings)
+    sequences = load_sequences(settings, base.tokenizer())
+    settings = sequences.settle(settings)
     release_memory()  # of tokenization
     record = RunRecord(
         settings=settings.to_dict(),
-        fingerprints={"base": base.fingerprint, "data": blocks.fingerprint()},
+        fingerprints={"base": base.fingerprint, "data": sequences.fingerprint()},
         versions=package_versions(),
         machine=describe_machine(compute),
     )
     folder = RunFolder.find(settings, record)
-    plan = None if folder.finished else plan_run(settings, base, blocks, compute, folder.path, folder.record.kv)
+    plan = None if folder.finished else plan_run(settings, base, sequences, compute, folder.path, folder.record.kv)
     with folder.open(kv=folder.record.kv if plan is None else plan.settings.kv):
         if plan is None or folder.finished:
             folder.check()
@@ -392,15 +389,15 @@ def run_cascade(settings: RunSettings) -> RunFolder:
             say(f"finished already: {folder.report}")
             return folder
         settings = plan.settings
-        say_start(settings, folder, base, blocks, compute)
+        say_start(settings, folder, base, sequences, compute)
         for line in plan.lines():
             say(line)
-        passed = base_pass(base, blocks, settings, base_needs(settings), compute, cache_folder(settings))
+        passed = base_pass(base, sequences, settings, base_needs(settings), compute, cache_folder(settings))
         say_base_pass(passed)
         passed = dataclasses.replace(passed, head_VD=passed.head_VD.to(compute.device))  # once, for all stages
         run = CascadeRun(settings, folder, base, passed, compute, folder.log, deadline, plan.memory.micro_batch_tokens)
         run.train()
-        results, tokens = run.results(started, plan.memory), run.heat_map(blocks.ids["val"])
+        results, tokens = run.results(started, plan.memory), run.heat_map(sequences.splits["val"])
         write_json(folder.config, finished_run_config(folder.record, results, base, run.stages))
         write_heat_map(folder.path, tokens)
         write_results(folder.path, results)

@@ -94,7 +94,7 @@ def one_line(error: BaseException) -> str:
 # --- templates ------------------------------------------------------------------------------------------------------
 
 
-def template_parts(template: str) -> list[tuple[str, str | None]]:
+def template_parts(template: str, setting: str = "text_template") -> list[tuple[str, str | None]]:
     """A text template as (text, column that follows it or None). ``{{`` and ``}}`` are braces of the text.
 
     Raises:
@@ -104,13 +104,13 @@ def template_parts(template: str) -> list[tuple[str, str | None]]:
     try:
         found = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise InputError(f"text_template: {shown(template)}; {error}: {plain}") from None
+        raise InputError(f"{setting}: {shown(template)}; {error}: {plain}") from None
     for _, name, spec, conversion in found:
         if name is None:
             continue
         if not name or name.isdigit() or any(c in name for c in "[]{}.") or spec or conversion:
             field = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            raise InputError(f"text_template: {{{shown(field)[1:-1]}}} in {shown(template)}; {plain}")
+            raise InputError(f"{setting}: {{{shown(field)[1:-1]}}} in {shown(template)}; {plain}")
     return [(literal, name) for literal, name, _, _ in found]
 
 

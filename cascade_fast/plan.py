@@ -12,7 +12,7 @@ import sys
 from cascade_fast.command_line import run_command, settings_parser
 from cascade_fast.input_checks import InputError
 from cascade_fast.planning.base_configs import BUILT_IN, base_configuration
-from cascade_fast.settings import ALL, RunSettings, make_settings
+from cascade_fast.settings import ALL, SPLITS, RunSettings, make_settings
 
 
 def plan_parser() -> argparse.ArgumentParser:
@@ -54,9 +54,9 @@ def _check(settings: RunSettings, machine: dict[str, float | None]) -> None:
     for name, value in machine.items():
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"{name}: {value}; must be above 0, and finite")
-    for name in ("train_blocks", "test_blocks"):
-        if getattr(settings, name) == ALL:
-            raise InputError(f"{name}: all; a plan does not read the text: must be a number")
+    for split in SPLITS:
+        if settings.size(split) == ALL:
+            raise InputError(f"{split}_{settings.unit}: all; a plan does not read the text: must be a number")
 
 
 def _print_plan(settings: RunSettings, machine: dict[str, float | None], as_json: bool) -> int:

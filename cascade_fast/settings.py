@@ -23,7 +23,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_QUANTIZATIONS = ("none", "nf4")
 EXIT_THRESHOLDS = ("trained", "validation")
 LR_SCHEDULES = ("constant", "linear", "cosine")
-SPLITS = ("train", "val", "test")  # of the blocks of a text
+LOSS_ON = ("assistant", "all")
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,12 @@ STAGE_KINDS = {
         {"init": (("identity",), "a second look starts as the base's own layers, with its head")},
     ),
 }
-ALL = -1  # ``all`` as a number of blocks; once the text is read its real number takes its place
+ALL = -1  # ``all`` as a number of tokens or blocks; once the text is read its real number takes its place
+# What a run takes where nothing is said, as blocks of ``seq_len`` tokens; fewer where the text has fewer.
+DEFAULT_BLOCKS = {"train": 320, "val": 64}
+
+
+UNITS = ("tokens", "blocks")  # that splits are counted in
 
 
 # The recipe of the original experiment: random layers with a head of their own, tokens in batches of 32, fp32.
@@ -111,6 +118,15 @@ class RunSettings:
         "run",
         "where converted base models and base passes are kept for later runs (default: ~/.cache/cascade_fast)",
     )
+    report_to: tuple[str, ...] = _setting(
+        (),
+        "run",
+        f"trackers that follow the run, beside metrics.jsonl: {', '.join(TRACKERS)}; several may be named",
+        nargs="+",
+    )
+    sample_prompt: tuple[str, ...] = _setting(
+        (), "run", "prompts that the cascade continues after every stage", nargs="+"
+    )
 
     base: str = _setting("smollm2-135m", "base model", "hub id, local folder, .gguf file, or smollm2-135m")
     device: str = _setting("auto", "base model", "cpu, cuda, cuda:1, ...; auto takes a GPU when there is one")
@@ -141,24 +157,66 @@ class RunSettings:
     text_template: str | None = _setting(
         None, "data", "text with columns' names in braces, as 'Q: {question}', instead of --text-columns"
     )
+    prompt_template: str | None = _setting(
+        None, "data", "as --text-template: what is only read; --completion-template then makes what is learnt"
+    )
+    completion_template: str | None = _setting(None, "data", "as --text-template: what follows on --prompt-template")
+    chat_template: str | None = _setting(
+        None, "data", "file with a Jinja chat template, instead of the base's own; for rows that are conversations"
+    )
+    loss_on: str = _setting(
+        "assistant",
+        "data",
+        "what is learnt and measured of a row with a prompt: the assistant's turns or the completion; or all tokens",
+        choices=LOSS_ON,
+    )
+    encoding: str = _setting(
+        "utf-8", "data", "of .txt, .csv, .json and .jsonl files, as Python names it: latin-1, cp1252"
+    )
+    streaming: str = _setting(
+        "off",
+        "data",
+        "on: rows are read one by one, as far as they are needed, and never kept on disk",
+        choices=("on", "off"),
+        switch=True,
+    )
     shuffle: str = _setting(
         "on",
         "data",
         "on: texts are shuffled before the splits are cut, the same way for every --seed; off: the data's own order",
         choices=("on", "off"),
     )
-    seq_len: int = _setting(128, "data", "tokens in a block")
-    train_blocks: int = _setting(
-        320, "data", "blocks to train on; all: what validation and test blocks leave", all=True
+    shuffle_buffer: int = _setting(1000, "data", "rows among which --streaming shuffles")
+    seq_len: int = _setting(
+        128, "data", "most tokens in a sequence; longer texts are cut, shorter ones are sequences of their own"
     )
-    val_blocks: int = _setting(64, "data", "blocks for early stopping and acceptance")
-    test_blocks: int | None = _setting(
+    train_tokens: int | None = _setting(
         None,
         "data",
-        "blocks looked at once, at the end (default: as many as validation if the data has them, else what is left); "
-        "all: what training and validation leave",
+        "tokens to train on, in whole sequences; all: what validation and test leave (default: 320 sequences' worth, "
+        "or what there is)",
         all=True,
     )
+    val_tokens: int | None = _setting(
+        None,
+        "data",
+        "tokens for early stopping and acceptance (default: 64 sequences' worth, or a seventh of what there is)",
+    )
+    test_tokens: int | None = _setting(
+        None,
+        "data",
+        "tokens read once, at the end (default: as many as validation if the data has them, else what is left); all: "
+        "what training and validation leave",
+        all=True,
+    )
+    train_blocks: int | None = _setting(
+        None,
+        "data",
+        "instead of --train-tokens: blocks of exactly --seq-len tokens, shorter sequences are left out; or all",
+        all=True,
+    )
+    val_blocks: int | None = _setting(None, "data", "instead of --val-tokens: such blocks")
+    test_blocks: int | None = _setting(None, "data", "instead of --test-tokens: such blocks; or all", all=True)
 
     hard_ratio: float = _setting(0.6, "selection", "share of the tokens that is hard, in (0, 1]")
     criterion: str = _setting(
@@ -258,21 +316,16 @@ class RunSettings:
                 raise InputError(f"{name}: {value}; must be a finite number")
         self._require("hard_ratio", 0 < self.hard_ratio <= 1, "must be in (0, 1]")
         for name in (
-            "val_blocks",
             "num_stages",
             "layers_per_stage",
             "epochs",
             "batch_tokens",
             "patience",
+            "shuffle_buffer",
         ):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         self._require("seq_len", self.seq_len >= 2, "must be at least 2")
-        self._require("train_blocks", self.train_blocks == ALL or self.train_blocks >= 1, "must be at least 1, or all")
-        self._require(
-            "test_blocks", self.test_blocks in (None, ALL) or self.test_blocks >= 0, "must be at least 0, or all"
-        )
-        if self.train_blocks == self.test_blocks == ALL:
-            raise InputError("train_blocks, test_blocks: all; only one of them can have what the others leave")
+        self._check_sizes()
         self._require("lr", self.lr > 0, "must be above 0")
         for name in ("weight_decay", "grad_clip", "min_improvement", "warmup_steps"):
             self._require(name, getattr(self, name) >= 0, "must be at least 0")
@@ -282,14 +335,63 @@ class RunSettings:
         self._require("checkpoint_minutes", self.checkpoint_minutes > 0, "must be above 0")
         self._require("max_minutes", self.max_minutes is None or self.max_minutes > 0, "must be above 0")
         self._require("seed", 0 <= self.seed < 2**63, "must be in [0, 2^63)")
-        if self.text_columns and self.text_template is not None:
-            raise InputError("text_columns and text_template are both given; give one")
-        if self.text_template is not None:
-            template_parts(self.text_template)
+        self._check_templates()
+        for tracker in self.report_to:
+            if tracker not in TRACKERS:
+                raise InputError(f"report_to: {shown(tracker)}; must be one of {', '.join(TRACKERS)}")
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise InputError(f"report_to: {', '.join(self.report_to)}; none goes with no other")
         for name, (allowed, why) in STAGE_KINDS[self.stage_kind].allows.items():
             self._require(name, getattr(self, name) in allowed, f"{why}: must be {' or '.join(allowed)}")
         if self.init == "identity" and self.head == "own":
             raise InputError("init: identity needs head: shared (a stage that starts as the base uses the base's head)")
+
+    def _check_sizes(self) -> None:
+        for unit in UNITS:
+            train, val, test = (getattr(self, f"{split}_{unit}") for split in SPLITS)
+            self._require(f"train_{unit}", train in (None, ALL) or train >= 1, "must be at least 1, or all")
+            self._require(f"val_{unit}", val is None or val >= 1, "must be at least 1")
+            self._require(f"test_{unit}", test in (None, ALL) or test >= 0, "must be at least 0, or all")
+            if train == test == ALL:
+                raise InputError(f"train_{unit}, test_{unit}: all; only one of them can have what the others leave")
+        given = {unit: [n for n in (f"{s}_{unit}" for s in SPLITS) if getattr(self, n) is not None] for unit in UNITS}
+        if given["tokens"] and given["blocks"]:
+            names = ", ".join(given["tokens"] + given["blocks"])
+            raise InputError(f"{names}: a run counts in tokens or in blocks; give one kind of them")
+        if self.streaming == "on":
+            for split in SPLITS:
+                if self.size(split) == ALL:
+                    raise InputError(f"{split}_{self.unit}: all; with streaming on must be a number")
+
+    def _check_templates(self) -> None:
+        asked = [n for n in ("text_columns", "text_template", "prompt_template") if getattr(self, n) not in (None, ())]
+        if len(asked) > 1:
+            raise InputError(f"{' and '.join(asked)} are {'both' if len(asked) == 2 else 'all'} given; give one")
+        if (self.prompt_template is None) != (self.completion_template is None):
+            raise InputError("prompt_template, completion_template: only one is given; they go together")
+        for name in ("text_template", "prompt_template", "completion_template"):
+            if getattr(self, name) is not None:
+                template_parts(getattr(self, name), name)
+
+    @property
+    def unit(self) -> str:
+        """``blocks`` where any split is counted in them, else ``tokens``."""
+        return "blocks" if any(getattr(self, f"{split}_blocks") is not None for split in SPLITS) else "tokens"
+
+    def size(self, split: str) -> int | None:
+        """What is asked for of a split, in :attr:`unit`; None: the default."""
+        size: int | None = getattr(self, f"{split}_{self.unit}")
+        return size
+
+    def expected_tokens(self, split: str) -> int:
+        """Tokens of a split, where the text has as many as asked. Of settled settings (see
+        ``SplitSequences.settle``): what it has."""
+        size = self.size(split)
+        if size is None:
+            if split == "test":
+                return self.expected_tokens("val")
+            return DEFAULT_BLOCKS[split] * self.seq_len
+        return size * (self.seq_len if self.unit == "blocks" else 1)
 
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:
@@ -314,7 +416,9 @@ def _plain(f: "dataclasses.Field[Any]", value: Any) -> Any:
 
 _FIELDS = {f.name: f for f in dataclasses.fields(RunSettings)}
 # What may differ between a run and its resumption: where things lie and when to stop, not what is computed.
-RESUME_MAY_CHANGE = ("out", "resume", "max_minutes", "checkpoint_minutes", "cache_dir")
+RESUME_MAY_CHANGE = (
+    "out", "resume", "max_minutes", "checkpoint_minutes", "cache_dir", "report_to", "sample_prompt",
+)  # fmt: skip
 
 
 def make_settings(overrides: dict[str, Any], settings_file: str | None = None) -> RunSettings:
@@ -328,7 +432,10 @@ def make_settings(overrides: dict[str, Any], settings_file: str | None = None) -
     preset = given.get("preset", "warm")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise InputError(f"preset: {shown(preset)}; must be one of {', '.join(PRESETS)}")
-    merged = {**PRESETS[preset], **given}
+    recipe = PRESETS[preset]
+    if any(given.get(f"{split}_tokens") is not None for split in SPLITS):  # a preset counts in blocks, if at all
+        recipe = {name: value for name, value in recipe.items() if not name.endswith("_blocks")}
+    merged = {**recipe, **given}
     return RunSettings(**{name: _coerce(name, value) for name, value in merged.items()})
 
 
@@ -376,7 +483,7 @@ def _number(name: str, value: Any, kind: type[int] | type[float]) -> int | float
     except (TypeError, ValueError, OverflowError):
         raise InputError(f"{name}: {shown(value)}; must be {allowed}") from None
     if may_be_all and number == ALL:  # only the word means that
-        raise InputError(f"{name}: {number}; must be at least {1 if name == 'train_blocks' else 0}, or all")
+        raise InputError(f"{name}: {number}; must be at least {1 if name.startswith('train') else 0}, or all")
     return number
 
 
@@ -391,6 +498,19 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 def _quotes(value: Any) -> str:
     """YAML reads yes, 2024-01-01 and 007 as something else than text."""
     return "" if isinstance(value, (list, tuple, dict)) else " (in quotes, if it is meant so)"
+
+
+def training_size(settings: dict[str, Any]) -> tuple[str, int]:
+    """The flag and the number that say how much a run was trained on. ``settings``: as its results have them."""
+    blocks = settings.get("train_blocks")
+    return ("--train-tokens", settings["train_tokens"]) if blocks is None else ("--train-blocks", blocks)
+
+
+def training_text(settings: dict[str, Any]) -> str:
+    """How much a run was trained on, in words. ``settings``: as its results have them."""
+    flag, size = training_size(settings)
+    what = "tokens in sequences of at most" if flag == "--train-tokens" else "blocks of"
+    return f"{size:,} {what} {settings['seq_len']}" + (" tokens" if flag == "--train-blocks" else "")
 
 
 def explain(name: str) -> str:

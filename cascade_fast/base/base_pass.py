@@ -1,9 +1,12 @@
-"""The base pass: the frozen base reads every block once and leaves a hidden store for each split.
+"""The base pass: the frozen base reads every sequence once and leaves a hidden store for each split.
 
 Per token it keeps what the stage reads (the residual stream before the final norm, or the last hidden state; for a
 second look the residual stream before the layers it copies, and their keys and values), the difficulty score and, where
 they are needed, the loss of the base's logits. Logits are never all in memory, and are not computed at all for training
 tokens unless the criterion needs them. Layers in between are not kept.
+
+Sequences of about one length run together, padded on the right: under the base's causal mask no token sees padding, nor
+another text. A token without a label has no score and no loss (both NaN); it is kept only where others attend to it.
 """
 
 import contextlib
@@ -26,7 +29,7 @@ from torch import Tensor
 from cascade_fast.base.cache_name import with_cache
 from cascade_fast.base.hidden_store import HiddenStore, StoreError
 from cascade_fast.base.model import BaseModel, attention_shape
-from cascade_fast.base.texts import TokenBlocks
+from cascade_fast.base.sequences import NO_LABEL, Sequences, SplitSequences
 from cascade_fast.criteria import Criterion, Places, TokensAtExit, get_criterion
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute, release_memory
@@ -67,11 +70,13 @@ class BaseNeeds:
         last_layers: how many of the base's last layers the stages copy: their weights are kept, and the residual
             stream before them; 0: none, and the residual stream before the final norm.
         keys_and_values: whether those of these layers are kept, too.
+        context: whether tokens without a label are kept, for others to attend to.
     """
 
     reads: str
     last_layers: int = 0
     keys_and_values: bool = False
+    context: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,33 +94,33 @@ class BasePass:
 
 
 def base_pass(
-    base: BaseModel, blocks: TokenBlocks, settings: RunSettings, needs: BaseNeeds, compute: Compute, cache: Path
+    base: BaseModel, sequences: SplitSequences, settings: RunSettings, needs: BaseNeeds, compute: Compute, cache: Path
 ) -> BasePass:
-    """The base pass over ``blocks``, or the one with the same fingerprint from the cache folder.
+    """The base pass over ``sequences``, or the one with the same fingerprint from the cache folder.
 
     An interrupted pass goes on where it stopped.
 
     Raises:
-        NonFiniteScores: a score that is NaN or infinite; names block and position.
+        NonFiniteScores: a score that is NaN or infinite; names sequence and position.
     """
-    passed = _stored_pass(base, blocks, settings, needs, compute, cache)
+    passed = _stored_pass(base, sequences, settings, needs, compute, cache)
     stores = {split: _of_run(store, settings, split) for split, store in passed.stores.items()}
     return dataclasses.replace(passed, stores=stores)
 
 
 def _stored_pass(
-    base: BaseModel, blocks: TokenBlocks, settings: RunSettings, needs: BaseNeeds, compute: Compute, cache: Path
+    base: BaseModel, sequences: SplitSequences, settings: RunSettings, needs: BaseNeeds, compute: Compute, cache: Path
 ) -> BasePass:
     """The pass as it is in the cache folder, made if it is not there."""
-    meta = _meta(base, blocks, settings, needs, compute)
-    folder = pass_folder(base, blocks, settings, needs, compute, cache)
+    meta = _meta(base, sequences, settings, needs, compute)
+    folder = pass_folder(base, sequences, settings, needs, compute, cache)
     with _locked(cache, folder.name):  # another run on the same text waits, and then finds the pass
         found = _open(folder, meta["fingerprint"])
         if found is not None:
             folder.touch()  # recently used: pruned last
             return found
         clear_temporaries(folder)
-        passed = _read_all(base, blocks, settings, needs, compute, folder, meta)
+        passed = _read_all(base, sequences, settings, needs, compute, folder, meta)
         release_memory()  # of the base, which nobody needs any more
         write_json(folder / RECORD, {**meta, "parameters": passed.parameters, "seconds": passed.seconds})
         _prune(cache, keep=folder.name)
@@ -123,10 +128,10 @@ def _stored_pass(
 
 
 def pass_folder(
-    base: BaseModel, blocks: TokenBlocks, settings: RunSettings, needs: BaseNeeds, compute: Compute, cache: Path
+    base: BaseModel, sequences: SplitSequences, settings: RunSettings, needs: BaseNeeds, compute: Compute, cache: Path
 ) -> Path:
     """Where in the cache folder the pass is, or will be."""
-    return cache / "base-pass" / _meta(base, blocks, settings, needs, compute)["fingerprint"][:16]
+    return cache / "base-pass" / _meta(base, sequences, settings, needs, compute)["fingerprint"][:16]
 
 
 def _lock_path(cache: Path, name: str) -> Path:
@@ -158,13 +163,14 @@ def _of_run(store: HiddenStore, settings: RunSettings, split: str) -> HiddenStor
     arrays, criterion = store.arrays, get_criterion(settings.criterion)
     if criterion is not criterion.in_base_pass:  # it goes by places alone: what went into the base is not kept
         places = Places(store["sequence"], store["position"], seed=settings.seed, split=split)
-        arrays = {**arrays, "score": criterion.score(TokensAtExit(store.hidden, store.hidden, places=places))}
+        score_N = criterion.score(TokensAtExit(store.hidden, store.hidden, places=places))
+        arrays = {**arrays, "score": score_N.masked_fill(store["label"] == NO_LABEL, torch.nan)}
     return HiddenStore(store.folder, arrays, {**store.meta, "seed": settings.seed, "split": split})
 
 
 def _read_all(
     base: BaseModel,
-    blocks: TokenBlocks,
+    sequences: SplitSequences,
     settings: RunSettings,
     needs: BaseNeeds,
     compute: Compute,
@@ -173,12 +179,12 @@ def _read_all(
 ) -> BasePass:
     """Runs the base over every split."""
     stores = {}
-    with Progress("base pass", sum(ids.shape[0] * settings.seq_len for ids in blocks.ids.values())) as progress:
+    with Progress("base pass", sum(of.tokens for of in sequences.splits.values())) as progress:
         model = base.load(compute.device, compute.dtype)
         for split in SPLITS:
             with_loss = split != "train" or _stored_criterion(settings).needs_logits
             stores[split] = _run_split(
-                model, blocks.ids[split], folder / split, settings, needs, meta, progress, with_loss
+                model, sequences.splits[split], folder / split, settings, needs, meta, progress, with_loss
             )
         tensors = {"head": model.lm_head.weight, "norm": model.model.norm.weight}
         for number, layer in enumerate(_last_layers(model, needs)):
@@ -196,13 +202,13 @@ def _base_pass(
 
 
 def _meta(
-    base: BaseModel, blocks: TokenBlocks, settings: RunSettings, needs: BaseNeeds, compute: Compute
+    base: BaseModel, sequences: SplitSequences, settings: RunSettings, needs: BaseNeeds, compute: Compute
 ) -> dict[str, Any]:
     """Everything the stored values depend on, and its hash."""
     criterion = _stored_criterion(settings)
     meta = {
         "base": base.fingerprint,
-        "blocks": blocks.fingerprint(),
+        "blocks": sequences.fingerprint(),
         **dataclasses.asdict(needs),
         "criterion": criterion.name,
         "store_dtype": settings.store_dtype,
@@ -273,7 +279,7 @@ def _prune(cache: Path, keep: str) -> None:
 
 def _run_split(
     model: Any,
-    ids_BT: Tensor,
+    sequences: Sequences,
     folder: Path,
     settings: RunSettings,
     needs: BaseNeeds,
@@ -285,12 +291,12 @@ def _run_split(
     start = progress.done
     with contextlib.suppress(StoreError):  # done before the pass was interrupted, or still whole
         store = HiddenStore.open(folder, fingerprint=meta["fingerprint"])
-        progress.restart(start + ids_BT.shape[0] * settings.seq_len)
+        progress.restart(start + sequences.tokens)
         return store
     for store_dtype in _store_dtypes(settings, model.dtype):
-        store = _resume_or_create(folder, ids_BT, store_dtype, model.config, needs, with_loss, meta)
-        progress.restart(start + store.rows)
-        if fill_store(model, ids_BT, store, needs, _stored_criterion(settings), progress):
+        store = _resume_or_create(folder, sequences, store_dtype, model.config, needs, with_loss, meta)
+        progress.restart(start)
+        if fill_store(model, sequences, store, needs, _stored_criterion(settings), progress):
             return store.finish()
     raise AssertionError("float32 and bfloat16 hold every finite hidden state")
 
@@ -304,7 +310,7 @@ def _store_dtypes(settings: RunSettings, computed: torch.dtype) -> list[torch.dt
 
 def _resume_or_create(
     folder: Path,
-    ids_BT: Tensor,
+    sequences: Sequences,
     dtype: torch.dtype,
     base_config: Any,
     needs: BaseNeeds,
@@ -322,62 +328,101 @@ def _resume_or_create(
     if needs.keys_and_values:
         _, kv_heads, head_dim = attention_shape(base_config)
         kv_shape = (needs.last_layers, 2, kv_heads, head_dim)
-    tokens, hidden_size = ids_BT[:, 1:].numel(), base_config.hidden_size
-    return HiddenStore.create(folder, tokens, hidden_size, dtype, with_loss=with_loss, meta=meta, kv_shape=kv_shape)
+    tokens = sequences.tokens if needs.context else sequences.labels
+    return HiddenStore.create(
+        folder, tokens, base_config.hidden_size, dtype, with_loss=with_loss, meta=meta, kv_shape=kv_shape
+    )
 
 
 @torch.inference_mode()
 def fill_store(
-    model: Any, ids_BT: Tensor, store: HiddenStore, needs: BaseNeeds, criterion: Criterion, progress: Progress
+    model: Any, sequences: Sequences, store: HiddenStore, needs: BaseNeeds, criterion: Criterion, progress: Progress
 ) -> bool:
-    """Runs the blocks that the store does not have yet; False as soon as a hidden state does not fit its dtype."""
+    """Runs the sequences that the store does not have yet; False as soon as a hidden state does not fit its dtype."""
     from transformers import DynamicCache
 
-    seq_len = ids_BT.shape[1] - 1
     device = model.device
-    at_once = max(1, TOKENS_AT_ONCE.get(device.type, 2048) // seq_len)
     residual: dict[str, Tensor] = {}
     copied = _last_layers(model, needs)
     begins = copied[0] if copied else model.model.norm
     hook = begins.register_forward_pre_hook(lambda _module, args: residual.update(hidden=args[0]))
-    last_saved = time.monotonic()
+    last_saved, rows = time.monotonic(), 0
     try:
-        for first in range(store.rows // seq_len, ids_BT.shape[0], at_once):
-            ids = ids_BT[first : first + at_once].to(device, torch.int64)
-            embedded_BSD = model.model.embed_tokens(ids[:, :-1])
+        for some in sequences.batches(TOKENS_AT_ONCE.get(device.type, 2048)):
+            padded = sequences.padded(some)
+            kept = _Kept(padded.real_BS if needs.context else padded.labelled_BS, padded.labelled_BS, device)
+            rows += kept.rows
+            read = int(padded.real_BS.sum())
+            if rows <= store.rows:  # read before the pass was interrupted
+                progress.restart(progress.done + read)
+                continue
+            embedded_BSD = model.model.embed_tokens(padded.input_BS.to(device))
             # One without a configuration keeps every key, whatever the sliding window.
             cache = DynamicCache() if "kv" in store else None
             output = model.model(inputs_embeds=embedded_BSD, use_cache=cache is not None, **with_cache(cache))
             last_BSD = output.last_hidden_state
-            kept = {"hidden": (residual["hidden"] if needs.reads == "residual" else last_BSD).flatten(0, 1)}
+            wide = {"hidden": kept(residual["hidden"] if needs.reads == "residual" else last_BSD)}
             if "kv" in store:
-                kept["kv"] = _keys_and_values(cache, len(copied))
-            if store.hidden.dtype == torch.float16 and any(t.abs().max() > FLOAT16_MAX for t in kept.values()):
+                wide["kv"] = kept.of_rows(_keys_and_values(cache, len(copied)))
+            if store.hidden.dtype == torch.float16 and any(t.abs().max() > FLOAT16_MAX for t in wide.values()):
                 return False
-            label_N = ids[:, 1:].flatten()
-            tokens, loss_N = TokensAtExit(embedded_BSD.flatten(0, 1), last_BSD.flatten(0, 1)), None
+            tokens = TokensAtExit(kept(embedded_BSD, labelled=True), kept(last_BSD, labelled=True))
+            label_N = padded.label_BS.flatten()[kept.row_N]
             if "loss" in store:
-                score_N, loss_N = criterion.score_with_losses(
-                    tokens, tokens.after_ND, model.lm_head.weight, label_N, dtype=model.dtype
+                label_J = label_N[label_N != NO_LABEL].to(device)
+                score_J, loss_J = criterion.score_with_losses(
+                    tokens, tokens.after_ND, model.lm_head.weight, label_J, dtype=model.dtype
                 )
             else:
-                score_N = criterion.score(tokens)
-            blocks = torch.arange(first, first + ids.shape[0], dtype=torch.int32)
-            sequence_N = blocks.repeat_interleave(seq_len)
-            position_N = torch.arange(seq_len, dtype=torch.int32).repeat(ids.shape[0])
-            check_finite(score_N, sequence_N, position_N)
-            arrays = {name: tensor.to("cpu", store.hidden.dtype) for name, tensor in kept.items()}
-            arrays |= {"label": label_N.cpu(), "sequence": sequence_N, "position": position_N, "score": score_N.cpu()}
-            if loss_N is not None:
-                arrays["loss"] = loss_N.cpu()
+                score_J, loss_J = criterion.score(tokens), None
+            sequence_N = some.start + kept.row_N // padded.input_BS.shape[1]
+            position_N = kept.row_N % padded.input_BS.shape[1]
+            check_finite(score_J, *(of_N[label_N != NO_LABEL] for of_N in (sequence_N, position_N)))
+            arrays = {name: tensor.to("cpu", store.hidden.dtype) for name, tensor in wide.items()}
+            arrays |= {"label": label_N, "sequence": sequence_N, "position": position_N, "score": kept.spread(score_J)}
+            if loss_J is not None:
+                arrays["loss"] = kept.spread(loss_J)
             store.append(arrays)
-            progress.advance(ids.shape[0] * seq_len)
+            progress.advance(read)
             if time.monotonic() - last_saved > SAVE_PROGRESS_SECONDS:
                 store.save_progress()
                 last_saved = time.monotonic()
     finally:
         hook.remove()
     return True
+
+
+class _Kept:
+    """Which of a batch's ``B * S`` places are kept, and which of them have a label. All of them: nothing is gathered.
+
+    Attributes:
+        row_N: places that are kept, int64 on the CPU.
+    """
+
+    def __init__(self, kept_BS: Tensor, labelled_BS: Tensor, device: torch.device) -> None:
+        self.row_N = kept_BS.flatten().nonzero().squeeze(1)
+        self.labelled_N = labelled_BS.flatten()[self.row_N]
+        self._all, self._all_labelled = bool(kept_BS.all()), bool(self.labelled_N.all())
+        self._row_N = None if self._all else self.row_N.to(device)
+        self._row_J = self._row_N if self._all_labelled else self.row_N[self.labelled_N].to(device)
+
+    @property
+    def rows(self) -> int:
+        return len(self.row_N)
+
+    def __call__(self, of_BSD: Tensor, *, labelled: bool = False) -> Tensor:
+        """``(N, D)``, or of those with a label ``(J, D)``."""
+        return self.of_rows(of_BSD.flatten(0, 1), labelled=labelled)
+
+    def of_rows(self, of_BS: Tensor, *, labelled: bool = False) -> Tensor:
+        index = self._row_J if labelled else self._row_N
+        return of_BS if index is None else of_BS[index]
+
+    def spread(self, of_J: Tensor) -> Tensor:
+        """``(N,)`` on the CPU: NaN where there is no label."""
+        if self._all_labelled:
+            return of_J.cpu()
+        return of_J.new_full((self.rows,), torch.nan, device="cpu").masked_scatter_(self.labelled_N, of_J.cpu())
 
 
 def _keys_and_values(cache: Any, layers: int) -> Tensor:

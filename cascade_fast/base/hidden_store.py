@@ -8,11 +8,11 @@ array          shape, dtype     meaning
 ``hidden``     (N, D) 16 or 32  the stage's input: residual stream or last hidden state of what came before
 ``kv``         as ``hidden``    (N, L, 2, G, E): keys, with their rotary positions, and values of L layers, G heads
                                 of size E (only for a second look)
-``label``      (N,) int64       the next token
-``sequence``   (N,) int32       the block the token came from
-``position``   (N,) int32       its place in that block
-``score``      (N,) float32     difficulty; low is hard
-``loss``       (N,) float32     cross-entropy at the exit the token has reached (absent where nobody asks)
+``label``      (N,) int64       the next token; -100 where it is only read (context)
+``sequence``   (N,) int32       the sequence the token came from; ascending
+``position``   (N,) int32       its place in that sequence
+``score``      (N,) float32     difficulty; low is hard; NaN without a label
+``loss``       (N,) float32     cross-entropy at the exit the token has reached (absent where nobody asks); NaN as above
 =============  ===============  =======================================================================
 
 A store is written from its first row to its last (:meth:`HiddenStore.append`) and *finished* once its ``index.json``
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cascade_fast.base.sequences import NO_LABEL
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import dtype_name
 from cascade_fast.runtime.files import (
@@ -85,6 +86,10 @@ class HiddenStore:
         """How hidden states travel from stage to stage: bfloat16 if they came so, else float32 (float16 might
         overflow)."""
         return torch.bfloat16 if self.hidden.dtype == torch.bfloat16 else torch.float32
+
+    def labelled_index(self) -> Tensor:
+        """Rows of the tokens with a label, (J,) int64, ascending. No other is ever selected or measured."""
+        return (self["label"] != NO_LABEL).nonzero().squeeze(1)
 
     def part(self, rows: slice) -> "HiddenStore":
         """Those rows, as views: nothing is copied."""

@@ -39,8 +39,8 @@ def _write_comparison(folder: Path, rows: list[Row]) -> Path:
     plot = plot_lines(folder / "curves.png", rows, panels, base_ppl=base["val_ppl"])
     parts = [
         "# A cascade and what it is compared with",
-        f"Base {settings['base']}, text {settings['dataset']}: {settings['train_blocks']} blocks of "
-        f"{settings['seq_len']} tokens to train on, the same for all, seed {settings['seed']}.",
+        f"Base {settings['base']}, text {settings['dataset']}: {training_text(settings)} "
+        f"to train on, the same for all, seed {settings['seed']}.",
         verdict(rows, "seconds", reference),
         verdict(rows, "trained_tokens", reference),
         table,

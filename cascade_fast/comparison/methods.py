@@ -23,7 +23,9 @@ METHODS = {
 # What the seed recipe takes from the flags: text, base and machine; the recipe is its own.
 SHARED = (
     "seed", "max_minutes", "checkpoint_minutes", "cache_dir", "base", "device", "dataset", "text_columns",
-    "text_template", "shuffle", "seq_len", "train_blocks", "val_blocks", "test_blocks", "layers_per_stage",
+    "text_template", "prompt_template", "completion_template", "chat_template", "loss_on", "encoding", "streaming",
+    "shuffle", "shuffle_buffer", "seq_len", "train_tokens", "val_tokens", "test_tokens", "train_blocks", "val_blocks",
+    "test_blocks", "layers_per_stage",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from cascade_fast.comparison.grid import GRID
 from cascade_fast.comparison.runs import Row, base_row, train_all
 from cascade_fast.comparison.tables import write_report, write_tables
 from cascade_fast.runtime.console import say
-from cascade_fast.settings import RunSettings
+from cascade_fast.settings import RunSettings, training_text
 
 
 def run_sweep(folder: Path, grid: Sequence[RunSettings]) -> Path:
@@ -41,8 +41,8 @@ def _write_comparison(folder: Path, rows: list[Row]) -> Path:
     test = "" if best["test_ppl"] is None else f" and {best['test_ppl']:.4f} on the test blocks"
     parts = [
         "# Sweep",
-        f"Base {settings['base']}, text {settings['dataset']}: {settings['train_blocks']} blocks of "
-        f"{settings['seq_len']} tokens to train on, seed {settings['seed']}, at most {settings['num_stages']} stage(s) "
+        f"Base {settings['base']}, text {settings['dataset']}: {training_text(settings)} "
+        f"to train on, seed {settings['seed']}, at most {settings['num_stages']} stage(s) "
         f"and {settings['epochs']} epoch(s).",
         f"The lowest all-token validation perplexity is {best['val_ppl']:.4f} ({best['val_change']:.4f} x base){test}: "
         f"**{best['name']}**, at {best['layers_per_token']:.2f} layers per token. Of {len(rows)} runs it is the "

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
-from cascade_fast.base.texts import load_blocks, text_blocks
+from cascade_fast.base.sequences import Sequences
+from cascade_fast.base.texts import all_sequences, load_sequences
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.settings import RESUME_MAY_CHANGE, make_settings, saved_settings
@@ -21,8 +20,8 @@ def evaluation_blocks(
     text_template: str | None = None,
     seq_len: int | None = None,
     limit: int | None = None,
-) -> tuple[Tensor, str]:
-    """Token ids (B, S + 1), int, and what they are.
+) -> tuple[Sequences, str]:
+    """Sequences of tokens, and what they are.
 
     Args:
         split: ``train``, ``val`` or ``test`` of the text that the cascade was trained on.
@@ -44,9 +43,9 @@ def evaluation_blocks(
     if text.seq_len > longest:
         raise InputError(f"seq_len: {text.seq_len}; the base has {longest} positions")
     if dataset is None:
-        blocks, source = load_blocks(text, tokenizer).ids[split], f"{text.dataset}, {split}"
+        found, source = load_sequences(text, tokenizer).splits[split], f"{text.dataset}, {split}"
     else:
-        blocks, source = text_blocks(text, tokenizer, limit), text.dataset
-    if len(blocks) == 0:
-        raise InputError(f"split: {split!r}; the run has no such blocks")
-    return blocks[:limit], source
+        found, source = all_sequences(text, tokenizer, limit), text.dataset
+    if len(found) == 0:
+        raise InputError(f"split: {split!r}; the run has no such text")
+    return found.first(limit), source

@@ -1,5 +1,6 @@
 """Whether the base's keys and values are stored by the base pass or recomputed for every batch."""
 
+from cascade_fast.settings import SPLITS
 from cascade_fast.stages.counts import StageMemory
 
 DISK_BYTES_PER_SECOND = 500e6  # assumed: a cloud host's solid-state disk
@@ -7,15 +8,14 @@ DISK_BYTES_PER_SECOND = 500e6  # assumed: a cloud host's solid-state disk
 
 def kv_disk_bytes(memory: StageMemory) -> float:
     """Of the base's keys and values on disk, all splits."""
-    s = memory.settings
-    test = s.val_blocks if s.test_blocks is None else s.test_blocks
-    return float((s.train_blocks + s.val_blocks + test) * s.seq_len * memory.kv_numbers * memory.stored)
+    tokens = sum(memory.settings.expected_tokens(split) for split in SPLITS)
+    return float(tokens * memory.kv_numbers * memory.stored)
 
 
 def recompute_flops(memory: StageMemory) -> float:
     """Of the base's keys and values of all training tokens, once: the layers' forward pass."""
     s, counts = memory.settings, memory.counts
-    return float(s.train_blocks * s.seq_len * (2 * counts.matrices() + counts.attention_flops(s.seq_len)))
+    return float(s.expected_tokens("train") * (2 * counts.matrices() + counts.attention_flops(s.seq_len)))
 
 
 def kv_seconds(

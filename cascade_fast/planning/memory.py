@@ -278,14 +278,13 @@ def _logit_bytes(shape: Shape, width: int, *, on_cpu: bool) -> float:
 
 def _store_bytes(settings: RunSettings, shape: Shape, width: int) -> tuple[float, float]:
     """(mapped at most, of the base pass alone): 16 bit where the values fit; hard tokens of a stage or two."""
-    test = settings.val_blocks if settings.test_blocks is None else settings.test_blocks
-    train_val = (settings.train_blocks + settings.val_blocks) * settings.seq_len
+    train_val = settings.expected_tokens("train") + settings.expected_tokens("val")
     size = shape.stage.hidden_size
     stored = 4 if settings.store_dtype == "float32" else 2  # float16 of a float32 base, where it fits
     handed_on = 2 if width == 2 and stored == 2 else 4
     numbers = shape.kind.memory(settings, shape.stage, width).kv_numbers  # keys and values of a token
     kept = numbers if shape.kind.needs(settings).keys_and_values else 0
-    base = (train_val + test * settings.seq_len) * ((size + kept) * stored + TOKEN_BYTES)
+    base = (train_val + settings.expected_tokens("test")) * ((size + kept) * stored + TOKEN_BYTES)
     later, tokens = 0.0, train_val
     # Those of two stages back are removed, unless tokens attend to what they left.
     for _ in range(settings.num_stages - 1 if shape.kind.attends else min(settings.num_stages - 1, 2)):
@@ -297,7 +296,7 @@ def _store_bytes(settings: RunSettings, shape: Shape, width: int) -> tuple[float
 def base_tokens_at_once(settings: RunSettings, on_cpu: bool) -> int:
     """Tokens of a forward pass of the base."""
     blocks = max(1, BASE_TOKENS["cpu" if on_cpu else "cuda"] // settings.seq_len)
-    return min(blocks, settings.train_blocks) * settings.seq_len
+    return min(blocks * settings.seq_len, settings.expected_tokens("train"))
 
 
 def micro_batch_tokens(

@@ -11,7 +11,7 @@ from typing import Any
 
 from cascade_fast.base.base_pass import pass_folder
 from cascade_fast.base.model import BaseModel, cache_folder
-from cascade_fast.base.texts import TokenBlocks
+from cascade_fast.base.sequences import SplitSequences
 from cascade_fast.planning.counts import Shape
 from cascade_fast.planning.devices import Device, this_machine
 from cascade_fast.planning.disk import check_disk
@@ -94,7 +94,7 @@ def make_plan(settings: RunSettings, base_config: Any, device: Device, disk_byte
 
 
 def plan_run(
-    settings: RunSettings, base: BaseModel, blocks: TokenBlocks, compute: Compute, out: Path, kv: str | None
+    settings: RunSettings, base: BaseModel, sequences: SplitSequences, compute: Compute, out: Path, kv: str | None
 ) -> RunPlan:
     """The plan of a run on this machine that writes to ``out``.
 
@@ -108,7 +108,7 @@ def plan_run(
     if kv is not None:
         settings = dataclasses.replace(settings, kv=kv)
     plan = make_plan(settings, base.config, this_machine(compute), free_disk_bytes(cache))
-    passed = pass_folder(base, blocks, plan.settings, base_needs(plan.settings), compute, cache)
+    passed = pass_folder(base, sequences, plan.settings, base_needs(plan.settings), compute, cache)
     check_disk(plan.memory.disk, out=out, base_pass=passed)
     return plan
 

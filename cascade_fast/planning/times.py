@@ -15,7 +15,7 @@ from cascade_fast.planning.devices import Device
 from cascade_fast.planning.kv import recompute_flops
 from cascade_fast.planning.memory import base_tokens_at_once
 from cascade_fast.selection import hard_count
-from cascade_fast.settings import RunSettings
+from cascade_fast.settings import SPLITS, RunSettings
 
 # Kernels in eager mode, counted with TorchDispatchMode: of a base layer's forward about 30 (queries, keys and rotary
 # embedding more than a stage's); of a chunk of logits about 10.
@@ -44,9 +44,8 @@ def base_pass_time(settings: RunSettings, base_config: Any, device: Device) -> T
     """The base over every block of every split; logits where the loss or the criterion needs them."""
     shape, width = Shape.from_settings(settings, base_config), device.dtype.itemsize
     s, layers, seq = shape.stage, base_config.num_hidden_layers, settings.seq_len
-    test = settings.val_blocks if settings.test_blocks is None else settings.test_blocks
-    tokens = (settings.train_blocks + settings.val_blocks + test) * seq
-    with_logits = tokens_with_logits(settings, tokens, settings.train_blocks * seq)
+    tokens = sum(settings.expected_tokens(split) for split in SPLITS)
+    with_logits = tokens_with_logits(settings, tokens, settings.expected_tokens("train"))
     at_once = base_tokens_at_once(settings, device.on_cpu)
     passes = math.ceil(tokens / at_once)
     flops = tokens * base_flops(shape, seq, with_logits=False) + with_logits * 2 * shape.counts.head
@@ -75,7 +74,7 @@ def epoch_time(settings: RunSettings, base_config: Any, device: Device, micro: i
     """An epoch of stage 1 over its hard tokens, ``micro`` of them at once, without validation."""
     shape, width = Shape.from_settings(settings, base_config), device.dtype.itemsize
     s, trained = shape.stage, shape.counts.trained()
-    tokens = hard_count(settings.hard_ratio, settings.train_blocks * settings.seq_len)
+    tokens = hard_count(settings.hard_ratio, settings.expected_tokens("train"))
     steps = math.ceil(tokens / settings.batch_tokens)
     parts = steps * math.ceil(settings.batch_tokens / micro)
     matrices = shape.counts.matrices()

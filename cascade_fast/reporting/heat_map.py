@@ -1,6 +1,8 @@
 """``heat_map.json``: some validation text, token by token - where each left the cascade, and what that did to its loss.
 
-Shapes: B blocks, S predicted tokens a block, N = B * S, P scores of a token.
+What has no label has None for exit, scores and losses.
+
+Shapes: N tokens, P scores of a token.
 """
 
 import json
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cascade_fast.base.sequences import Sequences
 from cascade_fast.base.texts import token_texts
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.files import CHECKSUM, DamagedFile, atomic_write_text, json_checksum, read_json
@@ -26,46 +29,53 @@ _LARGEST = 1e4  # an infinite loss is shown as this one: JSON has no infinity
 
 def heat_map(
     tokenizer: Any,
-    ids_BT: Tensor,
-    base_loss_N: Tensor,
+    sequences: Sequences,
     evaluation: ExitEvaluation,
     *,
     criterion: str,
     thresholds: list[float],
 ) -> dict[str, Any]:
-    """The heat map of the first ``MAX_BLOCKS`` blocks, ``MAX_TOKENS`` tokens at most.
+    """The heat map of the first ``MAX_BLOCKS`` sequences, ``MAX_TOKENS`` tokens at most.
 
     Args:
-        ids_BT: token blocks of T = S + 1 ids: S tokens that are predicted, after a first one that is only read.
-        base_loss_N: the base's cross-entropy of each predicted token, in nats.
-        evaluation: the same tokens, each at its own exit.
+        sequences: of validation.
+        evaluation: their labelled tokens, each at its own exit.
         thresholds: of the stages kept, in order.
     """
-    seq_len = ids_BT.shape[1] - 1
-    shown = min(seq_len, MAX_TOKENS)
-    blocks = []
-    for number in range(min(len(ids_BT), MAX_BLOCKS, max(1, MAX_TOKENS // seq_len))):
-        rows = slice(number * seq_len, number * seq_len + shown)
-        exits = evaluation.exit_N[rows].tolist()
-        score_NP = _rounded(evaluation.score_NP[rows])
-        blocks.append(
-            {
-                "texts": token_texts(tokenizer, ids_BT[number, : shown + 1].tolist()),
-                "exits": exits,
-                # A token that left at exit k has k + 1 scores; after the last stage there is none.
-                "scores": [scores[: exit_ + 1] for scores, exit_ in zip(score_NP, exits, strict=True)],
-                "base_loss": _rounded(base_loss_N[rows]),
-                "loss": _rounded(evaluation.loss_N[rows]),
-            }
-        )
+    blocks, shown = [], 0
+    for number in range(min(len(sequences), MAX_BLOCKS)):
+        ids = sequences.ids(number)[: MAX_TOKENS + 1].tolist()
+        tokens = len(ids) - 1
+        if blocks and shown + tokens > MAX_TOKENS:
+            break
+        shown += tokens
+        first, end = torch.searchsorted(evaluation.sequence_N, torch.tensor([number, number + 1])).tolist()
+        here = slice(first, first + int((evaluation.position_N[first:end] < tokens).sum()))
+        place_J = evaluation.position_N[here].long()
+        # A token that left at exit k has k + 1 scores; after the last stage there is none.
+        exits: list[int] = evaluation.exit_N[here].tolist()
+        scores = [of[: exit_ + 1] for of, exit_ in zip(_rounded(evaluation.score_NP[here]), exits, strict=True)]
+        losses = {"base_loss": _rounded(evaluation.base_loss_N[here]), "loss": _rounded(evaluation.loss_N[here])}
+        columns: dict[str, list[Any]] = {"exits": exits, "scores": scores, **losses}
+        if len(exits) < tokens:  # without a label: no exit, score or loss
+            columns = {name: _spread(values, place_J.tolist(), tokens) for name, values in columns.items()}
+        blocks.append({"texts": token_texts(tokenizer, ids), **columns})
     return {
         "format": FORMAT,
         "split": "val",
         "criterion": criterion,
         "thresholds": thresholds,
-        "blocks_in_all": len(ids_BT),
+        "blocks_in_all": len(sequences),
         "blocks": blocks,
     }
+
+
+def _spread(values: list[Any], places: list[int], tokens: int) -> list[Any]:
+    """``values`` at their places of ``tokens``, None elsewhere."""
+    spread: list[Any] = [None] * tokens
+    for place, value in zip(places, values, strict=True):
+        spread[place] = value
+    return spread
 
 
 def write_heat_map(folder: Path, content: dict[str, Any]) -> None:

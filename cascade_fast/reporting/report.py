@@ -13,7 +13,7 @@ from cascade_fast.reporting.samples import make_samples, read_samples
 from cascade_fast.runtime.console import epoch_line, format_count, literal, markdown_table, say
 from cascade_fast.runtime.files import atomic_write_text, load_record
 from cascade_fast.runtime.run_folder import CONFIG, REPORT, check_run, read_results
-from cascade_fast.settings import SECOND_LOOK_PRESET
+from cascade_fast.settings import SECOND_LOOK_PRESET, training_size
 from cascade_fast.stages.kind import get_kind
 
 DIAGNOSIS_RULE = (
@@ -178,7 +178,8 @@ def advice(results: RunResults) -> list[str]:
     second_look = "`--preset second-look`"
     if results.base.layers < SECOND_LOOK_PRESET["layers_per_stage"]:
         second_look = f"`--stage-kind second-look --layers-per-stage {results.base.layers}`"
-    more_text = f"`--train-blocks {4 * settings['train_blocks']}`"
+    flag, size = training_size(settings)
+    more_text = f"`{flag} {4 * size}`"
     if kept == 0:
         tries = [f"a lower learning rate (`--lr {settings['lr'] / 3:.1g}`)"]
         if settings["hard_ratio"] < 0.9:

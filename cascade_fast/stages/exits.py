@@ -1,6 +1,6 @@
 """Dynamic exit: every token leaves the cascade as early as it can, with the logits of where it leaves."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from cascade_fast.input_checks import one_line
 from cascade_fast.losses import perplexity
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import DamagedFile, load_tensors, save_tensors
-from cascade_fast.selection import select_below
+from cascade_fast.selection import Selection, check_finite, select_below, select_hardest
 from cascade_fast.stages.kind import get_kind
 from cascade_fast.stages.stage import Stage, StageConfig
-from cascade_fast.stages.tokens import SequencePack, StageTokens
+from cascade_fast.stages.tokens import Recompute, SequencePack, StageTokens
 
 TOKENS_AT_ONCE = 2048
 
@@ -42,6 +42,19 @@ class ExitStage:
         except RuntimeError as error:  # another shape or other names: one without a checksum that is another stage's
             raise DamagedFile(f"{str(path)!r} does not fit the stage: {one_line(error)}") from error
         return cls(stage.eval(), threshold)
+
+
+def hardest_of_store(store: HiddenStore, hard_ratio: float) -> Selection:
+    """As :func:`select_hardest`, of the tokens with a label; ``index_K`` are rows of the store.
+
+    Raises:
+        NonFiniteScores: names sequence and position.
+    """
+    labelled_J = store.labelled_index()
+    score_J = store["score"][labelled_J]
+    check_finite(score_J, store["sequence"][labelled_J], store["position"][labelled_J])
+    selection = select_hardest(score_J, hard_ratio)
+    return Selection(labelled_J[selection.index_K], selection.threshold)
 
 
 @dataclass(frozen=True)
@@ -107,12 +120,22 @@ def advance(
 
 @dataclass(frozen=True)
 class ExitEvaluation:
-    """``loss_N``: every token's cross-entropy at its own exit. ``exit_N``: 0 for the base, k for stage k.
-    ``score_NP``: its score before each of P stages, NaN where it did not come so far; without stages, the base's."""
+    """Of every token with a label, in the order of the base pass's store.
+
+    Attributes:
+        loss_N: cross-entropy at its own exit.
+        exit_N: 0 for the base, k for stage k.
+        score_NP: its score before each of P stages, NaN where it did not come so far; without stages, the base's.
+        base_loss_N: cross-entropy of the base.
+        sequence_N, position_N: where it is.
+    """
 
     loss_N: Tensor
     exit_N: Tensor
     score_NP: Tensor
+    base_loss_N: Tensor
+    sequence_N: Tensor
+    position_N: Tensor
 
     @property
     def perplexity(self) -> float:
@@ -132,25 +155,22 @@ def evaluate_exits(
     *,
     criterion: Criterion,
     compute: Compute,
-    recompute: Callable[[Tensor], Tensor] | None = None,
+    recompute: Recompute | None = None,
 ) -> ExitEvaluation:
     """Sends every token of a base pass's store through the cascade.
 
     A token whose score is above stage 1's threshold keeps the base's loss; otherwise it enters stage 1, and so on;
-    the last stage takes all that is left. ``recompute``: see :class:`SequenceTokens`.
+    the last stage takes all that is left. A token without a label enters none and is not among the results.
+    ``recompute``: see :class:`SequenceTokens`.
     """
     loss_N = store["loss"].clone()
     exit_N = torch.zeros(len(store), dtype=torch.int64)
     score_NP = torch.full((len(store), max(len(stages), 1)), torch.nan)
     score_NP[:, 0] = store["score"]
-    if not stages or len(store) == 0:
-        return ExitEvaluation(loss_N, exit_N, score_NP)
-    kind = get_kind(stages[0].stage.config.kind)
-    seq_len = int(store["position"][-1]) + 1
-    step = seq_len * max(1, TOKENS_AT_ONCE // seq_len)  # whole sequences
-    for first in range(0, len(store), step):
-        stores = [store.part(slice(first, first + step))]
-        token_K = torch.arange(first, first + len(stores[0]))  # where the tokens still on their way are
+    for first, end in _whole_sequences(store) if stages else ():
+        kind = get_kind(stages[0].stage.config.kind)
+        stores = [store.part(slice(first, end))]
+        token_K = torch.arange(first, end)  # where the tokens still on their way are
         for number, exit_stage in enumerate(stages, 1):
             hard_J = select_below(stores[-1]["score"], exit_stage.threshold)
             if len(hard_J) == 0:
@@ -162,4 +182,18 @@ def evaluate_exits(
             if number < len(stages):
                 score_NP[token_K, number] = arrays["score"]
             stores.append(HiddenStore(store.folder, arrays, {**store.meta, "stage": number}))
-    return ExitEvaluation(loss_N, exit_N, score_NP)
+    labelled_J = store.labelled_index()
+    results = (loss_N, exit_N, score_NP, store["loss"], store["sequence"], store["position"])
+    return ExitEvaluation(*(of_N[labelled_J] for of_N in results))
+
+
+def _whole_sequences(store: HiddenStore) -> Iterator[tuple[int, int]]:
+    """Rows from and to: whole sequences of about ``TOKENS_AT_ONCE`` tokens, one at least."""
+    first = end = 0
+    for count in torch.unique_consecutive(store["sequence"], return_counts=True)[1].tolist():
+        if end > first and end + count - first > TOKENS_AT_ONCE:
+            yield first, end
+            first = end
+        end += count
+    if end > first:
+        yield first, end

@@ -7,7 +7,7 @@ defines ``KIND``, and an entry in ``settings.STAGE_KINDS``.
 import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import STAGE_KINDS, RunSettings
 from cascade_fast.stages.counts import StageCounts, StageMemory
 from cascade_fast.stages.stage import Stage, StageConfig
-from cascade_fast.stages.tokens import StageTokens
+from cascade_fast.stages.tokens import Recompute, StageTokens
 
 
 class StageKind(ABC):
@@ -54,9 +54,9 @@ class StageKind(ABC):
 
     def recompute(
         self, settings: RunSettings, base_config: Any, passed: BasePass, compute: Compute
-    ) -> Callable[[Tensor], Tensor] | None:
-        """The base's keys and values ``(B, S, L, 2, G, E)`` anew, from its residual stream ``(B, S, D)``; None where
-        nobody needs them or the base pass has kept them."""
+    ) -> Recompute | None:
+        """The base's keys and values ``(B, S, L, 2, G, E)`` anew, from its residual stream ``(B, S, D)`` and positions
+        ``(B, S)``; None where nobody needs them or the base pass has kept them."""
         return None
 
     # --- the stage ----------------------------------------------------------------------------------------------------
@@ -81,9 +81,7 @@ class StageKind(ABC):
     def empty(self, config: StageConfig, head_VD: Tensor | None = None) -> Stage:
         """A stage that trained weights are about to be loaded into."""
 
-    def tokens(
-        self, stores: Sequence[HiddenStore], index_K: Tensor, recompute: Callable[[Tensor], Tensor] | None = None
-    ) -> StageTokens:
+    def tokens(self, stores: Sequence[HiddenStore], index_K: Tensor, recompute: Recompute | None = None) -> StageTokens:
         """The tokens ``index_K`` of the last of ``stores``, handed out as its stages take them.
 
         Args:

@@ -12,7 +12,7 @@ Shape legend: B sequences of a pack, S sequence length, N = B * S tokens, K hard
 of one sequence, L layers, D hidden size, H heads, G key/value heads, E head size, V vocabulary; 2 is (key, value).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from cascade_fast.stages.attention import additive, grouped_attention, queries_a
 from cascade_fast.stages.kind import StageKind
 from cascade_fast.stages.second_look_sizes import SecondLookCounts, SecondLookMemory
 from cascade_fast.stages.stage import GatedMLP, RMSNorm, Stage, StageConfig, StageRun
-from cascade_fast.stages.tokens import SequencePack, SequenceTokens
+from cascade_fast.stages.tokens import Recompute, SequencePack, SequenceTokens
 
 # Those whose angle at a position does not depend on the length of the sequence.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -222,15 +222,15 @@ class SecondLookStage(Stage):
         return x_KD, self.norm(x_KD)
 
     @torch.no_grad()
-    def keys_and_values(self, hidden_BSD: Tensor) -> Tensor:
+    def keys_and_values(self, hidden_BSD: Tensor, position_BS: Tensor) -> Tensor:
         """``(B, S, L, 2, G, E)`` of whole sequences, every token of which goes through these layers: for a stage that
-        has not been trained, the base's own."""
-        sequences, seq_len = hidden_BSD.shape[:2]
-        row_N = torch.arange(sequences * seq_len, device=hidden_BSD.device)
-        nothing = hidden_BSD.new_zeros(1).expand(sequences, seq_len, *self.config.kv_shape)  # all of it is laid over
+        has not been trained, the base's own. A row may hold several sequences, one after another."""
+        rows, width = hidden_BSD.shape[:2]
+        row_N = torch.arange(rows * width, device=hidden_BSD.device)
+        nothing = hidden_BSD.new_zeros(1).expand(rows, width, *self.config.kv_shape)  # all of it is laid over
         left: list[Tensor] = []
-        self(SequencePack(hidden_BSD.flatten(0, 1), row_N % seq_len, row_N, row_N, seq_len, nothing), left)
-        return torch.stack(left, dim=1).unflatten(0, (sequences, seq_len))
+        self(SequencePack(hidden_BSD.flatten(0, 1), position_BS.flatten(), row_N, row_N, width, nothing), left)
+        return torch.stack(left, dim=1).unflatten(0, (rows, width))
 
     def run(self, pack: SequencePack) -> StageRun:
         left: list[Tensor] = []
@@ -277,7 +277,10 @@ class SecondLook(StageKind):
 
     def needs(self, settings: RunSettings) -> BaseNeeds:
         return BaseNeeds(
-            settings.reads, last_layers=settings.layers_per_stage, keys_and_values=settings.kv != "recompute"
+            settings.reads,
+            last_layers=settings.layers_per_stage,
+            keys_and_values=settings.kv != "recompute",
+            context=True,
         )
 
     def new(
@@ -294,21 +297,22 @@ class SecondLook(StageKind):
 
     def recompute(
         self, settings: RunSettings, base_config: Any, passed: BasePass, compute: Compute
-    ) -> Callable[[Tensor], Tensor] | None:
+    ) -> Recompute | None:
         if settings.kv != "recompute":
             return None
         stage = self.new(settings, base_config, passed, None, 1)
         frozen = stage.eval().requires_grad_(False).to(compute.device)
         kv_dtype = passed.stores["train"].handed_on_dtype
 
-        def keys_and_values(hidden_BSD: Tensor) -> Tensor:
+        def keys_and_values(hidden_BSD: Tensor, position_BS: Tensor) -> Tensor:
             with compute.autocast():
-                return frozen.keys_and_values(hidden_BSD.to(compute.device)).to("cpu", kv_dtype)
+                kv = frozen.keys_and_values(hidden_BSD.to(compute.device), position_BS.to(compute.device))
+            return kv.to("cpu", kv_dtype)
 
         return keys_and_values
 
     def tokens(
-        self, stores: Sequence[HiddenStore], index_K: Tensor, recompute: Callable[[Tensor], Tensor] | None = None
+        self, stores: Sequence[HiddenStore], index_K: Tensor, recompute: Recompute | None = None
     ) -> SequenceTokens:
         return SequenceTokens(stores, index_K, recompute)
 

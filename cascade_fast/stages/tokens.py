@@ -2,8 +2,11 @@
 
 What an epoch shuffles and a batch is made of is a *unit*: a token, or a sequence with its hard tokens.
 
-Shape legend: K hard tokens, D hidden size, U units, B sequences of a batch, S sequence length, L layers, G key/value
-heads, E head size; 2 is (key, value).
+Sequences of a batch that are shorter than the longest share rows with others, as many as fit: one row is as long as
+the longest, and no token sees another sequence.
+
+Shape legend: K hard tokens, D hidden size, U units, C sequences of a batch, B rows that they are packed into, S tokens
+of a row, L layers, G key/value heads, E head size; 2 is (key, value).
 """
 
 import dataclasses
@@ -17,6 +20,8 @@ from torch import Tensor
 from cascade_fast import ops
 from cascade_fast.base.hidden_store import HiddenStore
 
+Recompute = Callable[[Tensor, Tensor], Tensor]  # of (B, S, D) and (B, S): see SequenceTokens
+
 
 @dataclass(frozen=True)
 class SequencePack:
@@ -24,9 +29,9 @@ class SequencePack:
 
     Attributes:
         hidden_KD: residual stream before the stage's first layer, float.
-        position_K: true position, int64.
-        row_K: ``sequence * S + position`` within the pack, int64, ascending.
-        slot_K: ``sequence * Q + rank among the sequence's hard tokens``, int64: queries padded to Q a sequence.
+        position_K: true position, int64: its sequence begins as many columns before it.
+        row_K: ``row * S + column`` within the pack, int64.
+        slot_K: ``row * Q + rank among the row's hard tokens``, int64: queries padded to Q a row.
         queries: Q.
         kv_BSL2GE: keys (rotated) and values of every token, as the exits before have left them; float.
     """
@@ -44,12 +49,16 @@ class SequencePack:
         return dataclasses.replace(self, **moved)
 
     def mask(self) -> Tensor:
-        """``(B, 1, Q, S)`` bool: a query sees the keys up to its own position. Padding sees the first key, so that
-        its softmax is finite; nobody reads its output."""
-        sequences, seq_len = self.kv_BSL2GE.shape[:2]
-        position = self.position_K.new_zeros(sequences * self.queries).index_copy(0, self.slot_K, self.position_K)
-        keys_S = torch.arange(seq_len, device=position.device)
-        return (keys_S <= position[:, None]).view(sequences, 1, self.queries, seq_len)
+        """``(B, 1, Q, S)`` bool: a query sees the keys of its sequence up to its own. Padding sees the first key, so
+        that its softmax is finite; nobody reads its output."""
+        rows, width = self.kv_BSL2GE.shape[:2]
+        column_K = self.row_K % width
+        last, first = (
+            column_K.new_zeros(rows * self.queries).index_copy(0, self.slot_K, of_K)[:, None]
+            for of_K in (column_K, column_K - self.position_K)
+        )
+        keys_S = torch.arange(width, device=last.device)
+        return ((keys_S <= last) & (keys_S >= first)).view(rows, 1, self.queries, width)
 
 
 class StageTokens:
@@ -77,6 +86,10 @@ class StageTokens:
         """How many units hold about ``tokens`` tokens."""
         return tokens
 
+    def chunks(self, tokens: int) -> Sequence[Tensor]:
+        """All units in order, in parts of about ``tokens`` tokens."""
+        return torch.arange(self.units).split(self.units_of(tokens))
+
     def count(self, picked: Tensor) -> int:
         """How many tokens the units ``picked`` hold."""
         return picked.shape[0]
@@ -98,20 +111,19 @@ class SequenceTokens(StageTokens):
         stores: the base's, with every token of its sequences, then what each stage so far has left, with the tokens
             that went through it. All have ``kv``; a later one's stands over those before it.
         index_K: rows of the hard tokens in the last store, ``(K,)`` int64, ascending, K >= 1.
-        recompute: ``hidden (B, S, D) -> kv (B, S, L, 2, G, E)`` of the base, where its store has no ``kv``.
+        recompute: ``hidden (B, S, D), position (B, S) -> kv (B, S, L, 2, G, E)`` of the base, where its store has no
+            ``kv``.
     """
 
     batches_differ = True
 
-    def __init__(
-        self, stores: Sequence[HiddenStore], index_K: Tensor, recompute: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, stores: Sequence[HiddenStore], index_K: Tensor, recompute: Recompute | None = None) -> None:
         super().__init__(stores[-1], index_K)
         self.stores = stores
         self.recompute = recompute
-        self.seq_len = int(stores[0]["position"][-1]) + 1
         self.sequence_U, self.count_U = torch.unique_consecutive(self.store["sequence"][index_K], return_counts=True)
         self.start_U = self.count_U.cumsum(0) - self.count_U
+        self.base_start_U, self.length_U = _rows_of(stores[0], self.sequence_U)
 
     @property
     def units(self) -> int:
@@ -120,6 +132,17 @@ class SequenceTokens(StageTokens):
     def units_of(self, tokens: int) -> int:
         return max(1, round(tokens * self.units / len(self)))
 
+    def chunks(self, tokens: int) -> Sequence[Tensor]:
+        """As :meth:`StageTokens.chunks`, none longer than as many sequences of mean length: they are sorted by it."""
+        most = self.units_of(tokens) * self.length_U.double().mean().item()
+        parts, first, held = list[Tensor](), 0, 0
+        for unit, length in enumerate(self.length_U.tolist()):
+            if unit > first and held + length > most:
+                parts.append(torch.arange(first, unit))
+                first, held = unit, 0
+            held += length
+        return [*parts, torch.arange(first, self.units)]
+
     def count(self, picked: Tensor) -> int:
         return int(self.count_U[picked].sum())
 
@@ -127,42 +150,105 @@ class SequenceTokens(StageTokens):
         return self.index_K[_ranges(self.start_U[picked], self.count_U[picked])]
 
     def batch(self, picked: Tensor, device: torch.device) -> tuple[SequencePack, Tensor]:
-        store, count_B = self.store, self.count_U[picked]
+        store, count_C = self.store, self.count_U[picked]
         hidden_KD, (label_K, position_K) = ops.gather_rows(
             store.hidden, self.rows(picked), (store["label"], store["position"])
         )
         position_K = position_K.long()
-        sequence_K = torch.arange(len(picked)).repeat_interleave(count_B)
-        rank_K = _ranges(torch.zeros_like(count_B), count_B)
-        queries = int(count_B.max())
+        places = PackPlaces.from_lengths(self.length_U[picked])
+        # Ranks of hard tokens in their row: after those of the sequences before them there.
+        before_C, queries = places.counted(count_C)
+        slot_K = (places.row_C * queries + before_C).repeat_interleave(count_C)
         pack = SequencePack(
             hidden_KD,
             position_K,
-            row_K=sequence_K * self.seq_len + position_K,
-            slot_K=sequence_K * queries + rank_K,
+            row_K=(places.row_C * places.width + places.column_C).repeat_interleave(count_C) + position_K,
+            slot_K=slot_K + _ranges(torch.zeros_like(count_C), count_C),
             queries=queries,
-            kv_BSL2GE=self._keys_and_values(self.sequence_U[picked]),
+            kv_BSL2GE=self._keys_and_values(picked, places),
         )
         return pack.to(device), label_K.to(device, non_blocking=True)
 
-    def _keys_and_values(self, sequence_B: Tensor) -> Tensor:
+    def _keys_and_values(self, picked: Tensor, places: "PackPlaces") -> Tensor:
         """``(B, S, L, 2, G, E)``: of every token, what its latest exit has left."""
         base, *later = self.stores
-        block_B = (sequence_B - base["sequence"][0]).long()
+        start_C, length_C = self.base_start_U[picked], self.length_U[picked]
+        # Where nobody is, some token is taken: no query sees it.
+        source_BS = places.laid_out(start_C, length_C, fill=int(start_C[0]))
         if self.recompute is None:
-            kv_BSL2GE = base["kv"].unflatten(0, (-1, self.seq_len))[block_B]
+            kv_BSL2GE = _taken(base["kv"], source_BS)
         else:
-            kv_BSL2GE = self.recompute(base.hidden.unflatten(0, (-1, self.seq_len))[block_B])
+            position_BS = places.laid_out(torch.zeros_like(start_C), length_C, fill=0)
+            kv_BSL2GE = self.recompute(_taken(base.hidden, source_BS), position_BS)
         if later and later[-1]["kv"].dtype != kv_BSL2GE.dtype:
             kv_BSL2GE = kv_BSL2GE.to(later[-1]["kv"].dtype)  # float16 to float32
         kv_NL2GE = kv_BSL2GE.flatten(0, 1)
+        first_C = places.row_C * places.width + places.column_C
         for store in later:
-            start_B = torch.searchsorted(store["sequence"], sequence_B)
-            count_B = torch.searchsorted(store["sequence"], sequence_B, right=True) - start_B
-            row_J = _ranges(start_B, count_B)
-            place_J = torch.arange(len(sequence_B)).repeat_interleave(count_B) * self.seq_len + store["position"][row_J]
-            kv_NL2GE[place_J] = store["kv"][row_J]
+            start_C, count_C = _rows_of(store, self.sequence_U[picked])
+            row_J = _ranges(start_C, count_C)
+            kv_NL2GE[first_C.repeat_interleave(count_C) + store["position"][row_J]] = store["kv"][row_J]
         return kv_BSL2GE
+
+
+@dataclass(frozen=True)
+class PackPlaces:
+    """Where the sequences of a batch stand in its pack.
+
+    Attributes:
+        row_C, column_C: of each sequence's first token, int64.
+        rows, width: B and S; S is the length of the longest sequence.
+    """
+
+    row_C: Tensor
+    column_C: Tensor
+    rows: int
+    width: int
+
+    @classmethod
+    def from_lengths(cls, length_C: Tensor) -> "PackPlaces":
+        """Each sequence, the longest first, goes into the first row with room for it."""
+        width = int(length_C.max())
+        if int(length_C.min()) * 2 > width:  # no two fit into one
+            row_C = torch.arange(len(length_C))
+            return cls(row_C, torch.zeros_like(row_C), len(length_C), width)
+        row_C, column_C = torch.empty_like(length_C), torch.empty_like(length_C)
+        filled: list[int] = []
+        for number in torch.argsort(length_C, descending=True, stable=True).tolist():
+            length = int(length_C[number])
+            row = next((r for r, used in enumerate(filled) if used + length <= width), len(filled))
+            if row == len(filled):
+                filled.append(0)
+            row_C[number], column_C[number] = row, filled[row]
+            filled[row] += length
+        return cls(row_C, column_C, len(filled), width)
+
+    def counted(self, count_C: Tensor) -> tuple[Tensor, int]:
+        """Of ``count_C`` things in each sequence: how many stand before its own in its row, and the most in a row."""
+        in_row_B = count_C.new_zeros(self.rows).index_add_(0, self.row_C, count_C)
+        if self.rows == len(self.row_C):
+            return torch.zeros_like(count_C), int(in_row_B.max())
+        order = torch.argsort(self.row_C * self.width + self.column_C)
+        before_C = torch.empty_like(count_C)
+        before_C[order] = count_C[order].cumsum(0) - count_C[order]
+        row_start_B = in_row_B.cumsum(0) - in_row_B
+        return before_C - row_start_B[self.row_C], int(in_row_B.max())
+
+    def laid_out(self, start_C: Tensor, length_C: Tensor, *, fill: int) -> Tensor:
+        """``(B, S)`` int64: ``start, start + 1, ...`` where each sequence stands, ``fill`` elsewhere."""
+        out = torch.full((self.rows * self.width,), fill)
+        out[_ranges(self.row_C * self.width + self.column_C, length_C)] = _ranges(start_C, length_C)
+        return out.view(self.rows, self.width)
+
+
+def _taken(of_N: Tensor, index_BS: Tensor) -> Tensor:
+    return of_N.index_select(0, index_BS.flatten()).unflatten(0, index_BS.shape)
+
+
+def _rows_of(store: HiddenStore, sequence_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the tokens of sequences begin in a store, and how many there are."""
+    start_C = torch.searchsorted(store["sequence"], sequence_C)
+    return start_C, torch.searchsorted(store["sequence"], sequence_C, right=True) - start_C
 
 
 def _ranges(start_B: Tensor, count_B: Tensor) -> Tensor:

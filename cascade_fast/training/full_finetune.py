@@ -1,11 +1,11 @@
 """The full fine-tune of a base: what a cascade is compared with.
 
-Every weight is trained, embeddings and output head included, on every token of the cascade's training blocks: the
+Every weight is trained, embeddings and output head included, on every labelled token of its training text: the
 same trainer as for stages, with the optimizer, schedule, warm-up and clipping of the settings, ``batch_tokens`` in a
 step. The best epoch on validation is kept, or the base where none is better, as a cascade keeps no stage that does not
 help.
 
-Shape legend: B blocks of a batch, S tokens of a block, N = B * S tokens, D hidden size, V vocabulary.
+Shape legend: B sequences of a batch, S tokens of the longest, N tokens with a label, D hidden size, V vocabulary.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from cascade_fast.base.model import find_base
-from cascade_fast.base.texts import load_blocks
+from cascade_fast.base.sequences import NO_LABEL, Sequences
+from cascade_fast.base.texts import load_sequences
 from cascade_fast.input_checks import InputError
 from cascade_fast.losses import perplexity
 from cascade_fast.records import BaseRecord, Final, FullFinetuneResults, SplitTokens
@@ -49,9 +50,9 @@ def full_finetune(settings: RunSettings) -> Path:
     folder = Path(settings.out)
     compute = Compute.choose(settings.device, settings.dtype)
     base = find_base(settings)
-    blocks = load_blocks(settings, base.tokenizer())
-    settings = blocks.settle(settings)
-    fingerprints = {"base": base.fingerprint, "data": blocks.fingerprint()}
+    sequences = load_sequences(settings, base.tokenizer())
+    settings = sequences.settle(settings)
+    fingerprints = {"base": base.fingerprint, "data": sequences.fingerprint()}
     if _finished(folder, settings, fingerprints):
         say(f"finished already: {folder}")
         return folder
@@ -60,7 +61,7 @@ def full_finetune(settings: RunSettings) -> Path:
     say(f"full fine-tune: {folder}")
     model = base.load(compute.device, torch.float32).requires_grad_(True)
     whole = WholeModel(model)
-    tokens = {split: BlockTokens(ids) for split, ids in blocks.ids.items()}
+    tokens = {split: WholeSequences(of) for split, of in sequences.splits.items()}
 
     def loss(split: str) -> float:
         return validation_loss(whole.eval(), tokens[split], compute)
@@ -99,33 +100,44 @@ def full_finetune(settings: RunSettings) -> Path:
     return folder
 
 
-class BlockTokens:
-    """Every token of blocks ``(B, S + 1)`` but the first of each, in batches of whole blocks."""
+class WholeSequences:
+    """Every labelled token of some sequences, in batches of whole sequences."""
 
-    batches_differ = False
-
-    def __init__(self, ids_BT: Tensor) -> None:
-        self.ids_BT = ids_BT
+    def __init__(self, sequences: Sequences) -> None:
+        self.sequences = sequences
+        self.batches_differ = len(sequences.length_B.unique()) > 1
+        ends_B = sequences.length_B.cumsum(0)
+        before_M = torch.cat([torch.zeros(1, dtype=torch.int64), sequences.labelled_N.cumsum(0)])
+        self.labels_B = before_M[ends_B] - before_M[ends_B - sequences.length_B]
 
     def __len__(self) -> int:
-        return self.ids_BT[:, 1:].numel()
+        return self.sequences.labels
 
     @property
     def units(self) -> int:
-        return len(self.ids_BT)
+        return len(self.sequences)
 
     def units_of(self, tokens: int) -> int:
-        """How many blocks hold about ``tokens`` tokens; one at least."""
-        return max(1, tokens // (self.ids_BT.shape[1] - 1))
+        """How many sequences hold about ``tokens`` tokens; one at least."""
+        return max(1, tokens * self.units // len(self))
+
+    def chunks(self, tokens: int) -> list[Tensor]:
+        return [torch.arange(self.units)[some] for some in self.sequences.batches(tokens)]
 
     def count(self, picked: Tensor) -> int:
-        """How many tokens the blocks ``picked`` hold."""
-        return len(picked) * (self.ids_BT.shape[1] - 1)
+        """How many labelled tokens the sequences ``picked`` hold."""
+        return int(self.labels_B[picked].sum())
 
-    def batch(self, picked: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The ids ``(B, S)`` of the blocks ``picked`` and the labels ``(N,)``, int64."""
-        ids_BT = self.ids_BT[picked].to(device, torch.int64)
-        return ids_BT[:, :-1], ids_BT[:, 1:].flatten()
+    def batch(self, picked: Tensor, device: torch.device) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
+        """The ids ``(B, S)`` of the sequences ``picked``, padded on the right, which of the ``B * S`` places count
+        (None: all), and their labels ``(N,)``, int64."""
+        padded = self.sequences.padded(picked)
+        label_BS = padded.label_BS.flatten()
+        index_N = None
+        if not bool(padded.labelled_BS.all()):
+            index_N = (label_BS != NO_LABEL).nonzero().squeeze(1)
+            label_BS, index_N = label_BS[index_N], index_N.to(device)
+        return (padded.input_BS.to(device), index_N), label_BS.to(device)
 
 
 class WholeModel(nn.Module):
@@ -140,9 +152,12 @@ class WholeModel(nn.Module):
         """``(V, D)``."""
         return self.model.lm_head.weight
 
-    def forward(self, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """What the head reads, ``(N, D)``, as hidden states too: nothing comes after it."""
+    def forward(self, inputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+        """What the head reads, ``(N, D)``, as hidden states too: nothing comes after it. ``inputs``: see
+        :meth:`WholeSequences.batch`."""
+        ids_BS, index_N = inputs
         normed_ND = self.model.model(input_ids=ids_BS, use_cache=False).last_hidden_state.flatten(0, 1)
+        normed_ND = normed_ND if index_N is None else normed_ND[index_N]
         return normed_ND, normed_ND
 
 
@@ -153,8 +168,8 @@ class FullFinetune(Trainer):
     def __init__(
         self,
         whole: WholeModel,
-        train: BlockTokens,
-        val: BlockTokens,
+        train: WholeSequences,
+        val: WholeSequences,
         settings: RunSettings,
         *,
         compute: Compute,

@@ -7,7 +7,7 @@ from pathlib import Path
 from cascade_fast import ops
 from cascade_fast.base.base_pass import BasePass
 from cascade_fast.base.model import BaseModel
-from cascade_fast.base.texts import TokenBlocks
+from cascade_fast.base.sequences import SplitSequences
 from cascade_fast.criteria import model_criteria
 from cascade_fast.records import RunResults, StageRecord
 from cascade_fast.reporting.report import advice
@@ -21,13 +21,19 @@ def say_start(
     settings: RunSettings,
     folder: RunFolder,
     base: BaseModel,
-    blocks: TokenBlocks,
+    sequences: SplitSequences,
     compute: Compute,
 ) -> None:
-    sizes = ", ".join(f"{len(ids):,} {split}" for split, ids in blocks.ids.items())
+    splits = sequences.splits.items()
+    sizes = ", ".join(f"{of.tokens:,} {split}" for split, of in splits)
+    count = sum(len(of) for _, of in splits)
+    labels, tokens = sum(of.labels for _, of in splits), sum(of.tokens for _, of in splits)
+    labelled = "" if labels == tokens else f", {labels / tokens:.1%} of them learnt and measured"
     say(f"cascade_fast {settings.preset}: {folder.path}")
     say(f"base {base.source}, {base.layers} layers")
-    say(f"data {blocks.source}: {sizes} blocks of {settings.seq_len} tokens")
+    say(f"data {sequences.source}: {sizes} tokens in {count:,} sequences of at most {settings.seq_len}{labelled}")
+    for line in (*sequences.usage.lines(), *sequences.notes):
+        say(f"  {line}")
     say(f"computing on {compute.device} in {compute.dtype_name} ({compute.reason})")
     served = sorted({ops.choose(op, compute.device) for op in ops.SELECTION_OPS})
     say(f"selection operators: {', '.join(served)}")

@@ -56,6 +56,9 @@ class Batches(Protocol):
     def units_of(self, tokens: int) -> int:
         """How many units hold about ``tokens`` tokens."""
 
+    def chunks(self, tokens: int) -> Sequence[Tensor]:
+        """All units in order, in parts of about ``tokens`` tokens."""
+
     def count(self, picked: Tensor) -> int:
         """How many tokens the units ``picked`` hold."""
 
@@ -108,7 +111,7 @@ def epoch_order(n: int, *, seed: int, stage: int, epoch: int) -> Tensor:
 def validation_loss(module: Any, tokens: Batches, compute: Compute) -> float:
     """Mean cross-entropy over ``tokens``, in nats. ``module``: see :class:`Trainer`."""
     total = 0.0
-    for picked in torch.arange(tokens.units).split(tokens.units_of(EVAL_TOKENS)):
+    for picked in tokens.chunks(EVAL_TOKENS):
         inputs, label_M = tokens.batch(picked, compute.device)
         with compute.autocast():
             _, normed_MD = module(inputs)
