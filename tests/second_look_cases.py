@@ -4,7 +4,7 @@ import torch
 
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.model import find_base
-from cascade_fast.base.texts import load_blocks
+from cascade_fast.base.texts import load_sequences
 from cascade_fast.criteria import get_criterion
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import make_settings
@@ -20,7 +20,7 @@ def passed_by_base(settings, tmp_path, **changes):
     """The base, its blocks, and its pass over them."""
     settings = make_settings({**settings, **changes})
     base = find_base(settings)
-    blocks = load_blocks(settings, base.tokenizer())
+    blocks = load_sequences(settings, base.tokenizer())
     passed = base_pass(base, blocks, settings, base_needs(settings), HOW["compute"], tmp_path / "cache")
     return base, blocks, passed
 

@@ -20,7 +20,7 @@ from cascade_fast.base import base_pass as module
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.model import find_base, hub_reachable
-from cascade_fast.base.texts import load_blocks
+from cascade_fast.base.texts import load_sequences
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.selection import NonFiniteScores
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 def _pass(settings, tmp_path, dtype=torch.float32, **changes):
     settings = make_settings({**settings, **changes})
     base = find_base(settings)
-    blocks = load_blocks(settings, base.tokenizer())
+    blocks = load_sequences(settings, base.tokenizer())
     return base_pass(base, blocks, settings, base_needs(settings), Compute(CPU, dtype), tmp_path / "cache"), blocks
 
 
@@ -46,7 +46,7 @@ def test_what_is_kept_is_what_transformers_computes(tiny_settings, tmp_path, ini
     captured = []
     model.model.norm.register_forward_pre_hook(lambda _m, args: captured.append(args[0]))
     for split in ("train", "val", "test"):
-        ids, store = blocks.ids[split].long(), passed.stores[split]
+        ids, store = blocks.splits[split].blocks().long(), passed.stores[split]
         with torch.no_grad():
             out = model(ids[:, :-1], output_hidden_states=True)
         hidden = captured.pop() if init == "identity" else out.hidden_states[-1]
@@ -74,7 +74,7 @@ def test_training_tokens_get_no_logits_unless_the_criterion_needs_them(tiny_sett
     monkeypatch.setattr(criteria, "token_losses", lambda h, *a, **k: tokens.append(len(h)) or real(h, *a, **k))
     passed, blocks = _pass(tiny_settings, tmp_path, criterion="cosine")
     assert "loss" not in passed.stores["train"]
-    assert sum(tokens) == 32 * (len(blocks.ids["val"]) + len(blocks.ids["test"]))
+    assert sum(tokens) == 32 * (len(blocks.splits["val"].blocks()) + len(blocks.splits["test"].blocks()))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from cascade_fast import cascade as module
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.model import find_base
-from cascade_fast.base.texts import load_blocks
+from cascade_fast.base.texts import load_sequences
 from cascade_fast.cascade import NonFiniteLoss, run_cascade
 from cascade_fast.criteria import get_criterion
 from cascade_fast.reporting.report import diagnose
@@ -47,7 +47,7 @@ def _stores(settings, tmp_path, **changes):
     base = find_base(settings)
     return base, base_pass(
         base,
-        load_blocks(settings, base.tokenizer()),
+        load_sequences(settings, base.tokenizer()),
         settings,
         base_needs(settings),
         Compute(CPU, torch.float32),
@@ -317,7 +317,7 @@ def test_the_seed_preset_trains_as_the_naive_loop_does(tiny_settings, tmp_path):
         run_cascade(settings)
 
     model = AutoModelForCausalLM.from_pretrained(tiny_settings["base"], dtype=torch.float32)
-    ids = load_blocks(settings, find_base(settings).tokenizer()).ids["train"].long()
+    ids = load_sequences(settings, find_base(settings).tokenizer()).splits["train"].blocks().long()
     with torch.no_grad():
         states = model(ids[:, :-1], output_hidden_states=True).hidden_states
     first, last = states[0].flatten(0, 1), states[-1].flatten(0, 1)

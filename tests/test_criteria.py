@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cascade_fast import cascade, criteria, evaluate, generate, losses
 from cascade_fast.base.model import find_base
-from cascade_fast.base.texts import load_blocks
+from cascade_fast.base.texts import load_sequences
 from cascade_fast.criteria import CRITERIA, register_criterion, score_tokens, token_entropy
 from cascade_fast.hard_token_gather import HardTokenGather
 from cascade_fast.input_checks import InputError
@@ -158,7 +158,7 @@ def test_a_registered_criterion_trains_is_evaluated_and_generates(
     assert f"if its score (the {name}) is at or below" in (folder / "report.md").read_text()
 
     model, made = CascadeForCausalLM.from_pretrained(folder), make_settings(settings)
-    ids_BS = load_blocks(made, find_base(made).tokenizer()).ids["val"][:, :-1].long()
+    ids_BS = load_sequences(made, find_base(made).tokenizer()).splits["val"].blocks()[:, :-1].long()
     trained = next(e for e in evaluated if e.score_NP.shape[1] == 2)  # of validation, with both stages
     with torch.no_grad():
         whole = model(ids_BS, output_exits=True)

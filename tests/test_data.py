@@ -1,4 +1,4 @@
-"""Texts to blocks: the cut, the splits, every kind of file, and what is refused."""
+"""Texts of every kind of file, in which order, and what is refused."""
 
 import csv
 import json
@@ -6,9 +6,9 @@ import json
 import pytest
 from conftest import byte_tokenizer
 
-from cascade_fast.base.texts import cut_blocks, load_blocks, load_texts, pydoc_texts, text_blocks
+from cascade_fast.base.texts import all_sequences, load_sequences, load_texts, pydoc_texts
 from cascade_fast.input_checks import InputError
-from cascade_fast.settings import ALL, make_settings
+from cascade_fast.settings import make_settings
 
 TOKENIZER = byte_tokenizer()
 
@@ -18,73 +18,9 @@ def _config(**settings):
     return make_settings({**defaults, **settings})
 
 
-def _texts(*lengths):
-    """Texts of given lengths; the character says which text it is."""
-    return ["abcdefgh"[i] * n for i, n in enumerate(lengths)]
-
-
 def _owners(ids):
     """Which text each block came from."""
     return ["".join(sorted(set(TOKENIZER.decode(row)))) for row in ids]
-
-
-def test_blocks_overlap_by_the_label_and_the_tail_is_dropped():
-    text = "0123456789abcdefghijklmnopq"  # 27 tokens: blocks at 0, 8, 16; 24 has only 3 left
-    config = _config(train_blocks=3, test_blocks=0)
-    ids = cut_blocks([text, "x" * 9], TOKENIZER, config).ids
-    assert [TOKENIZER.decode(row) for row in ids["train"]] == [text[0:9], text[8:17], text[16:25]]
-    assert [TOKENIZER.decode(row) for row in ids["val"]] == ["x" * 9]
-    assert ids["test"].shape == (0, 9)
-
-
-def test_a_text_of_exactly_one_block_counts_and_one_token_less_does_not():
-    config = _config(train_blocks=1, test_blocks=0)
-    ids = cut_blocks(_texts(8, 9, 8, 9), TOKENIZER, config).ids
-    assert _owners(ids["train"]) == ["b"]
-    assert _owners(ids["val"]) == ["d"]
-
-
-def test_no_text_is_shared_between_splits():
-    # a: 3 blocks, of which training takes 2; the third belongs to no split.
-    ids = cut_blocks(_texts(25, 17, 9), TOKENIZER, _config()).ids
-    assert [_owners(ids[s]) for s in ("train", "val", "test")] == [["a", "a"], ["b"], ["c"]]
-
-
-def test_test_blocks_default_to_as_many_as_validation_or_what_is_left():
-    settings = make_settings({"seq_len": 8, "train_blocks": 1, "val_blocks": 2})
-    assert len(cut_blocks(_texts(9, 17, 17, 9), TOKENIZER, settings).ids["test"]) == 2
-    assert len(cut_blocks(_texts(9, 17, 9), TOKENIZER, settings).ids["test"]) == 1
-    assert len(cut_blocks(_texts(9, 17), TOKENIZER, settings).ids["test"]) == 0
-
-
-def test_reading_stops_when_there_is_enough():
-    read = []
-
-    def endless():
-        while True:
-            read.append(1)
-            yield "z" * 9
-
-    cut_blocks(endless(), TOKENIZER, _config())
-    assert len(read) < 200
-
-
-def test_too_few_blocks_says_how_many_there_are():
-    with pytest.raises(InputError, match=r"2 train \+ 1 val \+ 1 test blocks asked, but 'pydoc' has 3 of 8 tokens"):
-        cut_blocks(_texts(17, 9), TOKENIZER, _config())
-
-
-def test_texts_too_short_for_one_block():
-    with pytest.raises(InputError, match=r"shorter than one block of seq_len \+ 1 = 9 tokens \(the longest has 8\)"):
-        cut_blocks(_texts(8, 3), TOKENIZER, _config())
-
-
-def test_the_fingerprint_tells_blocks_apart():
-    one, same, other = (cut_blocks(_texts(25, 17, 9 + i), TOKENIZER, _config()).fingerprint() for i in (0, 0, 8))
-    assert one == same
-    three = cut_blocks(["q" * 25, "b" * 17, "c" * 9], TOKENIZER, _config()).fingerprint()
-    assert three != one
-    assert other == one  # what is beyond the blocks asked for changes nothing
 
 
 ROWS = [{"instruction": c * 4, "input": "", "output": c * 20, "n": 7} for c in "abcd"]
@@ -109,20 +45,20 @@ def _write(path, kind):
 def test_every_kind_of_table(tmp_path, kind):
     path = tmp_path / f"rows.{kind}"
     _write(path, kind)
-    blocks = load_blocks(_config(dataset=str(path), train_blocks=1), TOKENIZER)
+    blocks = load_sequences(_config(dataset=str(path), train_blocks=1), TOKENIZER)
     # instruction, input and output by themselves: the columns of an Alpaca row
-    assert TOKENIZER.decode(blocks.ids["train"][0]) == "aaaa\n\naaa"
-    columns = load_blocks(_config(dataset=str(path), train_blocks=1, text_columns=["output", "n"]), TOKENIZER)
-    assert TOKENIZER.decode(columns.ids["val"][0]) == "bbbbbbbbb"
-    template = load_blocks(_config(dataset=str(path), train_blocks=1, text_template="<{n}> {output}"), TOKENIZER)
-    assert TOKENIZER.decode(template.ids["test"][0]) == "<7> ccccc"
+    assert TOKENIZER.decode(blocks.splits["train"].ids(0)) == "aaaa\n\naaa"
+    columns = load_sequences(_config(dataset=str(path), train_blocks=1, text_columns=["output", "n"]), TOKENIZER)
+    assert TOKENIZER.decode(columns.splits["val"].ids(0)) == "bbbbbbbbb"
+    template = load_sequences(_config(dataset=str(path), train_blocks=1, text_template="<{n}> {output}"), TOKENIZER)
+    assert TOKENIZER.decode(template.splits["test"].ids(0)) == "<7> ccccc"
 
 
 def test_text_files_are_a_text_each_and_a_folder_is_read_in_order(tmp_path):
     for name in "cba":
         (tmp_path / f"{name}.txt").write_text(f"{name}\n" * 9)
-    blocks = load_blocks(_config(dataset=str(tmp_path), train_blocks=1), TOKENIZER)
-    decoded = [TOKENIZER.decode(blocks.ids[s][0]) for s in ("train", "val", "test")]
+    blocks = load_sequences(_config(dataset=str(tmp_path), train_blocks=1), TOKENIZER)
+    decoded = [TOKENIZER.decode(blocks.splits[s].ids(0)) for s in ("train", "val", "test")]
     assert [text[0] for text in decoded] == ["a", "b", "c"]
     assert decoded[0] == "a\na\na\na\na"
 
@@ -142,7 +78,7 @@ def test_columns_that_are_not_there(tmp_path, settings, said):
     path = tmp_path / "rows.json"
     _write(path, "json")
     with pytest.raises(InputError, match=said):
-        load_blocks(_config(dataset=str(path), **settings), TOKENIZER)
+        load_sequences(_config(dataset=str(path), **settings), TOKENIZER)
 
 
 def test_datasets_that_are_not_there(tmp_path):
@@ -164,9 +100,9 @@ def test_datasets_that_are_not_there(tmp_path):
         "someone/some-dataset": "not to be had from the Hugging Face Hub",
     }.items():
         with pytest.raises(InputError, match=said):
-            load_blocks(_config(dataset=name), TOKENIZER)
+            load_sequences(_config(dataset=name), TOKENIZER)
     with pytest.raises(InputError, match="pydoc has no columns"):
-        load_blocks(_config(dataset="pydoc", text_columns=["a"]), TOKENIZER)
+        load_sequences(_config(dataset="pydoc", text_columns=["a"]), TOKENIZER)
 
 
 # --- the file that was named is the file that is read ----------------------------------------------------------------
@@ -298,8 +234,8 @@ def test_shuffled_splits_of_sorted_data_are_alike(sorted_data):
     asked = {"dataset": str(sorted_data), "train_blocks": 100, "val_blocks": 50, "test_blocks": 50}
     shares = {
         how: [
-            _owners(ids).count("z") / len(ids)
-            for ids in load_blocks(_config(**asked, shuffle=how), TOKENIZER).ids.values()
+            _owners(of.blocks()).count("z") / len(of)
+            for of in load_sequences(_config(**asked, shuffle=how), TOKENIZER).splits.values()
         ]
         for how in ("on", "off")
     }
@@ -320,38 +256,9 @@ def test_the_order_is_fixed_and_not_the_seed_s(sorted_data):
     shuffled = load_texts(make_settings({}))
     assert shuffled != pydoc
     assert sorted(shuffled) == sorted(pydoc)
-    in_order = text_blocks(make_settings({"dataset": str(sorted_data), "seq_len": 2}), TOKENIZER, limit=3)
-    assert [TOKENIZER.decode(row) for row in in_order] == ["000", "000", "000"]  # another text is read as it stands
+    in_order = all_sequences(make_settings({"dataset": str(sorted_data), "seq_len": 2}), TOKENIZER, limit=3)
+    assert [TOKENIZER.decode(in_order.ids(n)) for n in range(3)] == ["000", "000", "00"]  # as it stands
 
-
-def test_all_to_train_on_is_what_validation_and_test_leave():
-    texts = _texts(25, 17, 9, 25, 17)  # 3, 2, 1, 3, 2 blocks
-    for val, test, train in ((1, 2, 6), (3, 0, 6), (4, 2, 5), (2, 4, 3), (1, 1, 6)):
-        asked = _config(train_blocks="all", val_blocks=val, test_blocks=test)
-        blocks = cut_blocks(texts, TOKENIZER, asked)
-        counts = [len(ids) for ids in blocks.ids.values()]
-        assert counts == [train, val, test]
-        settled = blocks.settle(asked)
-        assert settled.train_blocks == counts[0]
-        again = cut_blocks(texts, TOKENIZER, settled)
-        assert again.fingerprint() == blocks.fingerprint()
-        owners = [set(_owners(ids)) for ids in blocks.ids.values()]
-        assert not owners[0] & (owners[1] | owners[2])
-    default = cut_blocks(texts, TOKENIZER, make_settings({"seq_len": 8, "train_blocks": "all", "val_blocks": 2}))
-    assert [len(ids) for ids in default.ids.values()] == [6, 2, 2]
-
-
-def test_all_to_test_on_is_what_is_left():
-    asked = _config(train_blocks=3, val_blocks=1, test_blocks="all")
-    blocks = cut_blocks(_texts(25, 17, 9, 25), TOKENIZER, asked)
-    assert [len(ids) for ids in blocks.ids.values()] == [3, 1, 4]
-    assert (asked.test_blocks, blocks.settle(asked).test_blocks) == (ALL, 4)
-    with pytest.raises(InputError, match="test_blocks: all; 'pydoc' has 5 blocks, train and val leave none"):
-        cut_blocks(_texts(25, 17), TOKENIZER, asked)
-    with pytest.raises(InputError, match=r"train_blocks: all; 'pydoc' has 3 blocks of 8 tokens: 1 val \+ 1 test leave"):
-        cut_blocks(_texts(17, 9), TOKENIZER, _config(train_blocks="all"))
-    with pytest.raises(InputError, match="shorter than one block"):
-        cut_blocks(_texts(3), TOKENIZER, _config(train_blocks="all"))
 
 
 def test_pydoc_quotes_nothing_twice():

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from cascade_fast.base.model import find_base
-from cascade_fast.base.texts import load_blocks
+from cascade_fast.base.texts import load_sequences
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import make_settings
 from cascade_fast.training import trainer
-from cascade_fast.training.full_finetune import BlockTokens, FullFinetune, WholeModel, full_finetune
+from cascade_fast.training.full_finetune import WholeSequences, FullFinetune, WholeModel, full_finetune
 
 CPU = torch.device("cpu")
 
@@ -30,11 +30,12 @@ def test_a_step_is_torch_s_own(tiny_settings, tmp_path, tied):
     base = str(save_tiny_base(tmp_path / "b", tie_word_embeddings=tied))
     config = _config(tiny_settings, tmp_path, base=base, **schedule)
     base = find_base(config)
-    ids = load_blocks(config, base.tokenizer()).ids["train"][:2]
+    sequences = load_sequences(config, base.tokenizer()).splits["train"].first(2)
+    ids = sequences.blocks()
     ours = base.load(CPU, torch.float32).requires_grad_(True)
     plain = base.load(CPU, torch.float32).requires_grad_(True)
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
-    blocks = BlockTokens(ids)
+    blocks = WholeSequences(sequences)
     full = FullFinetune(
         WholeModel(ours), blocks, blocks, config, compute=Compute(CPU, torch.float32), folder=tmp_path, started=0.0
     )

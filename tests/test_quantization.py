@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.model import find_base, read_weights
-from cascade_fast.base.texts import load_blocks
+from cascade_fast.base.texts import load_sequences
 from cascade_fast.cascade import run_cascade
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.measuring import measure
@@ -75,7 +75,7 @@ def test_the_fingerprint_of_the_base_pass_tells_the_two_apart_and_the_head_is_sh
     for quantization in ("none", "nf4"):
         asked = make_settings({**settings, "base_quantization": quantization})
         base = find_base(asked)
-        blocks = load_blocks(asked, base.tokenizer())
+        blocks = load_sequences(asked, base.tokenizer())
         passes[quantization] = base_pass(base, blocks, asked, base_needs(asked), Compute(CPU, torch.float32), tmp_path)
     plain, nf4 = passes["none"], passes["nf4"]
     assert not nf4.reused
@@ -96,15 +96,15 @@ def test_a_whole_run_on_a_4_bit_base(settings, tmp_path):
     model = CascadeForCausalLM.from_pretrained(run.path)
     assert model.base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     settings = make_settings(results["settings"])
-    blocks = load_blocks(settings, find_base(settings).tokenizer()).ids["val"]
-    closed, trained = (measure(model, blocks, thresholds) for thresholds in ([-math.inf], model.config.thresholds))
+    sequences = load_sequences(settings, find_base(settings).tokenizer()).splits["val"]
+    closed, trained = (measure(model, sequences, thresholds) for thresholds in ([-math.inf], model.config.thresholds))
     assert closed.perplexity == pytest.approx(results["base"]["val_ppl"], rel=1e-5)
     assert trained.perplexity == pytest.approx(results["stages"][0]["all_token_val_ppl"], rel=1e-5)
     with pytest.raises(InputError, match=r"self_contained: True; .* in 4 bit \(base_quantization nf4\)"):
         model.save_pretrained(tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
     model.save_pretrained(tmp_path / "thin", self_contained=False)
-    ids = blocks[:2, :-1].long()
+    ids = sequences.blocks()[:2, :-1].long()
     assert torch.equal(CascadeForCausalLM.from_pretrained(tmp_path / "thin")(ids).logits, model(ids).logits)
     card = (tmp_path / "thin" / "README.md").read_text()
     assert "3 layers, in 4 bit (nf4)" in card

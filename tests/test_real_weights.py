@@ -8,7 +8,7 @@ import torch
 
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.model import SMOLLM2_HUB_ID, _from_hub, _packaged_gguf, cache_folder, find_base
-from cascade_fast.base.texts import load_blocks
+from cascade_fast.base.texts import load_sequences
 from cascade_fast.cascade import run_cascade
 from cascade_fast.criteria import get_criterion
 from cascade_fast.model.measuring import measure
@@ -43,7 +43,7 @@ def passed(cache):
     settings = make_settings({**SETTINGS, "cache_dir": cache, "criterion": "cosine"})
     base = find_base(settings)
     dtype, _ = choose_dtype(CPU, "auto")
-    blocks = load_blocks(settings, base.tokenizer())
+    blocks = load_sequences(settings, base.tokenizer())
     return base, base_pass(
         base,
         blocks,
@@ -83,7 +83,7 @@ def test_a_warm_cascade_begins_as_the_base(cache, compute):
     base, (dtype, _) = find_base(settings), choose_dtype(CPU, compute)
     result = base_pass(
         base,
-        load_blocks(settings, base.tokenizer()),
+        load_sequences(settings, base.tokenizer()),
         settings,
         base_needs(settings),
         Compute(CPU, dtype),
@@ -119,6 +119,6 @@ def test_a_run_from_end_to_end(cache, tmp_path, kind):
     # The folder loads as a model, whose numbers are the run's.
     model = CascadeForCausalLM.from_pretrained(run.path)
     settings = make_settings(results["settings"])
-    blocks = load_blocks(settings, find_base(settings).tokenizer()).ids["val"]
-    measured = measure(model, blocks, model.config.thresholds)
+    sequences = load_sequences(settings, find_base(settings).tokenizer()).splits["val"]
+    measured = measure(model, sequences, model.config.thresholds)
     assert measured.perplexity == pytest.approx(results["final"]["all_token_val_ppl"], rel=2e-3)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from cascade_fast.base.cache_name import cache_of, with_cache
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.model import find_base
-from cascade_fast.base.texts import load_blocks
+from cascade_fast.base.texts import load_sequences
 from cascade_fast.cascade import run_cascade
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.selection import select_hardest
@@ -81,7 +81,7 @@ def test_a_changed_stage_is_what_it_is_on_paper(look_settings, tmp_path, hard_ra
     expected_N = val["loss"].clone()
     with torch.no_grad():
         for block in range(3):
-            ids = blocks.ids["val"][block].long()
+            ids = blocks.splits["val"].blocks()[block].long()
             kept = [(layer.keys, layer.values) for layer in cache_of(model(ids[None, :-1], use_cache=True)).layers]
             rows = slice(block * 32, (block + 1) * 32)
             for position in (hard.index_K[(hard.index_K // 32) == block] % 32).tolist():
@@ -118,7 +118,7 @@ def test_everything_hard_is_fine_tuning_the_last_layers(look_settings, tmp_path,
     run = run_cascade(make_settings({**look_settings, "out": str(tmp_path / "run"), **changes}))
     settings = make_settings({**look_settings, **changes})
     base = find_base(settings)
-    ids = load_blocks(settings, base.tokenizer()).ids["train"].long()
+    ids = load_sequences(settings, base.tokenizer()).splits["train"].blocks().long()
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).requires_grad_(False)
     trained = [p for part in (*model.model.layers[-LAYERS:], model.model.norm) for p in part.parameters()]
     for parameter in trained:

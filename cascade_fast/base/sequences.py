@@ -123,7 +123,7 @@ class Sequences:
 
     def blocks(self) -> Tensor:
         """``(B, S + 1)`` of sequences that are all of one length."""
-        return self.ids_M.view(len(self), -1)
+        return self.ids_M.view(len(self), self.longest + 1)
 
     def first(self, count: int | None) -> "Sequences":
         """The first ``count`` in the data's order; None: all."""
@@ -435,30 +435,29 @@ def _wanted_of(pieces: list[_Piece], settings: RunSettings, *, share_texts: bool
     if settings.size("test") is None:
         wanted["test"] = min(wanted["val"], max(1, share)) if settings.size("train") is None else wanted["val"]
     if settings.size("train") in (None, ALL):
-        left = _left(pieces, sizes, wanted["val"], wanted["test"], share_texts=share_texts)
-        if left == 0 and settings.size("test") is None:  # too few texts for three splits
-            wanted["test"] = 0
-            left = _left(pieces, sizes, wanted["val"], 0, share_texts=share_texts)
-        wanted["train"] = min(wanted["train"], left)
+        left = _left(pieces, sizes, wanted, share_texts=share_texts)
+        if left["train"] == 0 and settings.size("test") is None:  # too few texts for three splits
+            left = _left(pieces, sizes, {**wanted, "test": 0}, share_texts=share_texts)
+        wanted = {**left, "train": min(wanted["train"], left["train"])}
     return wanted
 
 
-def _left(pieces: list[_Piece], sizes: list[int], val: int, test: int, *, share_texts: bool) -> int:
-    """How much is left to train on once the end of the text has given ``test`` and ``val``."""
-    first = len(pieces)
-    for wanted in (test, val):
-        found = 0
-        while found < wanted and first > 0:
+def _left(pieces: list[_Piece], sizes: list[int], wanted: dict[str, int], *, share_texts: bool) -> dict[str, int]:
+    """What each split has once the end of the text has given ``test`` and ``val`` what they want, in whole sequences:
+    the rest is training's."""
+    first, has = len(pieces), dict.fromkeys(SPLITS, 0)
+    for split in ("test", "val"):
+        while has[split] < wanted[split] and first > 0:
             first -= 1
-            found += sizes[first]
-        if found == 0:
+            has[split] += sizes[first]
+        if has[split] == 0:
             continue
         if share_texts:
             first -= first > 0 and pieces[first - 1].text == pieces[first].text  # the gap
         else:
             while first > 0 and pieces[first - 1].text == pieces[first].text:
                 first -= 1
-    return sum(sizes[:first])
+    return {**has, "train": sum(sizes[:first])}
 
 
 def _check_counts(
