@@ -260,7 +260,6 @@ def test_the_order_is_fixed_and_not_the_seed_s(sorted_data):
     assert [TOKENIZER.decode(in_order.ids(n)) for n in range(3)] == ["000", "000", "00"]  # as it stands
 
 
-
 def test_pydoc_quotes_nothing_twice():
     texts = pydoc_texts()
     assert sum(map(len, texts)) > 300_000

@@ -13,7 +13,7 @@ from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import make_settings
 from cascade_fast.training import trainer
-from cascade_fast.training.full_finetune import WholeSequences, FullFinetune, WholeModel, full_finetune
+from cascade_fast.training.full_finetune import FullFinetune, WholeModel, WholeSequences, full_finetune
 
 CPU = torch.device("cpu")
 

@@ -58,7 +58,10 @@ def test_flops_of_the_base_are_those_counted():
 def test_the_ledger_adds_up():
     base, config = (
         tiny_llama_config(),
-        make_settings({"layers_per_stage": 2, "batch_tokens": 32, "criterion": "cosine"}),
+        make_settings(
+            {"layers_per_stage": 2, "batch_tokens": 32, "criterion": "cosine"}
+            | {"train_tokens": 1000, "val_tokens": 100, "test_tokens": 0}
+        ),
     )
     epochs = [made_records.epoch(tokens=600, seconds=2.0), made_records.epoch(tokens=600, seconds=1.0)]
     stages = [made_records.stage(compute=stage_work(config, base, epochs, 1e9), epochs=epochs)]

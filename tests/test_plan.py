@@ -105,7 +105,7 @@ def test_the_plan_of_a_second_look():
         )
         for kv in ("store", "recompute")
     )
-    blocks = LOOK.train_blocks + 2 * LOOK.val_blocks
+    blocks = 320 + 2 * 64  # the defaults
     kv_bytes = blocks * 128 * 8 * 2 * 3 * 64 * 2
     key = "base pass (hidden stores, head)"
     assert store.disk[key] - recompute.disk[key] == kv_bytes

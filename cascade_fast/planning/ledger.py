@@ -15,7 +15,7 @@ from cascade_fast.planning.devices import this_machine
 from cascade_fast.planning.times import base_flops, tokens_with_logits
 from cascade_fast.records import Compared, ComparedWork, Epoch, Ledger, SplitTokens, StageRecord, Work
 from cascade_fast.runtime.compute import Compute
-from cascade_fast.settings import SEED_PRESET, RunSettings
+from cascade_fast.settings import SEED_PRESET, SPLITS, RunSettings
 
 
 def seed_flops(settings: RunSettings, base_config: Any) -> float:
@@ -66,8 +66,9 @@ def compute_ledger(
         stages: their records, in order.
         rate: see :func:`matmul_rate`.
     """
-    every, shape = tokens.total, Shape.from_settings(settings, base_config)
-    with_logits = tokens_with_logits(settings, every, tokens.train)
+    every = sum(settings.expected_tokens(split) for split in SPLITS)  # with those that are only read
+    shape = Shape.from_settings(settings, base_config)
+    with_logits = tokens_with_logits(settings, tokens.total, tokens.train)
     flops = base_flops(shape, settings.seq_len, with_logits=False) + 2 * shape.counts.head * with_logits / max(every, 1)
     done = [stage.compute for stage in stages if stage.compute is not None]
     total_flops, seconds = sum(line.flops for line in done), sum(line.seconds for line in done)

@@ -66,11 +66,14 @@ class RunPlan:
         return [f"plan: {line}" for line in lines]
 
 
-def make_plan(settings: RunSettings, base_config: Any, device: Device, disk_bytes: float = math.inf) -> RunPlan:
+def make_plan(
+    settings: RunSettings, base_config: Any, device: Device, disk_bytes: float = math.inf, labelled_share: float = 1.0
+) -> RunPlan:
     """The plan of a run on a base with transformers' configuration ``base_config``.
 
     Args:
         disk_bytes: free for the base pass; decides about ``kv: auto``.
+        labelled_share: of the training tokens.
     """
     settings, kv_line = _settle_kv(settings, base_config, device, disk_bytes)
     memory = memory_plan(
@@ -88,7 +91,7 @@ def make_plan(settings: RunSettings, base_config: Any, device: Device, disk_byte
         device,
         memory,
         base_pass_time(settings, base_config, device),
-        epoch_time(settings, base_config, device, memory.micro_batch_tokens),
+        epoch_time(settings, base_config, device, memory.micro_batch_tokens, labelled_share),
         kv_line,
     )
 
@@ -107,7 +110,9 @@ def plan_run(
     cache = cache_folder(settings)
     if kv is not None:
         settings = dataclasses.replace(settings, kv=kv)
-    plan = make_plan(settings, base.config, this_machine(compute), free_disk_bytes(cache))
+    train = sequences.splits["train"]
+    share = train.labels / train.tokens
+    plan = make_plan(settings, base.config, this_machine(compute), free_disk_bytes(cache), share)
     passed = pass_folder(base, sequences, plan.settings, base_needs(plan.settings), compute, cache)
     check_disk(plan.memory.disk, out=out, base_pass=passed)
     return plan

@@ -70,11 +70,16 @@ def tokens_with_logits(settings: RunSettings, tokens: int, train_tokens: int) ->
     return tokens if get_criterion(settings.criterion).in_base_pass.needs_logits else tokens - train_tokens
 
 
-def epoch_time(settings: RunSettings, base_config: Any, device: Device, micro: int) -> Time:
-    """An epoch of stage 1 over its hard tokens, ``micro`` of them at once, without validation."""
+def epoch_time(
+    settings: RunSettings, base_config: Any, device: Device, micro: int, labelled_share: float = 1.0
+) -> Time:
+    """An epoch of stage 1 over its hard tokens, ``micro`` of them at once, without validation.
+
+    ``labelled_share``: of the training tokens, among which it takes them.
+    """
     shape, width = Shape.from_settings(settings, base_config), device.dtype.itemsize
     s, trained = shape.stage, shape.counts.trained()
-    tokens = hard_count(settings.hard_ratio, settings.expected_tokens("train"))
+    tokens = hard_count(settings.hard_ratio, round(settings.expected_tokens("train") * labelled_share))
     steps = math.ceil(tokens / settings.batch_tokens)
     parts = steps * math.ceil(settings.batch_tokens / micro)
     matrices = shape.counts.matrices()
