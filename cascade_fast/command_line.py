@@ -50,6 +50,8 @@ def settings_parser(prog: str, description: str, several: Sequence[str] = ()) ->
         options: dict[str, Any] = {"metavar": _metavar(f)}
         if "choices" in f.metadata:
             options = {"choices": f.metadata["choices"]}
+        if f.metadata.get("switch"):  # the flag alone turns it on
+            options |= {"nargs": "?", "const": "on"}
         if "nargs" in f.metadata:
             options["nargs"] = f.metadata["nargs"]
         if f.name in several:

@@ -5,9 +5,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-import numpy as np
-
-from cascade_fast.base.rows import load_rows
+from cascade_fast.base.rows import Rows, load_rows, order_of
 from cascade_fast.base.sequences import Sequences, SplitSequences, TokenText, one_split, split_texts
 from cascade_fast.input_checks import InputError, shown, template_parts
 from cascade_fast.settings import RunSettings
@@ -56,15 +54,11 @@ def load_texts(settings: RunSettings) -> Iterable[str]:
     if settings.dataset == "pydoc":
         if settings.text_columns or settings.text_template is not None:
             raise InputError("text_columns, text_template: pydoc has no columns; leave them out")
+        if settings.streaming == "on":
+            raise InputError("streaming: on; pydoc is no file")
         texts = pydoc_texts()
-        return [texts[i] for i in _order(len(texts))] if settings.shuffle == "on" else texts
+        return [texts[i] for i in order_of(len(texts))] if settings.shuffle == "on" else texts
     return _render(load_rows(settings), settings)
-
-
-def _order(count: int) -> Any:
-    """The shuffled order of ``count`` texts: always the same, so that runs of any seed have the same splits and share
-    their base pass. NumPy's RandomState is frozen: other versions give the same numbers (NEP 19)."""
-    return np.random.RandomState(0).permutation(count)
 
 
 def pydoc_texts() -> list[str]:
@@ -88,9 +82,9 @@ def pydoc_texts() -> list[str]:
     return texts
 
 
-def _render(rows: Any, settings: RunSettings) -> Iterator[str]:
+def _render(rows: Rows, settings: RunSettings) -> Iterator[str]:
     """One text a row: the template filled in, or the columns joined by newlines."""
-    columns = list(rows.column_names)
+    columns = rows.columns
     if settings.text_template is not None:
         parts = template_parts(settings.text_template)
         wanted = [name for _, name in parts if name is not None]
@@ -105,12 +99,10 @@ def _render(rows: Any, settings: RunSettings) -> Iterator[str]:
         if not wanted:
             raise InputError(f"text_columns: not given, and {shown(settings.dataset)} has columns {', '.join(columns)}")
         _check_columns("text_columns", wanted, columns)
-    rows = rows.select_columns(list(dict.fromkeys(wanted)))
-    if settings.shuffle == "on":
-        rows = rows.select(_order(len(rows)))
+    rows = rows.select_columns(wanted)
     if parts:
-        return ("".join(text + ("" if name is None else _text(row[name])) for text, name in parts) for row in rows)
-    return ("\n".join(_text(row[name]) for name in wanted) for row in rows)
+        return ("".join(text + ("" if name is None else _text(row[name])) for text, name in parts) for _, row in rows)
+    return ("\n".join(_text(row[name]) for name in wanted) for _, row in rows)
 
 
 def _text(cell: Any) -> str:
