@@ -35,11 +35,12 @@ from cascade_fast.records import (
 from cascade_fast.reporting.heat_map import heat_map, write_heat_map
 from cascade_fast.reporting.report import write_report
 from cascade_fast.runtime.compute import Compute, keep_freed_memory, peak_rss_bytes, release_memory
-from cascade_fast.runtime.console import Progress, format_count, say
+from cascade_fast.runtime.console import Progress, format_count, say, working
 from cascade_fast.runtime.files import DamagedFile, write_json
 from cascade_fast.runtime.machine import describe_machine, package_versions
 from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.runtime.run_folder import RunFolder, write_results
+from cascade_fast.runtime.trackers import Trackers, check_trackers
 from cascade_fast.selection import select_below
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.exits import (
@@ -54,6 +55,7 @@ from cascade_fast.stages.kind import StageKind, base_needs, find_base_for_stages
 from cascade_fast.stages.stage import Stage
 from cascade_fast.stages.tokens import Recompute, StageTokens
 from cascade_fast.training.messages import say_base_pass, say_stage, say_start, say_summary
+from cascade_fast.training.prompt_samples import PromptSamples, check_prompts
 from cascade_fast.training.stage_trainer import StageTrainer
 from cascade_fast.training.trainer import NON_FINITE_LOSS, TIME_IS_UP, TrainingHistory
 
@@ -118,6 +120,10 @@ class CascadeRun:
         return get_kind(self.settings.stage_kind)
 
     @functools.cached_property
+    def samples(self) -> PromptSamples:
+        return PromptSamples(self.settings, self.base, self.compute, self.log, self.folder.path)
+
+    @functools.cached_property
     def recompute(self) -> Recompute | None:
         return self.kind.recompute(self.settings, self.base.config, self.base_pass, self.compute)
 
@@ -132,6 +138,7 @@ class CascadeRun:
         done = self._done(number)
         if done is not None:
             return done
+        self.samples.before()
         stage = self._new_stage(number)
         n, total = len(hard), len(hard.store.labelled_index())
         say(
@@ -180,6 +187,9 @@ class CascadeRun:
         if not self.kind.attends:  # tokens that attend read what every exit before them has left
             self.folder.drop_hidden(number - 2)
         say_stage(record)
+        if accepted:
+            self.samples.after(self.stages)
+            self.folder.write_stage_record(number, record, self.log.size())  # the log has the samples now, too
         return record
 
     def _done(self, number: int) -> StageRecord | None:
@@ -370,8 +380,12 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     if compute.device.type == "cpu":
         keep_freed_memory()
     check_cache(settings)
-    base = find_base_for_stages(settings)
-    sequences = load_sequences(settings, base.tokenizer())
+    check_trackers(settings.report_to)
+    with working("finding the base and reading its weights, for its fingerprint"):
+        base = find_base_for_stages(settings)
+    check_prompts(settings, base, base.tokenizer())
+    with working("reading the text and making tokens of it"):
+        sequences = load_sequences(settings, base.tokenizer())
     settings = sequences.settle(settings)
     release_memory()  # of tokenization
     record = RunRecord(
@@ -388,21 +402,23 @@ def run_cascade(settings: RunSettings) -> RunFolder:
             folder.clean()
             say(f"finished already: {folder.report}")
             return folder
-        settings = plan.settings
+        settings, log = plan.settings, folder.log
+        log.trackers = Trackers.start(settings.report_to, folder.path, settings.to_dict(), log.records())
         say_start(settings, folder, base, sequences, compute)
         for line in plan.lines():
             say(line)
         passed = base_pass(base, sequences, settings, base_needs(settings), compute, cache_folder(settings))
         say_base_pass(passed)
         passed = dataclasses.replace(passed, head_VD=passed.head_VD.to(compute.device))  # once, for all stages
-        run = CascadeRun(settings, folder, base, passed, compute, folder.log, deadline, plan.memory.micro_batch_tokens)
+        run = CascadeRun(settings, folder, base, passed, compute, log, deadline, plan.memory.micro_batch_tokens)
         run.train()
-        results, tokens = run.results(started, plan.memory), run.heat_map(sequences.splits["val"])
-        write_json(folder.config, finished_run_config(folder.record, results, base, run.stages))
-        write_heat_map(folder.path, tokens)
-        write_results(folder.path, results)
-        write_report(folder.path)
-        folder.log.write("end", seconds=results.final.seconds)
+        with working("measuring validation and test, and writing the report"):
+            results, tokens = run.results(started, plan.memory), run.heat_map(sequences.splits["val"])
+            write_json(folder.config, finished_run_config(folder.record, results, base, run.stages))
+            write_heat_map(folder.path, tokens)
+            write_results(folder.path, results)
+            write_report(folder.path)
+        log.write("end", **results.final.to_dict(), base_val_ppl=results.base.val_ppl)
         folder.clean()
         say_summary(results, folder)
         if results.stages and results.stages[-1].stopped == NON_FINITE_LOSS:

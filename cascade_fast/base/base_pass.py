@@ -33,7 +33,7 @@ from cascade_fast.base.sequences import NO_LABEL, Sequences, SplitSequences
 from cascade_fast.criteria import Criterion, Places, TokensAtExit, get_criterion
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute, release_memory
-from cascade_fast.runtime.console import Progress, say
+from cascade_fast.runtime.console import Progress, say, working
 from cascade_fast.runtime.files import (
     LockHeld,
     acquire_lock,
@@ -180,7 +180,8 @@ def _read_all(
     """Runs the base over every split."""
     stores = {}
     with Progress("base pass", sum(of.tokens for of in sequences.splits.values())) as progress:
-        model = base.load(compute.device, compute.dtype)
+        with working("loading the base"):
+            model = base.load(compute.device, compute.dtype)
         for split in SPLITS:
             with_loss = split != "train" or _stored_criterion(settings).needs_logits
             stores[split] = _run_split(

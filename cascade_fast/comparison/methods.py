@@ -22,10 +22,10 @@ METHODS = {
 }
 # What the seed recipe takes from the flags: text, base and machine; the recipe is its own.
 SHARED = (
-    "seed", "max_minutes", "checkpoint_minutes", "cache_dir", "base", "device", "dataset", "text_columns",
-    "text_template", "prompt_template", "completion_template", "chat_template", "loss_on", "encoding", "streaming",
-    "shuffle", "shuffle_buffer", "seq_len", "train_tokens", "val_tokens", "test_tokens", "train_blocks", "val_blocks",
-    "test_blocks", "layers_per_stage",
+    "seed", "max_minutes", "checkpoint_minutes", "cache_dir", "report_to", "sample_prompt", "base", "device", "dataset",
+    "text_columns", "text_template", "prompt_template", "completion_template", "chat_template", "loss_on", "encoding",
+    "streaming", "shuffle", "shuffle_buffer", "seq_len", "train_tokens", "val_tokens", "test_tokens", "train_blocks",
+    "val_blocks", "test_blocks", "layers_per_stage",
 )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def plan_trainings(
         "dense-second-look": lambda: dataclasses.replace(
             settings, **identity, stage_kind="second-look", lr=second_look_lr
         ),
-        "random": lambda: dataclasses.replace(settings, criterion="random"),
+        "random": lambda: dataclasses.replace(settings, criterion="random", sample_prompt=()),
         "full": lambda: dataclasses.replace(settings, lr=full_lr),
         "seed": lambda: seed,
     }

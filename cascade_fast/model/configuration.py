@@ -242,6 +242,18 @@ AutoConfig.register(CascadeConfig.model_type, CascadeConfig, exist_ok=True)
 # --- a finished run ---------------------------------------------------------------------------------------------------
 
 
+def cascade_config(base: BaseModel, stages: Sequence[ExitStage], *, criterion: str, **more: Any) -> CascadeConfig:
+    """Of a cascade whose stages lie in a folder, and its base elsewhere. ``more``: of :class:`CascadeConfig`."""
+    return CascadeConfig(
+        base_config=base.config,
+        base={name: getattr(base, name) for name in REFERENCE_FIELDS},
+        criterion=criterion,
+        stages=[{**kept.stage.config.to_dict(), "threshold": kept.threshold} for kept in stages],
+        self_contained=False,
+        **more,
+    )
+
+
 def finished_run_config(
     record: RunRecord, results: RunResults, base: BaseModel, stages: Sequence[ExitStage]
 ) -> dict[str, Any]:
@@ -254,12 +266,10 @@ def finished_run_config(
     measured = {"validation": (tokens.val, results.base.val_ppl, final.all_token_val_ppl)}
     if final.base_test_ppl is not None and final.all_token_test_ppl is not None:
         measured["test"] = tokens.test, final.base_test_ppl, final.all_token_test_ppl
-    config = CascadeConfig(
-        base_config=base.config,
-        base={name: getattr(base, name) for name in REFERENCE_FIELDS},
+    config = cascade_config(
+        base,
+        stages,
         criterion=criterion,
-        stages=[{**kept.stage.config.to_dict(), "threshold": kept.threshold} for kept in stages],
-        self_contained=False,
         settings=results.settings,
         measured={split: dict(zip(MEASURED_FIELDS, numbers, strict=True)) for split, numbers in measured.items()},
         architectures=["CascadeForCausalLM"],

@@ -27,8 +27,13 @@ def load_model(run: str, *, device: str, dtype: str, base_path: str | None) -> t
         if Path(run).is_dir():
             raise
         raise InputError(f"RUN: {run!r}; no such folder, and not to be had from the hub: {one_line(error)}") from error
-    tokenizer = load_tokenizer(f"RUN: {run!r}", model.base_folder)
+    tokenizer = padding_left(load_tokenizer(f"RUN: {run!r}", model.base_folder))
+    return model.requires_grad_(False).to(where), tokenizer
+
+
+def padding_left(tokenizer: Any) -> Any:
+    """The tokenizer, set up for prompts of several lengths."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return model.requires_grad_(False).to(where), tokenizer
+    return tokenizer

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -39,8 +39,8 @@ from cascade_fast.model.weights import (
     check_safetensors,
     checked_load,
     find_base_of,
+    load_thin,
     local_folder,
-    thin_state,
     write_stages,
 )
 from cascade_fast.runtime.compute import Compute
@@ -359,14 +359,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         config.check()
         plain = {name: value for name, value in kwargs.items() if name not in hub}
         dtype = plain.pop("dtype", None) or plain.pop("torch_dtype", None) or config.dtype or torch.float32
-        model, info = load(
-            None, *args, config=config, state_dict=thin_state(folder, config, base), dtype=dtype, **plain
-        )
-        if base.quantization != "none":
-            model.base = base.load(model.device, model.dtype)
-        model.base_folder = base.path
-        if (Path(base.path) / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(base.path)
+        model, info = load_thin(load, folder, config, base, *args, dtype=dtype, **plain)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return (model, info) if with_info else model
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from cascade_fast.base.model import BaseModel, find_base
 from cascade_fast.input_checks import InputError, check_type, one_line, shown
@@ -101,6 +102,32 @@ def thin_state(folder: Path, config: CascadeConfig, base: BaseModel) -> dict[str
             raise InputError(f"stages: {str(file)!r} is missing, but config.json names {len(config.stages)} stage(s)")
         state |= {f"stages.{number - 1}.{name}": tensor for name, tensor in load_tensors(file)[0].items()}
     return state
+
+
+def load_thin(
+    load: Callable[..., tuple[Any, Any]],
+    folder: Path,
+    config: CascadeConfig,
+    base: BaseModel,
+    *args: Any,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """The cascade of ``base`` and the stages in ``folder``, and what transformers says of loading.
+
+    Args:
+        load: transformers' ``from_pretrained`` within :func:`checked_load`.
+        options: of transformers, with ``dtype``.
+
+    Raises:
+        InputError: as :func:`checked_load` and :func:`thin_state`.
+    """
+    model, info = load(None, *args, config=config, state_dict=thin_state(folder, config, base), **options)
+    if base.quantization != "none":
+        model.base = base.load(model.device, model.dtype)
+    model.base_folder = base.path
+    if (Path(base.path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(base.path)
+    return model, info
 
 
 def write_stages(folder: Path, config: CascadeConfig, stages: nn.ModuleList) -> None:

@@ -2,7 +2,10 @@
 
 import os
 import re
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich import box
 from rich.cells import cell_len
@@ -10,6 +13,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +21,7 @@ from cascade_fast.records import Epoch
 from cascade_fast.runtime.visible import visible
 
 LINE_SECONDS = 30.0  # between progress lines where there is no terminal
+WORKING_SECONDS = 3.0  # after which work that shows no progress is named there
 _ANY_WIDTH = 100_000  # cells
 console = Console(highlight=False, emoji=False, soft_wrap=True)
 
@@ -74,33 +79,69 @@ def say_table(title: str, header: list[str], rows: list[list[str]]) -> None:
                 say(f"    {name}{' ' * (longest - cell_len(name))}  {value}")
 
 
+_moving: list[Status | RichProgress] = []  # on the terminal now: rich allows one at a time
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Names work that shows no progress: a spinner on a terminal, unless something moves there; elsewhere a line, if it
+    takes long."""
+    if console.is_terminal:
+        if _moving:
+            yield
+            return
+        spinner = console.status(Text(visible(what)))
+        _moving.append(spinner)
+        try:
+            with spinner:
+                yield
+        finally:
+            _moving.remove(spinner)
+        return
+    timer = threading.Timer(WORKING_SECONDS, say, [f"{what} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Progress:
-    """Progress over tokens: a bar with tokens/s and ETA on a terminal, a line now and then elsewhere."""
+    """Progress over tokens: a bar with tokens/s and ETA on a terminal, a line now and then elsewhere. ``loss`` is shown
+    too where there is one."""
 
     def __init__(self, name: str, total: int) -> None:
         self.name, self.total, self.done = name, total, 0
+        self.loss: float | None = None
         self._started = self._rate_started = self._last_line = time.monotonic()
         self._start_tokens = 0
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> "Progress":
         if console.is_terminal:
+            for other in _moving:
+                other.stop()
             self._bar = RichProgress(
                 TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed:,}/{task.total:,} tokens"),
-                TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+                BarColumn(bar_width=None),
+                TextColumn(
+                    "{task.completed:,}/{task.total:,}{task.fields[loss]}, {task.fields[rate]:,.0f} tokens/s, ETA"
+                ),
                 TimeRemainingColumn(),
                 console=console,
                 transient=True,
+                expand=True,
             )
-            self._task = self._bar.add_task(self.name, total=self.total, rate=0.0)
+            self._task = self._bar.add_task(self.name, total=self.total, rate=0.0, loss="")
+            _moving.append(self._bar)
             self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+            _moving.remove(self._bar)
 
     def restart(self, done: int) -> None:
         """What counts as done when work goes on from a saved state, or begins anew."""
@@ -110,11 +151,15 @@ class Progress:
     def advance(self, tokens: int) -> None:
         self.done += tokens
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, rate=self.rate())
+            self._bar.update(self._task, completed=self.done, rate=self.rate(), loss=self._loss())
         elif time.monotonic() - self._last_line > LINE_SECONDS:
             self._last_line = time.monotonic()
             left = (self.total - self.done) / max(self.rate(), 1e-9)
-            say(f"  {self.name}: {self.done:,}/{self.total:,} tokens, {self.rate():,.0f} tokens/s, ETA {left:.0f} s")
+            done = f"{self.done:,}/{self.total:,} tokens{self._loss()}"
+            say(f"  {self.name}: {done}, {self.rate():,.0f} tokens/s, ETA {left:.0f} s")
+
+    def _loss(self) -> str:
+        return "" if self.loss is None else f", loss {self.loss:.4f}"
 
     def seconds(self) -> float:
         return time.monotonic() - self._started

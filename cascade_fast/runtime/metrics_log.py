@@ -6,22 +6,40 @@ from pathlib import Path
 from typing import Any
 
 from cascade_fast.runtime.files import room_for
+from cascade_fast.runtime.trackers import Trackers
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON record a line, appended and flushed.
+    """``metrics.jsonl``: one JSON record a line, appended and flushed. ``trackers`` are told each, too.
 
     ``size`` and ``truncate`` let a resumed run drop what came after its checkpoint, so that no epoch is told twice.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.trackers = Trackers()  # none
 
     def write(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"event": event, "time": time.time(), **fields}, allow_nan=False)
+        record = {"event": event, "time": time.time(), **fields}
+        line = json.dumps(record, allow_nan=False)
         with room_for(self.path, len(line)), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
+        self.trackers.tell(record)
+
+    def records(self) -> list[dict[str, Any]]:
+        """What was written; lines that are no records are passed over."""
+        if not self.path.exists():
+            return []
+        found = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # a process may have died within it
+                continue
+            if isinstance(record, dict) and "event" in record:
+                found.append(record)
+        return found
 
     def size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
@@ -41,3 +59,4 @@ class MetricsLog:
         with self.path.open("rb+") as file:
             kept = file.read(size)
             file.truncate(kept.rfind(b"\n") + 1)
+        self.trackers.go_back(self.records())

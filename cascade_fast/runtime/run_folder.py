@@ -7,6 +7,7 @@ stages/1/ ...       model.safetensors: the weights of the stages that are kept
 results.json        the numbers; report.md, report.html and *.png show them
 heat_map.json       some validation text, token by token; report.html shows it
 samples.json        some text as base and cascade write it; made by train after the end, the reports show it
+trackers.json       which trackers (``report_to``) follow the run, and its id there; tensorboard/ and wandb/ are theirs
 training/, hidden/  checkpoints and hidden states of a run under way; removed when it is finished
 
 Runs of earlier versions also have cascade.json and stages/<n>/config.json, which nobody reads.
@@ -136,6 +137,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.log.trackers.close()
         if self._lock is not None:
             self._lock.release()
 

@@ -166,6 +166,7 @@ class Trainer:
         self.last_look = EpochTotals(0.0, 0, 0, 0)
         self.epoch_seconds = 0.0
         self.epoch_tokens = 0  # of the steps of this epoch so far
+        self.recent_loss: float | None = None  # mean over the steps between the last two looks
 
     # --- for subclasses ----------------------------------------------------------------------------------------------
 
@@ -222,8 +223,10 @@ class Trainer:
                 self.epoch_seconds = time.monotonic() - started
                 if self.trims and self.step % TRIM_STEPS == 0:
                     trim_host_memory()
-                if self.step % LOG_STEPS == 0 and not self._look():
-                    return False
+                if self.step % LOG_STEPS == 0:
+                    if not self._look():
+                        return False
+                    progress.loss = self.recent_loss
                 if self.signals:
                     return False
                 if self.deadline is not None and time.monotonic() > self.deadline:
@@ -288,14 +291,17 @@ class Trainer:
         if now.not_finite > before.not_finite and (not self.scaler.is_enabled() or now.tokens == before.tokens):
             self._diverged()
             return False
+        self.recent_loss = (now.loss_sum - before.loss_sum) / (now.tokens - before.tokens)
         self.log_event(
             "steps",
             epoch=self.epoch,
             step=now.step,
-            loss=(now.loss_sum - before.loss_sum) / (now.tokens - before.tokens),
+            loss=self.recent_loss,
             lr=self._learning_rate(now.step - 1),
             skipped_steps=now.not_finite,
             seconds=self.epoch_seconds,
+            tokens_per_second=self.epoch_tokens / max(self.epoch_seconds, 1e-9),
+            peak_memory_bytes=self.compute.peak_memory_bytes(),
         )
         self.last_look = now
         return True
