@@ -14,9 +14,7 @@ from cascade_fast.runtime.visible import visible
 
 LENGTH_ROWS = 8  # of the histogram
 BAR = 40  # cells of its longest bar
-# What stands before each line of a shown sequence, and its style where there are colours.
-LEARNT, READ = ("learnt", ""), ("read", "dim")
-SPECIAL_STYLE = "cyan"
+READ_STYLE, SPECIAL_STYLE = "dim", "cyan"  # of tokens, where there are colours
 
 
 def data_record(sequences: SplitSequences) -> dict[str, Any]:
@@ -40,7 +38,7 @@ def say_data(sequences: SplitSequences, tokenizer: Any, seq_len: int, show: int)
         say(f"  {line}")
     rows = [[split, f"{len(of):,}", f"{of.tokens:,}", f"{of.labels:,}"] for split, of in splits.items()]
     say_table(
-        f"splits: {_labelled_share(splits):.1%} of their tokens are learnt and measured, the others only read",
+        f"splits: {_labelled_share(splits):.1%} of their tokens are learnt and measured",
         ["split", "sequences", "tokens", "learnt"],
         rows,
     )
@@ -51,8 +49,8 @@ def say_data(sequences: SplitSequences, tokenizer: Any, seq_len: int, show: int)
     numbers = torch.argsort(train.rank_B)[:show].tolist()
     if numbers:
         say(
-            f"the first {len(numbers):,} of {len(train):,} training sequences, in the data's order; "
-            "learnt: learnt and measured, read: context only"
+            f"{len(numbers):,} of {len(train):,} training sequences, the first in the data's order. learnt: learnt and "
+            "measured; read: context only, as the first token of every sequence is"
         )
     for number in numbers:
         _say_sequence(train, number, tokenizer)
@@ -60,16 +58,17 @@ def say_data(sequences: SplitSequences, tokenizer: Any, seq_len: int, show: int)
 
 def length_lines(lengths: Sequence[int], seq_len: int) -> list[str]:
     """A histogram of lengths, a line for each range; ``seq_len``, the longest there can be, has its own."""
-    edges = sorted({max(1, (seq_len - 1) * row // LENGTH_ROWS) for row in range(1, LENGTH_ROWS + 1)} | {seq_len})
-    index = torch.bucketize(torch.tensor(lengths), torch.tensor(edges))  # the first edge that is no shorter
-    counts = torch.bincount(index, minlength=len(edges)).tolist()
-    first = [1, *(edge + 1 for edge in edges[:-1])]
-    names = [str(edge) if start == edge else f"{start}-{edge}" for start, edge in zip(first, edges, strict=True)]
-    widths = max(map(len, names)), len(f"{max(counts):,}")
+    least, most = min(lengths), max((n for n in lengths if n < seq_len), default=0)
+    width = max(1, -(-(most - least + 1) // LENGTH_ROWS))
+    ranges = [(low, min(low + width - 1, most)) for low in range(least, most + 1, width)]
+    ranges += [(seq_len, seq_len)] * (seq_len in lengths)
+    counts = [sum(low <= n <= high for n in lengths) for low, high in ranges]
+    names = [str(low) if low == high else f"{low}-{high}" for low, high in ranges]
+    columns = max(map(len, names)), len(f"{max(counts):,}")
     lines = []
     for name, count in zip(names, counts, strict=True):
         bar = "#" * -(-BAR * count // max(counts))  # one at least, where there is any
-        line = f"{name:>{widths[0]}}  {count:>{widths[1]},}  {count / len(lengths):>6.1%}  {bar}"
+        line = f"{name:>{columns[0]}}  {count:>{columns[1]},}  {count / len(lengths):>6.1%}  {bar}"
         lines.append(line.rstrip())
     return lines
 
@@ -79,18 +78,19 @@ def _labelled_share(splits: dict[str, Sequences]) -> float:
 
 
 def _say_sequence(sequences: Sequences, number: int, tokenizer: Any) -> None:
-    """Every token, in lines of those that are learnt and those that are only read. The first is only read: it is
-    predicted by no other."""
+    """Every token, in lines of those that are learnt and those that are only read. The first token, which no other
+    predicts, stands with the second."""
     ids, labelled = sequences.ids(number).tolist(), sequences.labelled(number).tolist()
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    tokens = zip(token_texts(tokenizer, ids), (one in special for one in ids), [False, *labelled], strict=True)
+    styles = [f"{'' if learnt else READ_STYLE} {SPECIAL_STYLE if one in special else ''}".strip()
+              for one, learnt in zip(ids, [False, *labelled], strict=True)]  # fmt: skip
+    tokens = zip([labelled[0], *labelled], token_texts(tokenizer, ids), styles, strict=True)
     say(f"sequence {int(sequences.rank_B[number]) + 1}: {len(labelled):,} tokens, {sum(labelled):,} of them learnt")
-    for learnt, group in groupby(tokens, key=lambda token: token[2]):
-        name, style = LEARNT if learnt else READ
-        text = Text(style=style)
-        for of_token, is_special, _ in group:
+    for learnt, group in groupby(tokens, key=lambda token: token[0]):
+        name, text = "learnt" if learnt else "read", Text()
+        for _, of_token, style in group:
             # A newline is written out and made, so that those at an end are seen.
-            text.append(visible(of_token).replace("\n", "\\n\n"), style=SPECIAL_STYLE if is_special else "")
+            text.append(visible(of_token).replace("\n", "\\n\n"), style)
         for line in text.split("\n"):
             console.print(Text(f"  {name:<6} | ") + line)
             name = ""
