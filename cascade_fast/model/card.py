@@ -13,9 +13,9 @@ from cascade_fast.runtime.console import format_count, literal, markdown_table
 from cascade_fast.stages.kind import get_kind
 
 _RECIPE = (
-    "preset", "dataset", "seq_len", "train_tokens", "val_tokens", "train_blocks", "val_blocks", "shuffle", "hard_ratio", "criterion", "stage_kind",
-    "layers_per_stage", "init", "head", "epochs", "batch_tokens", "lr", "lr_schedule", "weight_decay", "optimizer",
-    "seed",
+    "preset", "dataset", "seq_len", "train_tokens", "val_tokens", "train_blocks", "val_blocks", "shuffle", "hard_ratio",
+    "criterion", "stage_kind", "layers_per_stage", "init", "head", "epochs", "batch_tokens", "lr", "lr_schedule",
+    "weight_decay", "optimizer", "seed",
 )  # fmt: skip
 
 
