@@ -6,24 +6,34 @@ from pathlib import Path
 
 from cascade_fast.command_line import add_model_arguments, add_run_argument, run_command
 from cascade_fast.input_checks import InputError
-from cascade_fast.settings import SPLITS
+from cascade_fast.settings import LOSS_ON, SPLITS
+
+# Settings of training that say how --dataset is read.
+TEXT_FLAGS = (
+    "text_columns", "text_template", "prompt_template", "completion_template", "encoding", "chat_template", "loss_on",
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cascade_fast.evaluate",
-        description="Measure a cascade: perplexity and accuracy over all tokens, exits, layers and FLOPs that ran.",
+        description="Measure a cascade: perplexity, accuracy and exits over all tokens, layers and FLOPs that ran.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add_run_argument(parser)
     text = parser.add_argument_group("text")
-    text.add_argument("--split", default="val", choices=SPLITS, help="blocks of the run's own text")
+    text.add_argument("--split", default="val", choices=SPLITS, help="part of the run's own text")
     text.add_argument("--dataset", metavar="TEXT", help="another text instead, all of it; as --dataset of training")
     text.add_argument("--text-columns", metavar="TEXT", nargs="+", help="of --dataset; as in training")
-    text.add_argument("--text-template", metavar="TEXT", help="of --dataset; as in training")
-    text.add_argument("--seq-len", type=int, metavar="N", help="tokens in a block (default: that of training)")
-    text.add_argument("--blocks", type=int, metavar="N", help="the first N blocks only")
+    for name in ("text", "prompt", "completion"):
+        text.add_argument(f"--{name}-template", metavar="TEXT", help="of --dataset; as in training")
+    text.add_argument("--encoding", metavar="TEXT", help="of --dataset; as in training (default: utf-8)")
+    that = "of --dataset; as in training (default: that of training)"
+    text.add_argument("--chat-template", metavar="FILE", help=that)
+    text.add_argument("--loss-on", choices=LOSS_ON, help=that)
+    text.add_argument("--seq-len", type=int, metavar="N", help="most tokens in a sequence (default: that of training)")
+    text.add_argument("--blocks", type=int, metavar="N", help="the first N sequences only")
     out = parser.add_argument_group("results")
     out.add_argument("--json", metavar="FILE", help="write everything there")
     out.add_argument("--csv", metavar="FILE", help="write the table there")
@@ -51,7 +61,7 @@ def _check(asked: argparse.Namespace) -> None:
         value = getattr(asked, name)
         if value is not None and value < least:
             raise InputError(f"{name}: {value}; must be at least {least}")
-    for name in ("text_columns", "text_template"):
+    for name in TEXT_FLAGS:
         if getattr(asked, name) is not None and asked.dataset is None:
             raise InputError(f"{name}: {getattr(asked, name)!r}; is of --dataset, which is not given")
     for name in ("json", "csv", "sweep_threshold"):
@@ -62,7 +72,7 @@ def _check(asked: argparse.Namespace) -> None:
 
 def _run(asked: argparse.Namespace) -> int:
     _check(asked)
-    from cascade_fast.model.evaluation_blocks import evaluation_blocks
+    from cascade_fast.model.evaluation_text import evaluation_text
     from cascade_fast.model.loading import load_model
     from cascade_fast.model.measuring import sweep_threshold
     from cascade_fast.reporting import evaluation
@@ -70,17 +80,18 @@ def _run(asked: argparse.Namespace) -> int:
     from cascade_fast.runtime.console import say
 
     model, tokenizer = load_model(asked.run, device=asked.device, dtype=asked.dtype, base_path=asked.base_path)
-    text = {name: getattr(asked, name) for name in ("dataset", "text_columns", "text_template", "seq_len")}
-    blocks, source = evaluation_blocks(model.config, tokenizer, split=asked.split, limit=asked.blocks, **text)
+    text = {name: value for name in TEXT_FLAGS if (value := getattr(asked, name)) is not None}
+    which = {"split": asked.split, "dataset": asked.dataset, "seq_len": asked.seq_len, "limit": asked.blocks}
+    sequences, source = evaluation_text(model.config, tokenizer, **which, **text)
     if asked.sweep_threshold is not None and len(model.stages) == 0:
         raise InputError("sweep_threshold: this cascade kept no stage, so there is no threshold to move")
-    seq_len = blocks.shape[1] - 1
-    say(f"{asked.run}: {source}, {len(blocks):,} blocks of {seq_len} tokens, {model.device}, {dtype_name(model.dtype)}")
+    of = evaluation.describe_text(sequences)
+    say(f"{asked.run}: {source}, {of}, {model.device}, {dtype_name(model.dtype)}")
     how = {"batch_tokens": asked.batch_tokens}
-    results = evaluation.evaluate_run(asked.run, model, blocks, source, count_flops=not asked.no_flops, **how)
+    results = evaluation.evaluate_run(asked.run, model, sequences, source, count_flops=not asked.no_flops, **how)
     evaluation.say_tables(results)
     if asked.sweep_threshold is not None:
-        results["sweep"] = sweep_threshold(model, blocks, points=asked.sweep_points, **how)
+        results["sweep"] = sweep_threshold(model, sequences, points=asked.sweep_points, **how)
         evaluation.write_sweep(Path(asked.sweep_threshold), results)
     if asked.csv is not None:
         evaluation.write_table(Path(asked.csv), results)

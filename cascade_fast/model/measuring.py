@@ -1,9 +1,13 @@
 """What a cascade gains and what it costs, measured on tokens: perplexity, accuracy, exits, layers, FLOPs, time.
 
-Layers and FLOPs are counted from what ran, not from a formula: layers by hooks on every decoder layer, FLOPs by torch's
-counter of matrix products and attention (a causal mask is counted as the kernel's full square).
+Perplexity, accuracy and exits are of the tokens with a label. Those without one are context: the base reads them, no
+stage does, and nothing is measured of them but their cost.
 
-Shape legend: B blocks, S tokens of a block, N = B * S tokens, V vocabulary.
+Layers and FLOPs are counted from what ran, not from a formula: layers by hooks on every decoder layer, FLOPs by torch's
+counter of matrix products and attention (a causal mask is counted as the kernel's full square). Padding is not counted,
+context is, in what ran and in the tokens that it is divided by.
+
+Shape legend: B sequences, S predictions of the longest of a batch, N tokens with a label, V vocabulary, E stages.
 """
 
 import math
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cascade_fast.base.sequences import Sequences
 from cascade_fast.losses import chunk_tokens, perplexity
 from cascade_fast.model.modeling import CascadeForCausalLM
 from cascade_fast.runtime.console import Progress
@@ -28,74 +33,99 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Measured:
-    """A cascade over B blocks: of every token the loss in nats, whether the likeliest token was right, the exit and
-    the scores; decoder layers run (a layer on a token is one) and, where counted, FLOPs; seconds of forward passes."""
+    """A cascade over some sequences.
 
-    loss_BS: Tensor
-    correct_BS: Tensor
-    exit_BS: Tensor
-    score_BSE: Tensor
+    Attributes:
+        loss_N: of every token with a label, in order, the loss in nats.
+        correct_N: whether its likeliest token was right.
+        exit_N, score_NE: its exit and its scores.
+        sequence_N: the number of its sequence.
+        tokens: all that were predicted, with or without a label.
+        layers: decoder layers that ran; a layer on a token is one.
+        flops: where they were counted.
+        seconds: of forward passes, padding included.
+    """
+
+    loss_N: Tensor
+    correct_N: Tensor
+    exit_N: Tensor
+    score_NE: Tensor
+    sequence_N: Tensor
+    tokens: int
     layers: int
     flops: int | None
     seconds: float
 
     @property
     def perplexity(self) -> float:
-        return _perplexity(self.loss_BS)
+        return _perplexity(self.loss_N)
 
     def row(self, stages: int) -> dict[str, Any]:
-        """The numbers as plain values; ``exit_share`` of the base, stage 1, ..."""
-        tokens = self.loss_BS.numel()
-        exits = torch.bincount(self.exit_BS.flatten(), minlength=stages + 1) / tokens
+        """The numbers as plain values: perplexity, accuracy and ``exit_share`` (of the base, stage 1, ...) of tokens
+        with a label; layers, FLOPs and time of all tokens, as context is read, too."""
+        exits = torch.bincount(self.exit_N, minlength=stages + 1) / len(self.exit_N)
         return {
             "perplexity": self.perplexity,
-            "accuracy": self.correct_BS.double().mean().item(),
+            "accuracy": self.correct_N.double().mean().item(),
             "exit_share": exits.tolist(),
-            "layers_per_token": self.layers / tokens,
-            "flops_per_token": None if self.flops is None else self.flops / tokens,
+            "layers_per_token": self.layers / self.tokens,
+            "flops_per_token": None if self.flops is None else self.flops / self.tokens,
             "seconds": self.seconds,
-            "tokens_per_second": tokens / self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
         }
 
 
 @torch.inference_mode()
 def measure(
     model: CascadeForCausalLM,
-    blocks: Tensor,
+    sequences: Sequences,
     thresholds: Sequence[float],
     *,
     batch_tokens: int = 1024,
     count_flops: bool = False,
     name: str = "evaluating",
 ) -> Measured:
-    """Runs ``blocks`` (B, S + 1) int through the cascade with these thresholds, each token at its own exit.
+    """Runs ``sequences`` through the cascade with these thresholds, each token with a label at its own exit.
+
+    Sequences of about one length run together, padded on the right: under the causal mask no token sees padding, and
+    without a label it enters no stage. Where FLOPs are counted, only sequences of one length run together, as torch's
+    counter would count padding.
 
     Counting FLOPs slows the forward passes: take times from a run without it.
     """
-    at_once = max(1, batch_tokens // (blocks.shape[1] - 1))
     parts: list[tuple[Tensor, ...]] = []
-    seconds = 0.0
+    seconds, padding = 0.0, 0
     with ExitStack() as stack:
         layers = stack.enter_context(_counted_layers(model))
-        progress = stack.enter_context(Progress(name, blocks.shape[0] * (blocks.shape[1] - 1)))
+        progress = stack.enter_context(Progress(name, sequences.tokens))
         flops = stack.enter_context(_counter()) if count_flops else None
-        for rows in blocks.split(at_once):
-            ids = rows.to(model.device, torch.int64)
+        for some in sequences.batches(batch_tokens, equal=count_flops):
+            padded = sequences.padded(some)
+            labelled_BS = padded.labelled_BS
+            input_BS, label_BS = padded.input_BS.to(model.device), padded.label_BS.to(model.device)
+            labels = {} if bool(labelled_BS.all()) else {"shift_labels": label_BS}
             _wait(model.device)
             started = time.perf_counter()
-            output = model(ids[:, :-1], thresholds=thresholds, output_exits=True, use_cache=False)
+            output = model(input_BS, **labels, thresholds=thresholds, output_exits=True, use_cache=False)
             _wait(model.device)
             seconds += time.perf_counter() - started
-            loss_BS, correct_BS = _judge(output.logits, ids[:, 1:])
-            parts.append((loss_BS.cpu(), correct_BS.cpu(), output.exits.cpu(), output.scores.cpu()))
-            progress.advance(loss_BS.numel())
+            loss_BS, correct_BS = _judge(output.logits, label_BS)
+            number_BS = torch.arange(len(sequences))[some, None].expand_as(labelled_BS)
+            results = (loss_BS, correct_BS, output.exits, output.scores, number_BS)
+            parts.append(tuple(of_BS.cpu()[labelled_BS] for of_BS in results))
+            read = int(padded.real_BS.sum())
+            padding += labelled_BS.numel() - read
+            progress.advance(read)
         total = None if flops is None else flops.get_total_flops()
-    loss, correct, exits, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Measured(loss, correct, exits, scores, layers[0], total, seconds)
+    # Padding is read by the base alone.
+    ran = layers[0] - padding * len(model.base.model.layers)
+    loss_N, correct_N, exit_N, score_NE, sequence_N = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Measured(loss_N, correct_N, exit_N, score_NE, sequence_N, sequences.tokens, ran, total, seconds)
 
 
 def _judge(logits_BSV: Tensor, label_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of every token, and whether its likeliest token is the label; float32 logits of a chunk at a time."""
+    """Loss of every token, and whether its likeliest token is the label; float32 logits of a chunk at a time. Zero and
+    False where there is no label."""
     losses, correct = [], []
     step = chunk_tokens(logits_BSV.shape[-1], torch.float32)
     for logits_CV, label_C in zip(logits_BSV.flatten(0, 1).split(step), label_BS.flatten().split(step), strict=True):
@@ -142,28 +172,43 @@ def _perplexity(loss: Tensor) -> float:
     return perplexity(loss.double().mean().item())  # NaN of no tokens
 
 
-def bootstrap_difference(loss_BS: Tensor, base_BS: Tensor, *, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0) -> Any:
-    """95 % interval of ``perplexity - base's perplexity``, by drawing blocks with replacement (Efron's percentiles).
+def bootstrap_difference(
+    loss_N: Tensor, base_N: Tensor, sequence_N: Tensor, *, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
+) -> Any:
+    """95 % interval of ``perplexity - base's perplexity``, by drawing sequences with replacement (Efron's percentiles).
 
-    Blocks, not tokens: the tokens of a block are not independent. (low, high); NaN for fewer than two blocks.
+    Sequences, not tokens: the tokens of a sequence are not independent. (low, high); NaN for fewer than two sequences.
+
+    Args:
+        loss_N, base_N: losses of the same N tokens.
+        sequence_N: the number of each token's sequence, ascending.
     """
-    blocks = loss_BS.shape[0]
-    if blocks < 2:
+    count_B = torch.unique_consecutive(sequence_N, return_counts=True)[1]
+    sequences = len(count_B)
+    if sequences < 2:
         return math.nan, math.nan
-    drawn = torch.randint(blocks, (samples, blocks), generator=torch.Generator().manual_seed(seed))
-    ppl, base = (loss.double().mean(1)[drawn].mean(1).exp() for loss in (loss_BS, base_BS))
+    drawn = torch.randint(sequences, (samples, sequences), generator=torch.Generator().manual_seed(seed))
+    # A long sequence weighs more; all weigh exactly 1 where they are equally long.
+    weight_B = count_B / count_B.double().mean()
+    weight_R = weight_B[drawn].mean(1)
+
+    def perplexities(of_N: Tensor) -> Tensor:
+        total_B = nn.utils.rnn.pad_sequence(of_N.double().split(count_B.tolist()), batch_first=True).sum(1)
+        return ((total_B / count_B * weight_B)[drawn].mean(1) / weight_R).exp()
+
     tail = (1 - CONFIDENCE) / 2
-    low, high = torch.quantile(ppl - base, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    at = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = torch.quantile(perplexities(loss_N) - perplexities(base_N), at).tolist()
     return low, high
 
 
 def evaluate_cascade(
-    model: CascadeForCausalLM, blocks: Tensor, *, batch_tokens: int = 1024, count_flops: bool = True
+    model: CascadeForCausalLM, sequences: Sequences, *, batch_tokens: int = 1024, count_flops: bool = True
 ) -> dict[str, Any]:
     """The base alone, with stage 1, with stages 1-2, ...: a row each, and what every exit's easy and hard tokens are.
 
     Args:
-        blocks: (B, S + 1) token ids, B >= 1.
+        sequences: with at least one label.
         count_flops: runs everything a second time, as counting disturbs the clock.
 
     Returns:
@@ -177,14 +222,14 @@ def evaluate_cascade(
         name = cascade_name(used)
         thresholds = [*trained[:used], *[-math.inf] * (stages - used)]
         how: dict[str, Any] = {"batch_tokens": batch_tokens, "name": name}
-        measured = measure(model, blocks, thresholds, **how)
+        measured = measure(model, sequences, thresholds, **how)
         row = {"name": name, **measured.row(stages)}
         if count_flops:
-            counted = measure(model, blocks, thresholds, **how, count_flops=True)
+            counted = measure(model, sequences, thresholds, **how, count_flops=True)
             row["flops_per_token"] = counted.row(stages)["flops_per_token"]
         all_measured.append(measured)
         base = all_measured[0]
-        low, high = bootstrap_difference(measured.loss_BS, base.loss_BS)
+        low, high = bootstrap_difference(measured.loss_N, base.loss_N, base.sequence_N)
         row |= {"difference": measured.perplexity - base.perplexity, "difference_low": low, "difference_high": high}
         rows.append({name: None if value != value else value for name, value in row.items()})  # NaN is no JSON
     return {"rows": rows, "exits": _exits(all_measured)}
@@ -199,26 +244,26 @@ def _exits(all_measured: list[Measured]) -> list[dict[str, Any]]:
     whole = all_measured[-1]
     exits = []
     for exit_, here in enumerate(all_measured[:-1]):
-        left, on = whole.exit_BS == exit_, whole.exit_BS > exit_
+        left, on = whole.exit_N == exit_, whole.exit_N > exit_
         row = {
             "exit": "base" if exit_ == 0 else f"stage {exit_}",
             "easy_tokens": int(left.sum()),
-            "easy_perplexity": _perplexity(whole.loss_BS[left]),
+            "easy_perplexity": _perplexity(whole.loss_N[left]),
             "hard_tokens": int(on.sum()),
-            "hard_perplexity_here": _perplexity(here.loss_BS[on]),
-            "hard_perplexity_at_its_exit": _perplexity(whole.loss_BS[on]),
+            "hard_perplexity_here": _perplexity(here.loss_N[on]),
+            "hard_perplexity_at_its_exit": _perplexity(whole.loss_N[on]),
         }
         exits.append({name: None if value != value else value for name, value in row.items()})
     return exits
 
 
 def sweep_threshold(
-    model: CascadeForCausalLM, blocks: Tensor, *, points: int = 9, batch_tokens: int = 1024
+    model: CascadeForCausalLM, sequences: Sequences, *, points: int = 9, batch_tokens: int = 1024
 ) -> list[dict[str, Any]]:
     """Moves the exit threshold of stage 1 from closed to open; the others stay as trained. A row for each point.
 
-    The points are equal shares of the tokens, so that cost grows evenly; ``trained`` marks the row of the trained
-    threshold.
+    The points are equal shares of the tokens with a label, so that cost grows evenly; ``trained`` marks the row of the
+    trained threshold.
 
     Raises:
         ValueError: a cascade without stages, or fewer than two points.
@@ -234,11 +279,11 @@ def sweep_threshold(
         del values["seconds"], values["tokens_per_second"]  # not taken while counting
         return {"trained": trained, "threshold": threshold, **values}
 
-    trained = measure(model, blocks, [first, *others], **how, name="trained threshold")
-    score_N = trained.score_BSE[..., 0].flatten()
+    trained = measure(model, sequences, [first, *others], **how, name="trained threshold")
+    score_N = trained.score_NE[:, 0]
     rows = [row(first, trained, trained=True)]
     for share in (n / (points - 1) for n in range(points)):
         threshold = select_hardest(score_N, share).threshold if share > 0 else -math.inf
-        measured = measure(model, blocks, [threshold, *others], **how, name=f"share {share:.3f}")
+        measured = measure(model, sequences, [threshold, *others], **how, name=f"share {share:.3f}")
         rows.append(row(threshold, measured))
     return sorted(rows, key=lambda r: r["threshold"])

@@ -35,6 +35,7 @@ from cascade_fast.model.cache import StageContext, open_cache
 from cascade_fast.model.card import base_license, render_card
 from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.model.exit_logits import ExitLogits
+from cascade_fast.model.labels import ShiftedLabels, may_enter
 from cascade_fast.model.weights import (
     check_safetensors,
     checked_load,
@@ -54,8 +55,9 @@ from cascade_fast.stages.kind import get_kind
 class CascadeOutput(CausalLMOutputWithPast):
     """Also, where asked for with ``output_exits``:
 
-    ``exits``: (B, T) int64, 0 for the base, k for stage k, -1 for padding. ``scores``: (B, T, E) float32, the score
-    before stage 1, 2, ..., low = hard; NaN where the token did not come so far.
+    ``exits``: (B, T) int64, 0 for the base, k for stage k, -1 for padding and for context (see ``forward``).
+    ``scores``: (B, T, E) float32, the score before stage 1, 2, ..., low = hard; NaN where the token did not come so
+    far.
     """
 
     exits: Tensor | None = None
@@ -115,12 +117,18 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, S); or ``inputs_embeds`` (B, S, D).
             attention_mask: (B, past + S), 0 for padding, on either side. Padding enters no stage.
-            labels: (B, S); the loss is transformers': shifted, -100 ignored, the mean over what is left.
+            labels: (B, S); the loss is transformers': shifted, -100 ignored, the mean over what is left. As in training
+                a token without a label is context only: where the *next* token's label is -100, the position enters no
+                stage, its exit is -1, its logits are the base's, and its keys and values stay for the others. The last
+                position, whose next token is not in ``labels``, may enter. Without ``labels`` every token may.
             cache, past_key_values: two names of one argument, the new and the old one of transformers. A second look
                 needs its ``DynamicCache``, which is what ``generate`` makes.
             logits_to_keep: the last so many positions (0: all), or their indices; the others get no logits and enter
                 no stage but a second look, whose keys and values later tokens attend to.
             output_exits: also return the exit of every token and its scores.
+            kwargs: as transformers' models take them. ``shift_labels`` (B, S): of every position, the last included,
+                the label of the next token; they stand for ``labels`` shifted. Alone they only say what is context,
+                and no loss is computed.
             thresholds: instead of the trained ones, one for each stage; -inf closes a stage and those behind it.
 
         Returns:
@@ -128,14 +136,19 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             InputError: another number of thresholds than stages, or NaN among them.
-            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``; a cache under both its names; for a
-                second look another cache, an attention mask that is not 2D, or positions of several texts in one row.
+            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``; labels of another shape than (B, S),
+                whatever ``logits_to_keep`` is; a cache under both its names; for a second look another cache, an
+                attention mask that is not 2D, or positions of several texts in one row.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of them")
         thresholds = self._exit_thresholds(thresholds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        # Not an argument by name: transformers' Trainer would then take it for a column that every batch must have.
+        shifted = ShiftedLabels.from_labels(
+            labels, kwargs.pop("shift_labels", None), (inputs_embeds.shape[0], inputs_embeds.shape[1])
+        )
         attends = self.config.attends
         given = one_cache(cache, past_key_values)
         cache, keeps_cache = given, self.base.config.use_cache if use_cache is None else use_cache
@@ -155,14 +168,17 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds,
             read.last_hidden_state,
             entered[0] if self.config.reads == "residual" else read.last_hidden_state,
-            attention_mask,
+            may_enter(attention_mask, shifted, inputs_embeds),
             logits_to_keep,
             thresholds,
             context,
         )
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is not None and shifted is not None:
+            label_BT = shifted.label_BS[:, _kept(logits_to_keep)].contiguous()
+            loss = self.loss_function(
+                logits=logits_BTV, labels=labels, shift_labels=label_BT, vocab_size=self.config.vocab_size, **kwargs
+            )
         left = cache_of(read)
         if context is not None:
             left = context.close() if keeps_cache or given is not None else None
@@ -217,19 +233,16 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         embedded_BSD: Tensor,
         last_BSD: Tensor,
         reads_BSD: Tensor,
-        attention_mask: Tensor | None,
+        enters_BS: Tensor | None,
         logits_to_keep: int | Tensor,
         thresholds: list[float],
         context: StageContext | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of the positions that get logits: these (B, T, V), exits (B, T) and scores (B, T, E)."""
         batch, new = last_BSD.shape[:2]
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = _kept(logits_to_keep)
         attends = self.config.attends
         ran = slice(None) if attends else kept  # later tokens attend to those that get no logits
-        valid_N = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            valid_N = attention_mask[:, -new:][:, ran].bool().flatten()
         column_T = None  # positions that get logits; None: all that the stages see
         if attends and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             column_T = torch.arange(new, device=last_BSD.device)[kept]
@@ -239,7 +252,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
             embedded_BSD[:, ran].flatten(0, 1),
             last_BSD.flatten(0, 1),
             reads_BSD[:, ran].flatten(0, 1),
-            valid_N,
+            None if enters_BS is None else enters_BS[:, ran].flatten(),
             thresholds,
             logits,
             context,
@@ -254,7 +267,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         embedded_ND: Tensor,
         last_ND: Tensor,
         reads_ND: Tensor,
-        valid_N: Tensor | None,
+        enters_N: Tensor | None,
         thresholds: list[float],
         logits: ExitLogits,
         context: StageContext | None,
@@ -263,8 +276,8 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         criterion = get_criterion(self.config.criterion)
         n, device = last_ND.shape[0], last_ND.device
         exit_N = torch.zeros(n, dtype=torch.int64, device=device)
-        if valid_N is not None:
-            exit_N[~valid_N] = -1
+        if enters_N is not None:
+            exit_N[~enters_N] = -1
         score_NE = torch.full((n, len(self.stages)), math.nan, device=device)
         token_K = torch.arange(n, device=device)  # which tokens have come this far
         before_KD, after_KD, normed_KD, hidden_KD = embedded_ND, last_ND, last_ND, reads_ND
@@ -280,8 +293,8 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
             else:
                 with torch.no_grad():
                     score_K = criterion.score(TokensAtExit(before_KD.float(), after_KD.float()))
-            if valid_N is not None and number == 0:
-                score_K = score_K.masked_fill(~valid_N, math.nan)  # NaN is below no threshold: padding enters no stage
+            if enters_N is not None and number == 0:
+                score_K = score_K.masked_fill(~enters_N, math.nan)  # NaN is below no threshold: it enters no stage
             score_NE[token_K, number] = score_K
             hard_J = select_below(score_K, threshold)
             if not criterion.needs_logits:  # logits only of those that leave: nobody asks for the others'
@@ -419,6 +432,11 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, self_contained=self_contained)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload cascade"))
+
+
+def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """The positions that get logits."""
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
 
 
 AutoModelForCausalLM.register(CascadeConfig, CascadeForCausalLM, exist_ok=True)

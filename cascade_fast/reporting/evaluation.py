@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure  # without pyplot: no display, no global state
-from torch import Tensor
 
+from cascade_fast.base.sequences import Sequences
 from cascade_fast.model.measuring import evaluate_cascade
 from cascade_fast.model.modeling import CascadeForCausalLM
 from cascade_fast.runtime.compute import dtype_name
@@ -18,32 +18,47 @@ from cascade_fast.runtime.files import atomic_write, atomic_write_text
 
 
 def evaluate_run(
-    run: str, model: CascadeForCausalLM, blocks: Tensor, source: str, *, batch_tokens: int, count_flops: bool
+    run: str, model: CascadeForCausalLM, sequences: Sequences, source: str, *, batch_tokens: int, count_flops: bool
 ) -> dict[str, Any]:
-    """:func:`~cascade_fast.model.measuring.evaluate_cascade`, and what it is of: the cascade at ``run`` on ``blocks``
-    (B, S + 1), which are of ``source``."""
-    seq_len = blocks.shape[1] - 1
+    """:func:`~cascade_fast.model.measuring.evaluate_cascade`, and what it is of: the cascade at ``run`` on
+    ``sequences``, which are of ``source``."""
     return {
         "run": str(run),
-        "data": {"source": source, "blocks": len(blocks), "seq_len": seq_len, "tokens": len(blocks) * seq_len},
+        "data": {
+            "source": source,
+            "sequences": len(sequences),
+            "longest": sequences.longest,
+            "tokens": sequences.tokens,
+            "labelled": sequences.labels,
+        },
         "device": str(model.device),
         "dtype": dtype_name(model.dtype),
         "thresholds": model.config.thresholds,
-        **evaluate_cascade(model, blocks, batch_tokens=batch_tokens, count_flops=count_flops),
+        **evaluate_cascade(model, sequences, batch_tokens=batch_tokens, count_flops=count_flops),
     }
+
+
+def describe_text(sequences: Sequences) -> str:
+    """For people: how long, and how much of it is measured."""
+    labels, tokens = sequences.labels, sequences.tokens
+    labelled = "all" if labels == tokens else f"{labels:,} ({labels / tokens:.1%})"
+    longest = f"of {sequences.longest}" if len(sequences) * sequences.longest == tokens else "of their own lengths"
+    return f"{len(sequences):,} sequences {longest}, {tokens:,} tokens, {labelled} with a label"
 
 
 def say_tables(results: dict[str, Any]) -> None:
     """Three tables, each narrow enough for a terminal of 80 columns with two stages."""
     rows, stages = results["rows"], len(results["thresholds"])
+    context = results["data"]["labelled"] < results["data"]["tokens"]
+    of, with_context = ("tokens with a label", ", context included") if context else ("all tokens", "")
     say_table(
-        "all tokens, each at its own exit",
+        f"{of}, each at its own exit",
         ["exits", "perplexity", "vs base", "95 % interval", "accuracy"],
         [[row["name"], _show(row["perplexity"]), *_difference(row), f"{row['accuracy']:.2%}"] for row in rows],
     )
     left_at = ["base", *(f"stage {n}" for n in range(1, stages + 1))]
     say_table(
-        "\nshare of tokens that leave at each exit; layers and GFLOP a token",
+        f"\nshare of {of.removeprefix('all ')} that leave at each exit; layers and GFLOP a token{with_context}",
         ["exits", *left_at, "layers", "GFLOP", "seconds"],
         [
             [
@@ -65,7 +80,7 @@ def say_tables(results: dict[str, Any]) -> None:
 
 
 def _difference(row: dict[str, Any]) -> tuple[str, str]:
-    """To the base's perplexity, and its interval; nothing for the base itself, where one block has no interval, or
+    """To the base's perplexity, and its interval; nothing for the base itself, where one sequence has no interval, or
     where a loss is NaN."""
     if row["name"] == "base":
         return "", ""

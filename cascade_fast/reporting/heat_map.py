@@ -42,7 +42,7 @@ def heat_map(
         evaluation: their labelled tokens, each at its own exit.
         thresholds: of the stages kept, in order.
     """
-    blocks, shown = [], 0
+    blocks, shown = list[dict[str, Any]](), 0
     for number in range(min(len(sequences), MAX_BLOCKS)):
         ids = sequences.ids(number)[: MAX_TOKENS + 1].tolist()
         tokens = len(ids) - 1

@@ -78,14 +78,17 @@ def _sections(markdown: str, images: Mapping[str, bytes]) -> list[tuple[str, Mar
 
 
 def _view(heat_map: dict[str, Any]) -> dict[str, Any]:
-    """What the template shows: every token with its classes (``e`` exit, ``s`` score, ``c`` change) and its card."""
+    """What the template shows: every token with its classes (``e`` exit, ``s`` score, ``c`` change) and its card. A
+    token without a label, whose numbers are None, has neither: it is shown as context."""
     blocks = heat_map["blocks"]
-    score_edges = _edges([scores[0] for block in blocks for scores in block["scores"]])
+    score_edges = _edges([scores[0] for block in blocks for scores in block["scores"] if scores is not None])
     shown = []
     for block in blocks:
         columns = [block[name] for name in ("texts", "exits", "scores", "base_loss", "loss")]
         tokens = [
-            {
+            {"text": visible(text), "exit": None}
+            if exit_ is None
+            else {
                 "text": visible(text),
                 "classes": f"e{_exit_colour(exit_)} s{bisect_left(score_edges, scores[0])} "
                 f"c{bisect_left(CHANGE_EDGES, loss - base)}",
@@ -99,15 +102,19 @@ def _view(heat_map: dict[str, Any]) -> dict[str, Any]:
         ]
         shown.append({"first": visible(block["texts"][0]), "tokens": tokens})
     counts = Counter(exit_ for block in blocks for exit_ in block["exits"])
+    context = counts.pop(None, 0)
     total = sum(counts.values())
     names = ["base", *(f"stage {n}" for n in range(1, len(heat_map["thresholds"]) + 1))]
     return {
         "blocks": shown,
         "blocks_in_all": heat_map["blocks_in_all"],
         "total": total,
+        "context": context,
         "thresholds": [f"{threshold:.4f}" for threshold in heat_map["thresholds"]],
         "legends": {
-            "exit": [(f"e{_exit_colour(n)}", f"{name} {counts[n] / total:.1%}") for n, name in enumerate(names)],
+            "exit": [
+                (f"e{_exit_colour(n)}", f"{name} {counts[n] / max(total, 1):.1%}") for n, name in enumerate(names)
+            ],
             "score": _legend("s", score_edges, ".2f"),
             "change": _legend("c", CHANGE_EDGES, "+.2f"),
         },
@@ -121,7 +128,7 @@ def _exit_colour(exit_: int) -> int:
 
 def _edges(scores: list[float]) -> tuple[float, ...]:
     """Between bins of equal width; the outermost five per cent are in the first and the last."""
-    ordered = sorted(scores)
+    ordered = sorted(scores) or [0.0]
     low, high = ordered[len(ordered) // 20], ordered[-1 - len(ordered) // 20]
     return tuple(low + (high - low) * (n + 1) / BINS for n in range(BINS - 1))
 

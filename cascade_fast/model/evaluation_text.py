@@ -1,0 +1,55 @@
+"""The text that a cascade is evaluated on: its own run's, or another one."""
+
+from typing import Any
+
+from cascade_fast.base.sequences import Sequences
+from cascade_fast.base.texts import all_sequences, load_sequences
+from cascade_fast.input_checks import InputError
+from cascade_fast.model.configuration import CascadeConfig
+from cascade_fast.settings import RESUME_MAY_CHANGE, make_settings, saved_settings
+
+# What these settings name is in one dataset; they are not carried over to another.
+OF_ONE_DATASET = ("text_columns", "text_template", "prompt_template", "completion_template", "encoding")
+
+
+def evaluation_text(
+    config: CascadeConfig,
+    tokenizer: Any,
+    *,
+    split: str = "val",
+    dataset: str | None = None,
+    seq_len: int | None = None,
+    limit: int | None = None,
+    **text: Any,
+) -> tuple[Sequences, str]:
+    """Sequences of tokens, at least one, and what they are.
+
+    Args:
+        split: ``train``, ``val`` or ``test`` of the text that the cascade was trained on.
+        dataset: another text instead, all of it; as the setting of training.
+        seq_len: tokens of a sequence at most; None: that of training.
+        limit: the first so many sequences only.
+        text: other settings of training that say how ``dataset`` is read. Those that are not given are as in training,
+            but for ``OF_ONE_DATASET``, which are as for a run that does not give them.
+
+    Raises:
+        InputError: no such text, or none that is known; ``seq_len`` above the base's positions; no sequence.
+    """
+    settings = {n: value for n, value in saved_settings(config.settings).items() if n not in RESUME_MAY_CHANGE}
+    if dataset is None and not config.settings:
+        raise InputError("dataset: not given, and this cascade does not know what it was trained on")
+    if seq_len is not None:
+        settings["seq_len"] = seq_len
+    if dataset is not None:
+        settings = {name: value for name, value in settings.items() if name not in OF_ONE_DATASET}
+        settings |= {"dataset": dataset, **text}
+    asked, longest = make_settings(settings), config.max_position_embeddings
+    if asked.seq_len > longest:
+        raise InputError(f"seq_len: {asked.seq_len}; the base has {longest} positions")
+    if dataset is None:
+        found, source = load_sequences(asked, tokenizer).splits[split], f"{asked.dataset}, {split}"
+    else:
+        found, source = all_sequences(asked, tokenizer, limit), asked.dataset
+    if len(found) == 0:
+        raise InputError(f"split: {split!r}; the run has no such text")
+    return found.first(limit), source
