@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cascade_fast import baselines, evaluate, plan, sweep, train
+from cascade_fast import baselines, data, evaluate, plan, sweep, train
 from cascade_fast.runtime.compute import peak_rss_bytes
 from cascade_fast.runtime.console import say_table
 from cascade_fast.runtime.files import read_json
@@ -91,7 +91,7 @@ def test_an_unknown_flag_is_argparse_s_error(capsys):
     assert "--hard-ration" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [train, baselines, sweep, plan])
+@pytest.mark.parametrize("command", [train, data, baselines, sweep, plan])
 def test_an_unknown_flag_says_which_is_meant(capsys, command):
     with pytest.raises(SystemExit) as stop:
         command.main(["--learning-rate", "1", "--max_seq_length=5", "--frobnicate", "--layers-per-stag", "2"])
@@ -107,7 +107,7 @@ def test_every_command_has_a_console_script():
     section = (ROOT / "pyproject.toml").read_text().split("[project.scripts]\n")[1].split("\n\n")[0]
     scripts = dict(re.findall(r'^(\S+) = "(\S+)"$', section, re.MULTILINE))
     commands = {p.stem for p in (ROOT / "cascade_fast").glob("*.py") if '__name__ == "__main__"' in p.read_text()}
-    assert len(commands) == 9
+    assert len(commands) == 10
     assert scripts == {f"cascade-fast-{name}": f"cascade_fast.{name}:main" for name in commands}
     for target in scripts.values():
         module, function = target.split(":")
@@ -200,14 +200,14 @@ def test_flags_are_answered_before_torch_is_loaded():
 def test_help_is_printed_before_torch_is_loaded():
     script = """
 import contextlib, sys
-from cascade_fast import baselines, evaluate, generate, plan, report, sweep, train
-for command in (baselines, evaluate, generate, plan, report, sweep, train):
+from cascade_fast import baselines, data, evaluate, generate, plan, report, sweep, train
+for command in (baselines, data, evaluate, generate, plan, report, sweep, train):
     with contextlib.suppress(SystemExit):
         command.main(["--help"])
 print("torch" in sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.count("usage: ") == 7
+    assert result.stdout.count("usage: ") == 8
     assert result.stdout.splitlines()[-1] == "False"
 
 

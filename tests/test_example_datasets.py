@@ -77,7 +77,18 @@ def test_data_shows_every_example(kind, flags, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["table", "book", "messages"])
 def test_examples_can_be_trained_on(kind, flags, tmp_path):
     run = tmp_path / "run"
-    small = ["--seq-len", "32", "--train-tokens", "600", "--num-stages", "1", "--layers-per-stage", "1", "--epochs", "1"]
+    small = [
+        "--seq-len",
+        "32",
+        "--train-tokens",
+        "600",
+        "--num-stages",
+        "1",
+        "--layers-per-stage",
+        "1",
+        "--epochs",
+        "1",
+    ]
     assert train.main([*flags(kind), *small, "--device", "cpu", "--out", str(run)]) == 0
     results = json.loads((run / "results.json").read_text())
     assert 100 < results["tokens"]["train"] < 632  # 600 in whole sequences; those that are only read do not count
