@@ -4,8 +4,11 @@ import glob
 import logging
 import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cascade_fast.input_checks import InputError, one_line, shown
 from cascade_fast.settings import RunSettings
@@ -21,8 +24,37 @@ _IN_WORDS = {  # what datasets says of files that cannot be read
 }
 
 
-def load_rows(settings: RunSettings) -> Any:
-    """The rows of ``settings.dataset``, as ``datasets`` has them. Raises InputError."""
+class Rows:
+    """The rows of ``settings.dataset`` with their numbers, from 1 in the data's own order; shuffled if asked."""
+
+    def __init__(self, source: Any, settings: RunSettings) -> None:
+        self.columns: list[str] = list(source.column_names)
+        self._source, self._settings = source, settings
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        count = len(self._source)
+        order = order_of(count).tolist() if self._settings.shuffle == "on" else range(count)
+        return ((number + 1, self._source[number]) for number in order)
+
+    def where(self, number: int) -> str:
+        return f"dataset: {shown(self._settings.dataset)}, row {number}"
+
+    def select_columns(self, names: Iterable[str]) -> "Rows":
+        return Rows(self._source.select_columns(list(dict.fromkeys(names))), self._settings)
+
+
+def order_of(count: int) -> Any:
+    """The shuffled order of ``count`` texts: always the same, so that runs of any seed have the same splits and share
+    their base pass. NumPy's RandomState is frozen: other versions give the same numbers (NEP 19)."""
+    return np.random.RandomState(0).permutation(count)
+
+
+def load_rows(settings: RunSettings) -> Rows:
+    """The rows of ``settings.dataset``. Raises InputError."""
+    return Rows(_load(settings), settings)
+
+
+def _load(settings: RunSettings) -> Any:
     dataset = settings.dataset
     import datasets
 
