@@ -19,7 +19,8 @@ import torch
 from benchmarks.common import record
 from cascade_fast.base.base_pass import BasePass, base_pass
 from cascade_fast.base.model import BaseModel, find_base
-from cascade_fast.base.sequences import Sequences, SplitSequences, Usage
+from cascade_fast.base.sequences import Sequences
+from cascade_fast.base.splits import SplitSequences, Usage
 from cascade_fast.base.texts import load_sequences
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.metrics_log import MetricsLog

@@ -287,3 +287,16 @@ class FullFinetuneResults(Record):
 def any_results(given: dict[str, Any]) -> RunResults | FullFinetuneResults:
     """``results.json`` of either. Raises InputError as :meth:`Record.from_dict`."""
     return RunResults.from_dict(given) if "stages" in given else FullFinetuneResults.from_dict(given)
+
+
+def training_size(settings: dict[str, Any]) -> tuple[str, int]:
+    """The flag and the number that say how much a run was trained on. ``settings``: as its results have them."""
+    blocks = settings.get("train_blocks")
+    return ("--train-tokens", settings["train_tokens"]) if blocks is None else ("--train-blocks", blocks)
+
+
+def training_text(settings: dict[str, Any]) -> str:
+    """How much a run was trained on, in words. ``settings``: as its results have them."""
+    flag, size = training_size(settings)
+    what = "tokens in sequences of at most" if flag == "--train-tokens" else "blocks of"
+    return f"{size:,} {what} {settings['seq_len']}" + (" tokens" if flag == "--train-blocks" else "")

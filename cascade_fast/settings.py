@@ -1,4 +1,4 @@
-"""The settings of a run: one frozen dataclass, validated when made, and the presets.
+"""The settings of a run: one frozen dataclass, validated when made.
 
 Each field is a flag of ``python -m cascade_fast.train`` and a key of a ``--config`` file, under the same name.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_fast.input_checks import InputError, check_type, read_settings_file, shown, suggest, template_parts
+from cascade_fast.presets import PRESETS, STAGE_KINDS
 
 
 def _setting(default: Any, group: str, help: str, **extra: Any) -> Any:
@@ -28,26 +29,6 @@ TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 SPLITS = ("train", "val", "test")
 
 
-@dataclass(frozen=True)
-class KindEntry:
-    """A stage kind by what the settings know of it; its code is ``stages/<name>.py``, with underscores for dashes.
-
-    ``allows``: values of other settings that go with it, where not all do, and why.
-    """
-
-    help: str
-    allows: dict[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
-
-
-STAGE_KINDS = {
-    "append": KindEntry(
-        "new layers after the base's last", {"kv": (("auto", "store"), "stages of kind append use none")}
-    ),
-    "second-look": KindEntry(
-        "a trained copy of the base's last layers, in which hard tokens attend to their whole text",
-        {"init": (("identity",), "a second look starts as the base's own layers, with its head")},
-    ),
-}
 ALL = -1  # ``all`` as a number of tokens or blocks; once the text is read its real number takes its place
 # What a run takes where nothing is said, as blocks of ``seq_len`` tokens; fewer where the text has fewer.
 DEFAULT_BLOCKS = {"train": 320, "val": 64}
@@ -56,45 +37,9 @@ DEFAULT_BLOCKS = {"train": 320, "val": 64}
 UNITS = ("tokens", "blocks")  # that splits are counted in
 
 
-# The recipe of the original experiment: random layers with a head of their own, tokens in batches of 32, fp32.
-SEED_PRESET: dict[str, Any] = {
-    "dataset": "tatsu-lab/alpaca",
-    "train_blocks": 1000,
-    "val_blocks": 100,
-    "test_blocks": 0,
-    "shuffle": "off",
-    "dtype": "float32",
-    "store_dtype": "float32",
-    "hard_ratio": 0.9,
-    "criterion": "cosine",
-    "val_selection": "quantile",
-    "num_stages": 5,
-    "init": "random",
-    "head": "own",
-    "accept": "always",
-    "epochs": 10,
-    "batch_tokens": 32,
-    "lr": 1e-4,
-    "lr_schedule": "constant",
-    "warmup_steps": 0,
-    "grad_clip": 0.0,
-    "patience": 1,
-}
-# The best perplexity for the training: see docs/log.md, 2026-11-24.
-SECOND_LOOK_PRESET: dict[str, Any] = {
-    "stage_kind": "second-look",
-    "num_stages": 1,
-    "layers_per_stage": 16,
-    "epochs": 1,
-    "batch_tokens": 256,
-    "lr": 2e-4,
-}
-PRESETS: dict[str, dict[str, Any]] = {"warm": {}, "second-look": SECOND_LOOK_PRESET, "seed": SEED_PRESET}
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Every setting of a cascade run. Defaults are those of the preset ``warm``; see :data:`PRESETS`.
+    """Every setting of a cascade run. Defaults are those of the preset ``warm``; see ``presets.py``.
 
     Raises:
         InputError: on a value out of range, before any work is done.
@@ -498,19 +443,6 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 def _quotes(value: Any) -> str:
     """YAML reads yes, 2024-01-01 and 007 as something else than text."""
     return "" if isinstance(value, (list, tuple, dict)) else " (in quotes, if it is meant so)"
-
-
-def training_size(settings: dict[str, Any]) -> tuple[str, int]:
-    """The flag and the number that say how much a run was trained on. ``settings``: as its results have them."""
-    blocks = settings.get("train_blocks")
-    return ("--train-tokens", settings["train_tokens"]) if blocks is None else ("--train-blocks", blocks)
-
-
-def training_text(settings: dict[str, Any]) -> str:
-    """How much a run was trained on, in words. ``settings``: as its results have them."""
-    flag, size = training_size(settings)
-    what = "tokens in sequences of at most" if flag == "--train-tokens" else "blocks of"
-    return f"{size:,} {what} {settings['seq_len']}" + (" tokens" if flag == "--train-blocks" else "")
 
 
 def explain(name: str) -> str:

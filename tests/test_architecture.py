@@ -13,14 +13,15 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from cascade_fast.settings import CRITERIA, STAGE_KINDS
+from cascade_fast.presets import STAGE_KINDS
+from cascade_fast.settings import CRITERIA
 
 ROOT = Path(__file__).parent.parent
 
 # The packages and modules of the package's root, from the ground up: each imports from itself and from what stands
 # before it.
 ORDER = [
-    "input_checks", "settings", "records", "resume", "ops", "runtime", "losses", "selection", "criteria",
+    "input_checks", "presets", "settings", "records", "resume", "ops", "runtime", "losses", "selection", "criteria",
     "hard_token_gather", "base", "stages", "planning", "model", "auto_classes", "reporting", "training", "cascade",
     "comparison", "command_line", "commands",
 ]  # fmt: skip

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from cascade_fast import data, train
 from cascade_fast.base import model
-from cascade_fast.base.sequences import TokenText, split_texts
+from cascade_fast.base.sequences import TokenText
+from cascade_fast.base.splits import split_texts
 from cascade_fast.base.texts import load_sequences
 from cascade_fast.input_checks import InputError
 from cascade_fast.reporting import data_view

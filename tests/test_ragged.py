@@ -15,7 +15,8 @@ from cascade_fast import cascade
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.model import find_base
-from cascade_fast.base.sequences import NO_LABEL, Sequences, TokenText, split_texts
+from cascade_fast.base.sequences import NO_LABEL, Sequences, TokenText
+from cascade_fast.base.splits import split_texts
 from cascade_fast.cascade import run_cascade
 from cascade_fast.criteria import token_entropy
 from cascade_fast.settings import make_settings

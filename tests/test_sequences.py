@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cascade_fast.base import sequences as module
-from cascade_fast.base.sequences import NO_LABEL, Sequences, TokenText, one_split, split_texts
+from cascade_fast.base import splits as module
+from cascade_fast.base.sequences import NO_LABEL, Sequences, TokenText
+from cascade_fast.base.splits import one_split, split_texts
 from cascade_fast.input_checks import InputError
 from cascade_fast.settings import ALL, SPLITS, make_settings
 

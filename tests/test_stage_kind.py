@@ -8,7 +8,7 @@ import torch
 from conftest import text_ids
 from torch import nn
 
-from cascade_fast import CascadeForCausalLM, make_settings, run_cascade, settings
+from cascade_fast import CascadeForCausalLM, make_settings, presets, run_cascade
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.measuring import evaluate_cascade
 from cascade_fast.runtime.files import read_json
@@ -69,7 +69,7 @@ def shift(monkeypatch):
     module.KIND = Shift()
     monkeypatch.setitem(sys.modules, module.__name__, module)
     # --- the line
-    monkeypatch.setitem(settings.STAGE_KINDS, "test-shift", settings.KindEntry("vectors that are added"))
+    monkeypatch.setitem(presets.STAGE_KINDS, "test-shift", presets.KindEntry("vectors that are added"))
 
 
 # --- what comes of it -------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_a_kind_that_there_is_not():
         make_settings({"stage_kind": "test-shift"})
 
 
-@pytest.mark.parametrize("name", settings.STAGE_KINDS)
+@pytest.mark.parametrize("name", presets.STAGE_KINDS)
 def test_every_kind_keeps_its_name(name, tiny_base):
     from transformers import AutoConfig
 

@@ -29,7 +29,8 @@ from torch import Tensor
 from cascade_fast.base.cache_name import with_cache
 from cascade_fast.base.hidden_store import HiddenStore, StoreError
 from cascade_fast.base.model import BaseModel, attention_shape
-from cascade_fast.base.sequences import NO_LABEL, Sequences, SplitSequences
+from cascade_fast.base.sequences import NO_LABEL, Sequences
+from cascade_fast.base.splits import SplitSequences
 from cascade_fast.criteria import Criterion, Places, TokensAtExit, get_criterion
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute, release_memory
@@ -56,7 +57,8 @@ HEAD = "head.safetensors"
 RECORD = "base_pass.json"  # written last: a folder with this file is complete
 # The modules that decide what is stored, beside operators and kernels: a pass is reused by the same code only.
 CODE = (
-    "base/base_pass", "base/cache_name", "base/hidden_store", "base/model", "criteria", "losses", "selection",
+    "base/base_pass", "base/cache_name", "base/hidden_store", "base/model", "base/sequences", "criteria", "losses",
+    "selection",
 )  # fmt: skip
 
 

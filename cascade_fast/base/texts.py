@@ -1,12 +1,23 @@
-"""The texts of a dataset as token ids: the row's columns, a template filled in, or CPython's manual."""
+"""The texts of a dataset as token ids: the row's columns, a template filled in, its conversation, or CPython's manual.
 
+What a row is, is decided once, by what is asked for (``text_columns``, a template) and else by the columns: a
+conversation, a prompt and a completion, or a plain text, of which every token is learnt.
+"""
+
+import contextlib
 import dataclasses
+import datetime
+import numbers
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from cascade_fast.base.chat_template import ChatTemplate, RenderedText, prompted_text
+from cascade_fast.base.chat_tokens import ChatTokenizer
+from cascade_fast.base.chats import LAYOUTS, Conversation, PromptedText, chat_layout, read_chat
 from cascade_fast.base.rows import Rows, load_rows, order_of
-from cascade_fast.base.sequences import Sequences, SplitSequences, TokenText, one_split, split_texts
+from cascade_fast.base.sequences import Sequences, TokenText
+from cascade_fast.base.splits import SplitSequences, one_split, split_texts
 from cascade_fast.input_checks import InputError, shown, template_parts
 from cascade_fast.settings import RunSettings
 
@@ -19,7 +30,7 @@ def load_sequences(settings: RunSettings, tokenizer: Any) -> SplitSequences:
     """Tokenises ``settings.dataset`` and cuts it into the sequences of each split.
 
     Raises:
-        InputError: an unknown dataset or column, or less text than asked.
+        InputError: as :func:`load_token_texts`, or less text than asked.
     """
     return split_texts(load_token_texts(settings, tokenizer), settings)
 
@@ -37,28 +48,42 @@ def load_token_texts(settings: RunSettings, tokenizer: Any) -> Iterator[TokenTex
     """The texts of ``settings.dataset``, one after another, shuffled if ``settings.shuffle`` says so.
 
     Raises:
-        InputError: no such dataset or column, or a file that cannot be read.
+        InputError: no such dataset or column, a file that cannot be read, a row that is not what it should be (with its
+            number), or a base without a chat template.
     """
-    iterator = iter(load_texts(settings))
-    while batch := list(islice(iterator, _TEXTS_AT_ONCE)):
-        for ids in tokenizer(batch, verbose=False)["input_ids"]:
+    rows = None if settings.dataset == "pydoc" else load_rows(settings)
+    chats = None if rows is None else _chats(rows, settings)
+    if rows is not None and chats is not None:
+        tokens = ChatTokenizer(tokenizer, settings)
+        rendered = _rendered(rows, chats, tokens, tokenizer, settings)
+        while batch := list(islice(rendered, _TEXTS_AT_ONCE)):
+            yield from tokens.encode(batch)
+        return
+    if settings.chat_template is not None:
+        raise InputError(
+            f"chat_template: {shown(settings.chat_template)}; {shown(settings.dataset)} is read as plain texts, not as "
+            "conversations"
+        )
+    texts = iter(load_texts(settings) if rows is None else _plain(rows, settings))
+    while lines := list(islice(texts, _TEXTS_AT_ONCE)):
+        for ids in tokenizer(lines, verbose=False)["input_ids"]:
             yield TokenText(ids)
 
 
 def load_texts(settings: RunSettings) -> Iterable[str]:
-    """The texts of ``settings.dataset``, shuffled if ``settings.shuffle`` says so.
+    """The plain texts of ``settings.dataset``, shuffled if ``settings.shuffle`` says so.
 
     Raises:
-        InputError: no such dataset or column, or a file that cannot be read.
+        InputError: no such dataset or column, a file that cannot be read, or a row without a text.
     """
     if settings.dataset == "pydoc":
-        if settings.text_columns or settings.text_template is not None:
-            raise InputError("text_columns, text_template: pydoc has no columns; leave them out")
+        if settings.text_columns or settings.text_template is not None or settings.prompt_template is not None:
+            raise InputError("text_columns, text_template, prompt_template: pydoc has no columns; leave them out")
         if settings.streaming == "on":
             raise InputError("streaming: on; pydoc is no file")
         texts = pydoc_texts()
         return [texts[i] for i in order_of(len(texts))] if settings.shuffle == "on" else texts
-    return _render(load_rows(settings), settings)
+    return _plain(load_rows(settings), settings)
 
 
 def pydoc_texts() -> list[str]:
@@ -82,31 +107,114 @@ def pydoc_texts() -> list[str]:
     return texts
 
 
-def _render(rows: Rows, settings: RunSettings) -> Iterator[str]:
+def _plain(rows: Rows, settings: RunSettings) -> Iterator[str]:
     """One text a row: the template filled in, or the columns joined by newlines."""
-    columns = rows.columns
     if settings.text_template is not None:
         parts = template_parts(settings.text_template)
-        wanted = [name for _, name in parts if name is not None]
-        if not wanted:
-            raise InputError(
-                f"text_template: {settings.text_template!r}; names no column in braces; has {', '.join(columns)}"
-            )
-        _check_columns("text_template", wanted, columns)
+        wanted = _template_columns("text_template", settings.text_template, rows)
     else:
-        parts = []
+        columns = rows.columns
         wanted = list(settings.text_columns or next((c for c in _DEFAULT_COLUMNS if set(c) <= set(columns)), ()))
         if not wanted:
-            raise InputError(f"text_columns: not given, and {shown(settings.dataset)} has columns {', '.join(columns)}")
+            known = ", ".join(" and ".join(layout) for layout in LAYOUTS)
+            raise InputError(
+                f"text_columns: not given, and {shown(settings.dataset)} has columns {', '.join(columns)} (known "
+                f"without being told: text; instruction, input and output; {known})"
+            )
         _check_columns("text_columns", wanted, columns)
+        parts = [("\n" if number else "", name) for number, name in enumerate(wanted)]
     rows = rows.select_columns(wanted)
-    if parts:
-        return ("".join(text + ("" if name is None else _text(row[name])) for text, name in parts) for _, row in rows)
-    return ("\n".join(_text(row[name]) for name in wanted) for _, row in rows)
+    for number, row in rows:
+        with _naming(rows, number):
+            text = _filled(parts, row)
+        yield text
 
 
-def _text(cell: Any) -> str:
-    return "" if cell is None else str(cell)
+def _chats(rows: Rows, settings: RunSettings) -> Iterator[tuple[int, Conversation | PromptedText]] | None:
+    """What each row holds, with its number; None where rows are plain texts."""
+    if settings.prompt_template is not None and settings.completion_template is not None:
+        return _prompted(rows, settings.prompt_template, settings.completion_template)
+    layout = chat_layout(rows.columns)
+    if layout is None or settings.text_columns or settings.text_template is not None:
+        return None
+    return _read_chats(rows, layout)
+
+
+def _read_chats(rows: Rows, layout: tuple[str, ...]) -> Iterator[tuple[int, Conversation | PromptedText]]:
+    rows = rows.select_columns(name for name in (*layout, "system", "tools") if name in rows.columns)
+    for number, row in rows:
+        with _naming(rows, number):
+            chat = read_chat(row, layout)
+        yield number, chat
+
+
+def _prompted(rows: Rows, prompt: str, completion: str) -> Iterator[tuple[int, PromptedText]]:
+    """Of the two templates, filled in."""
+    prompt_parts, completion_parts = template_parts(prompt), template_parts(completion)
+    wanted = [name for _, name in prompt_parts if name is not None]
+    _check_columns("prompt_template", wanted, rows.columns)
+    wanted += _template_columns("completion_template", completion, rows)
+    rows = rows.select_columns(wanted)
+    for number, row in rows:
+        with _naming(rows, number):
+            chat = PromptedText(_filled(prompt_parts, row), _filled(completion_parts, row))
+        yield number, chat
+
+
+def _rendered(
+    rows: Rows,
+    chats: Iterator[tuple[int, Conversation | PromptedText]],
+    tokens: ChatTokenizer,
+    tokenizer: Any,
+    settings: RunSettings,
+) -> Iterator[RenderedText]:
+    template: ChatTemplate | None = None
+    for number, chat in chats:
+        if isinstance(chat, Conversation):
+            template = template or ChatTemplate(tokenizer, settings, tokens.special, tokens.unbreakable)
+            with _naming(rows, number):
+                text = template.render(chat)
+        else:
+            with _naming(rows, number):
+                text = prompted_text(chat, settings)
+        yield text
+
+
+@contextlib.contextmanager
+def _naming(rows: Rows, number: int) -> Iterator[None]:
+    """Puts the file and the number of a row before what is wrong with it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{rows.where(number)}: {error}") from error
+
+
+def _template_columns(setting: str, template: str, rows: Rows) -> list[str]:
+    wanted = [name for _, name in template_parts(template, setting) if name is not None]
+    if not wanted:
+        raise InputError(f"{setting}: {template!r}; names no column in braces; has {', '.join(rows.columns)}")
+    _check_columns(setting, wanted, rows.columns)
+    return wanted
+
+
+def _filled(parts: list[tuple[str, str | None]], row: dict[str, Any]) -> str:
+    """A template with the row's cells in it; a null beside others is an empty text.
+
+    Raises:
+        InputError: every cell is null, or one is a list or a map.
+    """
+    names = [name for _, name in parts if name is not None]
+    if names and all(row[name] is None for name in names):
+        raise InputError(f"{', '.join(names)}: null; must hold text")
+    return "".join(text + ("" if name is None else _cell(name, row[name])) for text, name in parts)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (str, numbers.Number, datetime.date, datetime.time)):
+        return str(value)
+    raise InputError(f"{name}: {shown(value)}; must be text or a number")
 
 
 def _check_columns(setting: str, wanted: Iterable[str], columns: list[str]) -> None:

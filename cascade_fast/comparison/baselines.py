@@ -9,8 +9,8 @@ from cascade_fast.comparison.methods import METHODS, Training
 from cascade_fast.comparison.runs import Row, base_row, train_all
 from cascade_fast.comparison.tables import equal_cost_table, verdict, write_report, write_tables
 from cascade_fast.input_checks import InputError
+from cascade_fast.records import training_text
 from cascade_fast.runtime.console import say
-from cascade_fast.settings import training_text
 from cascade_fast.training.full_finetune import full_finetune
 
 

@@ -8,8 +8,9 @@ from cascade_fast.comparison.curves import plot_lines
 from cascade_fast.comparison.grid import GRID
 from cascade_fast.comparison.runs import Row, base_row, train_all
 from cascade_fast.comparison.tables import write_report, write_tables
+from cascade_fast.records import training_text
 from cascade_fast.runtime.console import say
-from cascade_fast.settings import RunSettings, training_text
+from cascade_fast.settings import RunSettings
 
 
 def run_sweep(folder: Path, grid: Sequence[RunSettings]) -> Path:

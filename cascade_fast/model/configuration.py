@@ -11,9 +11,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from cascade_fast.base.model import FAMILY, BaseModel, check_model
 from cascade_fast.criteria import model_criteria
 from cascade_fast.input_checks import InputError, check_fields, check_type, one_line, shown
+from cascade_fast.presets import STAGE_KINDS
 from cascade_fast.records import RunRecord, RunResults
 from cascade_fast.runtime.files import check_json
-from cascade_fast.settings import RESUME_MAY_CHANGE, STAGE_KINDS
+from cascade_fast.settings import RESUME_MAY_CHANGE
 from cascade_fast.stages.exits import ExitStage
 from cascade_fast.stages.kind import get_kind
 from cascade_fast.stages.stage import StageConfig

@@ -44,10 +44,10 @@ from cascade_fast.model.weights import (
     local_folder,
     write_stages,
 )
+from cascade_fast.presets import STAGE_KINDS
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import atomic_write_text
 from cascade_fast.selection import select_below
-from cascade_fast.settings import STAGE_KINDS
 from cascade_fast.stages.kind import get_kind
 
 

@@ -13,9 +13,10 @@ from typing import Any
 from cascade_fast.planning.counts import Shape
 from cascade_fast.planning.devices import this_machine
 from cascade_fast.planning.times import base_flops, tokens_with_logits
+from cascade_fast.presets import SEED_PRESET
 from cascade_fast.records import Compared, ComparedWork, Epoch, Ledger, SplitTokens, StageRecord, Work
 from cascade_fast.runtime.compute import Compute
-from cascade_fast.settings import SEED_PRESET, SPLITS, RunSettings
+from cascade_fast.settings import SPLITS, RunSettings
 
 
 def seed_flops(settings: RunSettings, base_config: Any) -> float:

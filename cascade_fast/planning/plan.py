@@ -11,7 +11,7 @@ from typing import Any
 
 from cascade_fast.base.base_pass import pass_folder
 from cascade_fast.base.model import BaseModel, cache_folder
-from cascade_fast.base.sequences import SplitSequences
+from cascade_fast.base.splits import SplitSequences
 from cascade_fast.planning.counts import Shape
 from cascade_fast.planning.devices import Device, this_machine
 from cascade_fast.planning.disk import check_disk

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from rich.text import Text
 
-from cascade_fast.base.sequences import Sequences, SplitSequences
+from cascade_fast.base.sequences import Sequences
+from cascade_fast.base.splits import SplitSequences
 from cascade_fast.base.texts import token_texts
 from cascade_fast.runtime.console import console, say, say_table
 from cascade_fast.runtime.visible import visible

@@ -5,7 +5,8 @@ from typing import Any
 
 from cascade_fast.criteria import model_criteria, score_label
 from cascade_fast.input_checks import InputError, one_line
-from cascade_fast.records import Epoch, Ledger, RunRecord, RunResults, StageRecord
+from cascade_fast.presets import SECOND_LOOK_PRESET
+from cascade_fast.records import Epoch, Ledger, RunRecord, RunResults, StageRecord, training_size
 from cascade_fast.reporting.heat_map import read_heat_map
 from cascade_fast.reporting.html import HEAT_MAP, MACHINE, SETTINGS, render_page
 from cascade_fast.reporting.plots import write_plots
@@ -13,7 +14,6 @@ from cascade_fast.reporting.samples import make_samples, read_samples
 from cascade_fast.runtime.console import epoch_line, format_count, literal, markdown_table, say
 from cascade_fast.runtime.files import atomic_write_text, load_record
 from cascade_fast.runtime.run_folder import CONFIG, REPORT, check_run, read_results
-from cascade_fast.settings import SECOND_LOOK_PRESET, training_size
 from cascade_fast.stages.kind import get_kind
 
 DIAGNOSIS_RULE = (

@@ -1,7 +1,7 @@
 """A stage kind: one way to build, feed, run and count stages.
 
 Whatever depends on the kind is asked of its object; nothing else names one. A new kind is a file of this folder that
-defines ``KIND``, and an entry in ``settings.STAGE_KINDS``.
+defines ``KIND``, and an entry in ``presets.STAGE_KINDS``.
 """
 
 import dataclasses
@@ -16,8 +16,9 @@ from cascade_fast.base.base_pass import BaseNeeds, BasePass
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.model import BaseModel, find_base
 from cascade_fast.input_checks import InputError, shown
+from cascade_fast.presets import STAGE_KINDS
 from cascade_fast.runtime.compute import Compute
-from cascade_fast.settings import STAGE_KINDS, RunSettings
+from cascade_fast.settings import RunSettings
 from cascade_fast.stages.counts import StageCounts, StageMemory
 from cascade_fast.stages.stage import Stage, StageConfig
 from cascade_fast.stages.tokens import Recompute, StageTokens

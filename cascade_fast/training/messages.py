@@ -7,7 +7,7 @@ from pathlib import Path
 from cascade_fast import ops
 from cascade_fast.base.base_pass import BasePass
 from cascade_fast.base.model import BaseModel
-from cascade_fast.base.sequences import SplitSequences
+from cascade_fast.base.splits import SplitSequences
 from cascade_fast.criteria import model_criteria
 from cascade_fast.records import RunResults, StageRecord
 from cascade_fast.reporting.report import advice
