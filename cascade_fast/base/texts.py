@@ -78,6 +78,8 @@ def load_texts(settings: RunSettings) -> Iterable[str]:
     if settings.dataset == "pydoc":
         if settings.text_columns or settings.text_template is not None or settings.prompt_template is not None:
             raise InputError("text_columns, text_template, prompt_template: pydoc has no columns; leave them out")
+        if settings.streaming == "on":
+            raise InputError("streaming: on; pydoc is no file")
         texts = pydoc_texts()
         return [texts[i] for i in order_of(len(texts))] if settings.shuffle == "on" else texts
     return _plain(load_rows(settings), settings)
