@@ -1,9 +1,9 @@
 """Conversations as text: the chat template filled in, and where in it the answers are.
 
-A template may mark its answers itself (``{% generation %}``, see transformers). Where it does not, it is filled in again
-and again: with the messages before an answer and the generation prompt, which is what the model sees before it answers,
-and with the answer. Both must be how the whole conversation begins; what lies between is the answer, up to its last
-special token, which ends the turn. (What follows, as the newline of ChatML, no model is asked for.)
+A template may mark its answers itself (``{% generation %}``, see transformers). Where it does not, it is filled in
+again and again: with the messages before an answer and the generation prompt, which is what the model sees before it
+answers, and with the answer. Both must be how the whole conversation begins; what lies between is the answer, up to its
+last special token, which ends the turn. (What follows, as the newline of ChatML, no model is asked for.)
 """
 
 import re
@@ -225,3 +225,5 @@ def _check_syntax(where: str, text: str) -> None:
     except jinja2.TemplateSyntaxError as error:
         line = error.lineno - text.startswith(_FIXED_DATE)
         raise InputError(f"{where}, line {line}: no Jinja template: {one_line(error)}") from error
+    except ImportError as error:  # a jinja2 that transformers finds too old
+        raise InputError(f"{where} cannot be used: {one_line(error)}") from error

@@ -154,12 +154,12 @@ def _with_arguments(call: Any) -> Any:
 
 
 def _tools(value: Any) -> list[Any] | None:
-    tools = _from_json(value) if isinstance(value, str) and value else _without_nulls(value)
-    if not tools:
+    if not value:
         return None
+    tools = _from_json(value) if isinstance(value, str) else _without_nulls(value)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InputError(f"tools: {shown(value)}; must be a list of maps, or JSON of one")
-    return tools
+    return tools or None
 
 
 def _from_json(text: Any) -> Any:

@@ -1,23 +1,21 @@
-"""Real chat templates, and small tokenizers with their special tokens."""
+"""Chat templates as models have them, and small tokenizers with their special tokens."""
 
+import json
 from functools import cache
 
 from conftest import english_texts
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-# SmolLM2-Instruct's, Llama 3's and Qwen2.5's (Apache 2.0, Llama 3 Community License, Apache 2.0), but for line breaks.
+from cascade_fast.base.texts import load_token_texts
+from cascade_fast.settings import make_settings
+
+# SmolLM2-Instruct's own, and that of Qwen2.5 (both Apache 2.0).
 SMOLLM2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are "
-    "a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
-    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ "
-    "'<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
-    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
-    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 QWEN25 = r"""{%- if tools %}
     {{- '<|im_start|>system\n' }}
@@ -74,6 +72,12 @@ QWEN25 = r"""{%- if tools %}
     {{- '<|im_start|>assistant\n' }}
 {%- endif %}
 """  # noqa: E501
+# In the way of Llama 3.
+LLAMA3 = (
+    "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}{{ '<|start_header_id|>' + message.role "
+    "+ '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 # In the way of Qwen3: of an answer that is not the last, the thoughts are left out.
 QWEN3 = r"""{%- for message in messages %}
     {%- set content = message.content %}
@@ -106,8 +110,8 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 PLAIN = (  # no special token but BOS: what ends an answer is text
-    "{{ bos_token }}{% for message in messages %}{{ message.role + ': ' + message.content + '\n\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}{{ '\n' + message.role + ': ' + message.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}"
 )
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # about Llama 3's
@@ -125,7 +129,9 @@ def _trained() -> str:
     tokenizer.decoder = decoders.ByteLevel()
     texts = [*english_texts(300, 200), "user\n\nassistant\n\n\n\nsystem\n tool\n\n\n" * 20]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    )
     return tokenizer.to_str()
 
 
@@ -154,15 +160,43 @@ def sentencepiece(kind: str, template: str | None = None):
         train_as = backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        vocab_size=900,
+        show_progress=False,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
     )
     backend.train_from_iterator([text.replace("\n", " ") for text in english_texts(300, 200)], trainer)
     backend.pre_tokenizer = None if kind == "legacy" else train_as
-    special = [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")]
-    backend.add_special_tokens(special)
+    as_json = json.loads(backend.to_str())
+    as_json["added_tokens"] = as_json["added_tokens"][:3]  # bytes are no special tokens
+    backend = Tokenizer.from_str(json.dumps(as_json))
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = template
     return tokenizer
+
+
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TOKENIZER = byte_bpe(TOKENS, CHATML, eos="<|im_end|>")
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
+
+
+def read_rows(tmp_path, *rows, tokenizer=TOKENIZER, **settings):
+    """The texts of a file with these rows, in their order."""
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return list(load_token_texts(make_settings({"dataset": str(path), "shuffle": "off", **settings}), tokenizer))
+
+
+def told(texts, tokenizer=TOKENIZER):
+    """Each text with what is learnt in square brackets."""
+    lines = []
+    for text in texts:
+        parts, learning = [], False
+        for token, learnt in zip(text.ids, text.labelled, strict=True):
+            parts += ["[" if learnt else "]"] * (learnt != learning)
+            parts.append(tokenizer.decode([token]))
+            learning = learnt
+        lines.append("".join(parts) + "]" * learning)
+    return lines
