@@ -1,7 +1,6 @@
 """One local file: its rows, one by one, and what is wrong with it, by file and line."""
 
 import codecs
-import glob
 import json
 import os
 import re
@@ -12,6 +11,8 @@ from typing import Any
 from cascade_fast.input_checks import InputError, one_line, shown
 
 SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_CSV_ROWS = 10_000  # read at once, as datasets does: whether a column holds numbers is told by so many rows
+_PARQUET_ROWS = 500
 _BEGINNING = 2**20  # bytes of a file that are checked before it is streamed
 _JSON_START = re.compile(r"[\s\ufeff]*(\{|\[\s*[\]{]|$)")  # an object, or a list of them
 _JSON = "must hold JSON objects, one a line or a list of them"
@@ -161,7 +162,10 @@ def file_rows(file: Path, builder: str, encoding: str) -> Iterator[dict[str, Any
             return
         if builder != "parquet":
             _check_text(file, builder, encoding, most=_BEGINNING)
-        yield from _json_rows(file, encoding) if builder == "json" else _table_rows(file, builder, encoding)
+        if builder == "json":
+            yield from _json_rows(file, encoding)
+        else:
+            yield from _csv_rows(file, encoding) if builder == "csv" else _parquet_rows(file)
     except InputError:
         raise
     except OSError as error:
@@ -185,12 +189,23 @@ def read_document(file: Path, encoding: str) -> str:
     return text
 
 
-def _table_rows(file: Path, builder: str, encoding: str) -> Iterator[dict[str, Any]]:
-    import datasets
+def _csv_rows(file: Path, encoding: str) -> Iterator[dict[str, Any]]:
+    """As ``datasets`` reads it, with the types of values and the empty cells that pandas finds."""
+    import pandas
+    import pyarrow
 
-    options = {"encoding": marked_codec(file, encoding)} if builder == "csv" else {}
-    path = glob.escape(str(file.absolute()))
-    yield from datasets.load_dataset(builder, data_files=[path], split="train", streaming=True, **options)
+    with pandas.read_csv(file, encoding=marked_codec(file, encoding), chunksize=_CSV_ROWS) as frames:
+        for frame in frames:
+            yield from pyarrow.Table.from_pandas(frame, preserve_index=False).to_pylist()
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    from pyarrow.parquet import ParquetFile
+
+    # With pre_buffer, the default, a whole row group is in memory, which may be the whole file.
+    with ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:
+        for batch in table.iter_batches(_PARQUET_ROWS, use_threads=False):
+            yield from batch.to_pylist()
 
 
 def _json_rows(file: Path, encoding: str) -> Iterator[dict[str, Any]]:

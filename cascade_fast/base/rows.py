@@ -1,7 +1,7 @@
 """Rows of local files and of the hub, numbered as they lie in the data, and a line that names what cannot be read.
 
-``datasets`` reads the tables. Our own are: the reading of ``.txt`` files, a row each, and of JSON in streams and other
-encodings, line by line; and the shuffle of a stream, in which rows keep their numbers.
+``datasets`` reads the hub, and keeps tables on disk so that their rows can be taken in any order. Files of a stream are
+read row by row (``row_files``), as are ``.txt`` files, a row each, and JSON in encodings that ``datasets`` cannot read.
 """
 
 import glob
