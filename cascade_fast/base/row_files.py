@@ -35,10 +35,11 @@ def file_where(file: Path) -> str:
 
 
 def check_encoding(encoding: str) -> str:
-    """The name that Python's codecs have for ``encoding``. Raises InputError for what is no encoding of text."""
+    """``encoding``, spelt as ``utf-8`` where it is one of Unicode's. Raises InputError for what is none of text."""
     try:
         "a".encode(encoding)
-        return codecs.lookup(encoding).name
+        name = codecs.lookup(encoding).name
+        return name if name.startswith("utf") else encoding
     except (LookupError, ValueError):
         raise InputError(
             f"encoding: {shown(encoding)}; must be an encoding of text that Python knows, such as utf-8, latin-1, "
@@ -106,7 +107,7 @@ def _check_text(file: Path, builder: str, encoding: str, most: int | None = None
             raise InputError(f"{file_where(file)} is packed with {packed}; unpack it")
         mark = _mark(file)
         if mark == "utf-8-sig" and _family(encoding) != "utf-8":
-            raise InputError(f"{file_where(file)}; begins as UTF-8 does, and encoding is {encoding}: --encoding utf-8")
+            raise InputError(f"{file_where(file)}; the file begins as UTF-8 does: --encoding utf-8")
         content.seek(0)
         while chunk := content.read(_BEGINNING):
             read = content.tell()
@@ -179,6 +180,7 @@ def file_rows(file: Path, builder: str, encoding: str) -> Iterator[dict[str, Any
 def read_document(file: Path, encoding: str) -> str:
     """The text of a file, its line ends as one newline each. Raises InputError."""
     try:
+        _check_text(file, "text", encoding, most=_BEGINNING)
         text = file.read_text(encoding=marked_codec(file, encoding))
     except OSError as error:
         raise InputError(f"{file_where(file)} cannot be read: {error.strerror}") from error
@@ -215,13 +217,13 @@ def _json_rows(file: Path, encoding: str) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            text = line
+            text = line.rstrip()
             try:
                 values = _values(text)
             except json.JSONDecodeError as error:
-                if not first or error.pos < len(text.rstrip()):
+                if not first or error.pos < len(text):
                     raise _broken(file, number, error) from None
-                text += lines.read()
+                text = line + lines.read()
                 try:
                     values = _values(text)
                 except json.JSONDecodeError as error:

@@ -178,9 +178,12 @@ class _Files:
         return file_rows(file, self.builder, self.encoding)
 
     def find_columns(self) -> None:
-        """From the first rows: of tables one tells them all."""
-        first = islice(iter(self), _FIRST_ROWS if self.builder == "json" else 1)
-        self.columns = list(dict.fromkeys(name for row in first for name in row))
+        """From the first rows of the first file that has any. Of a table one row tells them all."""
+        for file in self.paths:
+            first = islice(self.rows_of(file), _FIRST_ROWS if self.builder == "json" else 1)
+            self.columns = list(dict.fromkeys(name for row in first for name in row))
+            if self.columns:
+                return
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         known = set(self.columns)
