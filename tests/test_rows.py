@@ -190,7 +190,7 @@ def test_files_in_another_encoding_and_files_without_text(tmp_path, name, conten
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"text": "a"}\n\n{"text": "b', ", line 3 cannot be read as json: Unterminated string starting at"),
+        ('{"text": "a"}\n\n{"text": "b', ", line 3 cannot be read as json: Unterminated string starting at column 10"),
         ('{"text": "a"}\n{"text"\n{"text": "c"}', ", line 2 cannot be read as json: Expecting ':' delimiter"),
         ('{"text": "a"}\nwhat\n', ", line 2 cannot be read as json: Expecting value at column 1"),
         ('[\n{"text": "a"},\n{"text": }]', ", line 3 cannot be read as json: Expecting value at column 10"),

@@ -255,9 +255,9 @@ def _values(text: str) -> list[Any]:
 
 
 def _broken(file: Path, number: int, error: json.JSONDecodeError) -> InputError:
+    said = error.msg.removesuffix(" at")  # "Unterminated string starting at"
     return InputError(
-        f"{file_where(file)}, line {number + error.lineno - 1} cannot be read as json: {error.msg} at column "
-        f"{error.colno}"
+        f"{file_where(file)}, line {number + error.lineno - 1} cannot be read as json: {said} at column {error.colno}"
     )
 
 
