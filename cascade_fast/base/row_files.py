@@ -1,7 +1,6 @@
 """One local file: its rows, one by one, and what is wrong with it, by file and line."""
 
 import codecs
-import glob
 import json
 import os
 import re
@@ -12,6 +11,8 @@ from typing import Any
 from cascade_fast.input_checks import InputError, one_line, shown
 
 SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_CSV_ROWS = 10_000  # read at once, as datasets does: whether a column holds numbers is told by so many rows
+_PARQUET_ROWS = 500
 _BEGINNING = 2**20  # bytes of a file that are checked before it is streamed
 _JSON_START = re.compile(r"[\s\ufeff]*(\{|\[\s*[\]{]|$)")  # an object, or a list of them
 _JSON = "must hold JSON objects, one a line or a list of them"
@@ -34,10 +35,11 @@ def file_where(file: Path) -> str:
 
 
 def check_encoding(encoding: str) -> str:
-    """The name that Python's codecs have for ``encoding``. Raises InputError for what is no encoding of text."""
+    """``encoding``, spelt as ``utf-8`` where it is one of Unicode's. Raises InputError for what is none of text."""
     try:
         "a".encode(encoding)
-        return codecs.lookup(encoding).name
+        name = codecs.lookup(encoding).name
+        return name if name.startswith("utf") else encoding
     except (LookupError, ValueError):
         raise InputError(
             f"encoding: {shown(encoding)}; must be an encoding of text that Python knows, such as utf-8, latin-1, "
@@ -105,7 +107,7 @@ def _check_text(file: Path, builder: str, encoding: str, most: int | None = None
             raise InputError(f"{file_where(file)} is packed with {packed}; unpack it")
         mark = _mark(file)
         if mark == "utf-8-sig" and _family(encoding) != "utf-8":
-            raise InputError(f"{file_where(file)}; begins as UTF-8 does, and encoding is {encoding}: --encoding utf-8")
+            raise InputError(f"{file_where(file)}; the file begins as UTF-8 does: --encoding utf-8")
         content.seek(0)
         while chunk := content.read(_BEGINNING):
             read = content.tell()
@@ -161,7 +163,10 @@ def file_rows(file: Path, builder: str, encoding: str) -> Iterator[dict[str, Any
             return
         if builder != "parquet":
             _check_text(file, builder, encoding, most=_BEGINNING)
-        yield from _json_rows(file, encoding) if builder == "json" else _table_rows(file, builder, encoding)
+        if builder == "json":
+            yield from _json_rows(file, encoding)
+        else:
+            yield from _csv_rows(file, encoding) if builder == "csv" else _parquet_rows(file)
     except InputError:
         raise
     except OSError as error:
@@ -175,6 +180,7 @@ def file_rows(file: Path, builder: str, encoding: str) -> Iterator[dict[str, Any
 def read_document(file: Path, encoding: str) -> str:
     """The text of a file, its line ends as one newline each. Raises InputError."""
     try:
+        _check_text(file, "text", encoding, most=_BEGINNING)
         text = file.read_text(encoding=marked_codec(file, encoding))
     except OSError as error:
         raise InputError(f"{file_where(file)} cannot be read: {error.strerror}") from error
@@ -185,12 +191,23 @@ def read_document(file: Path, encoding: str) -> str:
     return text
 
 
-def _table_rows(file: Path, builder: str, encoding: str) -> Iterator[dict[str, Any]]:
-    import datasets
+def _csv_rows(file: Path, encoding: str) -> Iterator[dict[str, Any]]:
+    """As ``datasets`` reads it, with the types of values and the empty cells that pandas finds."""
+    import pandas
+    import pyarrow
 
-    options = {"encoding": marked_codec(file, encoding)} if builder == "csv" else {}
-    path = glob.escape(str(file.absolute()))
-    yield from datasets.load_dataset(builder, data_files=[path], split="train", streaming=True, **options)
+    with pandas.read_csv(file, encoding=marked_codec(file, encoding), chunksize=_CSV_ROWS) as frames:
+        for frame in frames:
+            yield from pyarrow.Table.from_pandas(frame, preserve_index=False).to_pylist()
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    from pyarrow.parquet import ParquetFile
+
+    # With pre_buffer, the default, a whole row group is in memory, which may be the whole file.
+    with ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:
+        for batch in table.iter_batches(_PARQUET_ROWS, use_threads=False):
+            yield from batch.to_pylist()
 
 
 def _json_rows(file: Path, encoding: str) -> Iterator[dict[str, Any]]:
@@ -200,13 +217,13 @@ def _json_rows(file: Path, encoding: str) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            text = line
+            text = line.rstrip()
             try:
                 values = _values(text)
             except json.JSONDecodeError as error:
-                if not first or error.pos < len(text.rstrip()):
+                if not first or error.pos < len(text):
                     raise _broken(file, number, error) from None
-                text += lines.read()
+                text = line + lines.read()
                 try:
                     values = _values(text)
                 except json.JSONDecodeError as error:
@@ -238,9 +255,9 @@ def _values(text: str) -> list[Any]:
 
 
 def _broken(file: Path, number: int, error: json.JSONDecodeError) -> InputError:
+    said = error.msg.removesuffix(" at")  # "Unterminated string starting at"
     return InputError(
-        f"{file_where(file)}, line {number + error.lineno - 1} cannot be read as json: {error.msg} at column "
-        f"{error.colno}"
+        f"{file_where(file)}, line {number + error.lineno - 1} cannot be read as json: {said} at column {error.colno}"
     )
 
 

@@ -1,7 +1,7 @@
 """Rows of local files and of the hub, numbered as they lie in the data, and a line that names what cannot be read.
 
-``datasets`` reads the tables. Our own are: the reading of ``.txt`` files, a row each, and of JSON in streams and other
-encodings, line by line; and the shuffle of a stream, in which rows keep their numbers.
+``datasets`` reads the hub, and keeps tables on disk so that their rows can be taken in any order. Files of a stream are
+read row by row (``row_files``), as are ``.txt`` files, a row each, and JSON in encodings that ``datasets`` cannot read.
 """
 
 import glob
@@ -178,9 +178,12 @@ class _Files:
         return file_rows(file, self.builder, self.encoding)
 
     def find_columns(self) -> None:
-        """From the first rows: of tables one tells them all."""
-        first = islice(iter(self), _FIRST_ROWS if self.builder == "json" else 1)
-        self.columns = list(dict.fromkeys(name for row in first for name in row))
+        """From the first rows of the first file that has any. Of a table one row tells them all."""
+        for file in self.paths:
+            first = islice(self.rows_of(file), _FIRST_ROWS if self.builder == "json" else 1)
+            self.columns = list(dict.fromkeys(name for row in first for name in row))
+            if self.columns:
+                return
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         known = set(self.columns)
