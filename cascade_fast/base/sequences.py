@@ -16,10 +16,16 @@ NO_LABEL = -100  # the label of a token that is only read, as transformers has i
 
 @dataclass(frozen=True)
 class TokenText:
-    """One text as token ids. ``labelled``: which of them are learnt and measured, as many as ``ids``; None: all."""
+    """One text as token ids, or a part of one.
+
+    Attributes:
+        labelled: which of them are learnt and measured, as many as ``ids``; None: all.
+        goes_on: whether the next one is a further part of the same text. A part has no ``labelled``.
+    """
 
     ids: Sequence[int]
     labelled: Sequence[bool] | None = None
+    goes_on: bool = False
 
 
 @dataclass(frozen=True)

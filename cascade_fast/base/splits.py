@@ -36,9 +36,11 @@ NOT_NEEDED = "rest of the last text, not needed"
 
 @dataclass
 class Usage:
-    """What has been read, and what became of it. ``left_out``: tokens by reason; ``settled``: False while it grows."""
+    """What has been read, and what became of it. ``left_out``: tokens by reason. ``whole``: whether it is all there
+    is; otherwise the splits were full before."""
 
     texts: int = 0
+    whole: bool = False
     tokens: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     rows_without_label: int = 0
@@ -58,7 +60,9 @@ class Usage:
 
     def lines(self) -> list[str]:
         """For people."""
-        lines = [f"{self.texts:,} texts read, {self.tokens:,} tokens, {self.used_share:.1%} of them used"]
+        texts = "1 text" if self.texts == 1 else f"{self.texts:,} texts"
+        more = "" if self.whole else " (the splits were full then)"
+        lines = [f"{texts} read{more}, {self.tokens:,} tokens, {self.used_share:.1%} of them used"]
         if self.left_out:
             reasons = sorted(self.left_out.items(), key=lambda one: -one[1])
             lines[0] += "; left out: " + ", ".join(f"{n / self.tokens:.1%} {reason}" for reason, n in reasons)
@@ -110,45 +114,70 @@ class _Piece:
         return self.labelled is None or bool(self.labelled.any())
 
 
-def _cut(text: TokenText, number: int, seq_len: int) -> Iterator[_Piece]:
-    ids = np.asarray(text.ids, dtype=np.int32)
-    labelled = None if text.labelled is None else np.asarray(text.labelled, dtype=bool)
+def _cut(ids: np.ndarray, labelled: np.ndarray | None, number: int, seq_len: int, *, begun: bool) -> Iterator[_Piece]:
+    """``begun``: whether the first of ``ids`` has been accounted for, by a sequence before."""
     for start in range(0, len(ids) - 1, seq_len):
         part = slice(start, start + seq_len + 1)
         marks = None if labelled is None else labelled[part][1:]
         # The first token of a text is predicted by nobody; its first sequence accounts for it.
-        yield _Piece(ids[part], marks, number, len(ids[part]) - (start > 0))
+        yield _Piece(ids[part], marks, number, len(ids[part]) - (begun or start > 0))
 
 
 class _Reader:
-    """Cuts texts as they are read and counts what cannot be used whatever the splits are."""
+    """Cuts texts as they are read and counts what cannot be used whatever the splits are.
 
-    def __init__(self, texts: Iterable[TokenText], settings: RunSettings) -> None:
+    Args:
+        few: whether there are fewer than ``FEW_TEXTS``; None: looks.
+    """
+
+    def __init__(self, texts: Iterable[TokenText], settings: RunSettings, few: bool | None = None) -> None:
         self.settings, self.usage, self.longest = settings, Usage(), 0
         self._texts = iter(texts)
-        begin = list(islice(self._texts, FEW_TEXTS))
-        self.few = len(begin) < FEW_TEXTS
-        self._texts = chain(begin, self._texts)
+        if few is None:
+            begin = list(islice(self._texts, FEW_TEXTS))
+            few = len(begin) < FEW_TEXTS
+            self._texts = chain(begin, self._texts)
+        self.few = few
+        # Of a text of which parts have been read: tokens that are in no sequence yet, and how many it has so far.
+        self._rest, self._length = np.empty(0, np.int32), 0
 
     def __iter__(self) -> Iterator[list[_Piece]]:
-        """The sequences of each text."""
-        usage, settings = self.usage, self.settings
+        """The sequences of each text, or of a part of one."""
+        usage, seq_len = self.usage, self.settings.seq_len
+        some = False  # of the text so far: whether any of it is labelled
         for text in self._texts:
-            number, length = usage.texts, len(text.ids)
-            usage.texts += 1
-            usage.tokens += length
-            self.longest = max(self.longest, length)
-            if length < 2:
-                usage.leave_out(TOO_SHORT, length)
-            pieces = list(_cut(text, number, settings.seq_len))
+            ids = np.concatenate([self._rest, np.asarray(text.ids, dtype=np.int32)])
+            labelled = None if text.labelled is None else np.asarray(text.labelled, dtype=bool)
+            begun = self._length > len(self._rest)
+            self._length += len(text.ids)
+            usage.tokens += len(text.ids)
+            pieces = list(_cut(ids, labelled, usage.texts, seq_len, begun=begun))
+            if text.goes_on:
+                pieces = pieces[: (len(ids) - 1) // seq_len]  # whole ones
             kept = [piece for piece in pieces if piece.has_labels()]
             usage.leave_out(UNLABELLED, sum(p.tokens for p in pieces) - sum(p.tokens for p in kept))
-            usage.rows_without_label += bool(pieces) and not kept
-            if settings.unit == "blocks":
-                short = [piece for piece in kept if piece.length < settings.seq_len]
+            some = some or bool(kept)
+            if text.goes_on:
+                self._rest = ids[len(pieces) * seq_len :]
+            else:
+                usage.texts += 1
+                usage.rows_without_label += self._length > 1 and not some
+                usage.leave_out(TOO_SHORT, self._length * (self._length < 2))
+                self.longest = max(self.longest, self._length)
+                self._rest, self._length, some = ids[:0], 0, False
+            if self.settings.unit == "blocks":
+                short = [piece for piece in kept if piece.length < seq_len]
                 usage.leave_out(SHORT_OF_A_BLOCK, sum(p.tokens for p in short))
-                kept = [piece for piece in kept if piece.length == settings.seq_len]
+                kept = [piece for piece in kept if piece.length == seq_len]
             yield kept
+        usage.whole = True
+
+    def stop(self) -> None:
+        """Reading ends here: counts a text that has been read in part."""
+        if self._length:
+            self.usage.texts += 1
+            self.usage.leave_out(NOT_NEEDED, len(self._rest) - (self._length > len(self._rest)))
+        self.usage.whole = next(self._texts, None) is None
 
 
 class _Filling:
@@ -187,16 +216,19 @@ def size_of(piece: _Piece, unit: str) -> int:
     return 1 if unit == "blocks" else piece.length
 
 
-def split_texts(texts: Iterable[TokenText], settings: RunSettings) -> SplitSequences:
+def split_texts(texts: Iterable[TokenText], settings: RunSettings, *, few: bool | None = None) -> SplitSequences:
     """The sequences of each split, in the order of ``texts``; reads no further than it needs to.
 
     A split that is to have ``all`` gets what the others leave. Where the text has less than the defaults ask, they
     shrink. The splits are always those of a run that asked for the sizes they have come to.
 
+    Args:
+        few: whether there are fewer than ``FEW_TEXTS``; None: the first ones are looked at.
+
     Raises:
         InputError: fewer tokens or blocks than asked, or a split that would be empty.
     """
-    reader, unit = _Reader(texts, settings), settings.unit
+    reader, unit = _Reader(texts, settings, few), settings.unit
     wanted, pieces = _first_wanted(settings), list[_Piece]()
     filling = _Filling(wanted, unit, share_texts=reader.few)
     for kept in reader:
@@ -204,6 +236,7 @@ def split_texts(texts: Iterable[TokenText], settings: RunSettings) -> SplitSeque
         for piece in kept:
             filling.place(piece)
         if filling.done():
+            reader.stop()
             break
     notes: list[str] = []
     if not filling.done() or ALL in (settings.size(split) for split in SPLITS):
@@ -224,7 +257,7 @@ def split_texts(texts: Iterable[TokenText], settings: RunSettings) -> SplitSeque
     usage.labelled = sum(of.labels for of in splits.values())
     if reader.few and GAP in usage.left_out:
         notes.append(
-            f"{usage.texts} text(s): the splits are contiguous parts, training first, with {settings.seq_len} tokens "
+            f"{usage.texts} text{'s' * (usage.texts > 1)}: the splits are contiguous parts, training first, with {settings.seq_len} tokens "
             "left out between them"
         )
     defaults = [split for split in ("train", "val") if settings.size(split) is None]
