@@ -1,6 +1,7 @@
 """``--sample-prompt``: what is written on, where it is told, and that training does not change by it."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -13,15 +14,19 @@ from cascade_fast.model.continuation import continue_texts
 from cascade_fast.model.loading import load_model
 from cascade_fast.settings import make_settings
 from cascade_fast.training import prompt_samples, trainer
-from cascade_fast.training.prompt_samples import NEW_TOKENS
 
+NEW_TOKENS = 8
 PROMPTS = ["The import statement", "A class definition is"]
 
 
 @pytest.fixture
-def settings(tiny_settings):
-    # Enough for the cascade to write something else than the base.
-    return {**tiny_settings, "accept": "always", "store_dtype": "float32", "lr": 1e-2, "epochs": 4, "patience": 4}
+def settings(tiny_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_samples, "NEW_TOKENS", NEW_TOKENS)
+    # Text that is so easily learnt that the cascade soon writes something else than the base.
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{n}" + "xyz" * 70}) + "\n" for n in range(120)))
+    changes = {"accept": "always", "store_dtype": "float32", "lr": 1e-2, "hard_ratio": 1.0}
+    return {**tiny_settings, "dataset": str(data), **changes}
 
 
 def _run(settings, folder, **changes):
@@ -57,16 +62,12 @@ def test_samples_are_the_base_s_and_the_cascade_s_and_training_is_the_same(setti
     ]
     assert [s["base"] for s in samples[:2]] == [_base_writes(settings["base"], prompt) for prompt in PROMPTS]
     model, tokenizer = load_model(str(folder), device="cpu", dtype="auto", base_path=None)
-    for stages, found in ((1, samples[:2]), (2, samples[2:])):
-        model.config.stages, model.stages = model.config.stages[:stages], model.stages[:stages]
-        if stages == 1:  # of the whole cascade there is a model; of its beginning, the one with the second stage closed
-            model, tokenizer = load_model(str(folder), device="cpu", dtype="auto", base_path=None)
-            thresholds = model.config.thresholds
-            model.config.stages[1]["threshold"] = -float("inf")
+    second = model.config.stages[1]
+    for threshold, found in ((-math.inf, samples[:2]), (second["threshold"], samples[2:])):
+        second["threshold"] = threshold  # closed, it is the cascade with stage 1
         texts = [c.text for c in continue_texts(model, tokenizer, PROMPTS, max_new_tokens=NEW_TOKENS)]
         assert [s["cascade"] for s in found] == texts
-        model.config.stages[1]["threshold"] = thresholds[1]
-    assert any(s["base"] != s["cascade"] for s in samples)
+    assert any(s["base"] != s["cascade"] for s in samples[:2])
     order = [said.index(t) for t in ("the base writes on:", "stage 1/2:", "with stage 1 writes on:", "stage 2/2:")]
     assert order == sorted(order)
     assert json.dumps(samples[0]["cascade"], ensure_ascii=False) in said
@@ -127,8 +128,8 @@ def test_what_goes_wrong_is_a_line(settings, tmp_path, monkeypatch, capsys):
     ("changes", "said"),
     [
         ({"criterion": "random"}, "sample_prompt, criterion: a cascade by 'random' cannot be run as a model"),
-        ({"sample_prompt": ["fine", ""]}, "sample_prompt: ''; 0 tokens, must be from 1 to 32"),
-        ({"sample_prompt": ["x" * 33]}, "33 tokens, must be from 1 to 32"),
+        ({"sample_prompt": ["fine", ""]}, "sample_prompt: ''; 0 tokens, must be from 1 to 56"),
+        ({"sample_prompt": ["x" * 57]}, "57 tokens, must be from 1 to 56"),
     ],
 )
 def test_a_prompt_that_cannot_be_written_on_from(settings, tmp_path, changes, said):

@@ -21,7 +21,7 @@ EPOCH_STEPS = 12  # 768 hard tokens, 64 in a step
 @pytest.fixture
 def settings(tiny_settings, monkeypatch):
     monkeypatch.setattr(trainer, "LOG_STEPS", 4)
-    return {**tiny_settings, "accept": "always", "hard_ratio": 0.6}
+    return {**tiny_settings, "accept": "always", "hard_ratio": 0.6, "num_stages": 1}
 
 
 def _run(settings, folder, *report_to, **changes):
@@ -45,11 +45,11 @@ def _interrupt_at(monkeypatch, step: int):
     monkeypatch.setattr(trainer.Trainer, "train_step", step_or_stop)
 
 
-def _interrupt(settings, folder, *report_to, step):
+def _interrupt(settings, folder, *report_to, step, **changes):
     with pytest.MonkeyPatch.context() as patch:
         _interrupt_at(patch, step)
         with pytest.raises(KeyboardInterrupt):
-            _run(settings, folder, *report_to)
+            _run(settings, folder, *report_to, **changes)
 
 
 def _curves(folder) -> dict[str, list[tuple[int, float]]]:
@@ -91,8 +91,8 @@ def _assert_told(found, expected):
 
 
 def test_tensorboard_has_the_curves_and_the_run_its_bits(settings, tmp_path):
-    _run(settings, tmp_path / "plain")
-    _run(settings, tmp_path / "run", "tensorboard")
+    _run(settings, tmp_path / "plain", num_stages=2)
+    _run(settings, tmp_path / "run", "tensorboard", num_stages=2)
     found = _curves(tmp_path / "run")
     _assert_told(found, _expected(tmp_path / "run"))
     assert [step for step, _ in found["stage_1/loss"]] == [4, 8, 12, 16, 20, 24]
@@ -111,9 +111,9 @@ def test_tensorboard_has_the_curves_and_the_run_its_bits(settings, tmp_path):
 @pytest.mark.parametrize("step", [EPOCH_STEPS + 7, 2 * EPOCH_STEPS + 3])
 def test_a_resumed_run_goes_on_in_tensorboard_and_tells_nothing_twice(settings, tmp_path, step):
     folder = tmp_path / "run"
-    _interrupt(settings, folder, "tensorboard", step=step)
+    _interrupt(settings, folder, "tensorboard", step=step, num_stages=2)
     assert _curves(folder)["stage_1/loss"][-1][0] == min(step // 4 * 4, 2 * EPOCH_STEPS)
-    _run(settings, folder, "tensorboard", resume="auto")
+    _run(settings, folder, "tensorboard", resume="auto", num_stages=2)
     _assert_told(_curves(folder), _expected(folder))
     assert len(list((folder / "tensorboard").glob("*/hparams.yml"))) == 1
 
@@ -127,7 +127,7 @@ def test_a_tracker_that_comes_later_is_told_what_was_before(settings, tmp_path):
 
 
 def test_none_is_none(settings, tmp_path):
-    _run(settings, tmp_path / "run", "none", num_stages=1)
+    _run(settings, tmp_path / "run", "none")
     assert not any((tmp_path / "run").glob("t*"))
 
 
@@ -195,14 +195,14 @@ def test_a_resumed_run_is_the_same_run(settings, tmp_path, monkeypatch, name):
 def test_another_run_in_a_folder_of_that_name_is_another(settings, tmp_path, monkeypatch):
     fake = _fake(monkeypatch, "trackio")
     for parent in ("a", "b"):
-        _run(settings, tmp_path / parent / "run", "trackio", num_stages=1, epochs=1)
+        _run(settings, tmp_path / parent / "run", "trackio", epochs=1)
     assert fake.started[0]["name"] != fake.started[1]["name"]
 
 
 @pytest.mark.parametrize("fails_at", [0, 3])
 def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(settings, tmp_path, monkeypatch, capsys, fails_at):
     fake = _fake(monkeypatch, "wandb", fails_at)
-    _run(settings, tmp_path / "run", "wandb", "tensorboard", num_stages=1)
+    _run(settings, tmp_path / "run", "wandb", "tensorboard")
     lines = [line for line in capsys.readouterr().out.splitlines() if "wandb" in line]
     said = "no network" if fails_at == 0 else "no network at all"
     assert lines == [f"note: report_to: wandb failed and is left out from here on: {said}"]

@@ -123,10 +123,10 @@ class Trackers:
         known = _read(folder / RECORD)
         for name in _real(names):
             trackers._attempt(name, trackers._start, name, folder, known["id"])
-            if name in known["trackers"]:
-                continue
-            trackers._log(name, "store_init_configuration", _flat(settings))
-            for step, values in told:
+            new = name not in known["trackers"]
+            if new or name != "tensorboard":  # where accelerate would write one more file of them
+                trackers._log(name, "store_init_configuration", _flat(settings))
+            for step, values in told if new else ():
                 trackers._log(name, "log", values, step=step)
         write_json(folder / RECORD, {**known, "trackers": list(dict.fromkeys([*known["trackers"], *trackers.running]))})
         return trackers
