@@ -12,7 +12,7 @@ from torch import nn
 
 from cascade_fast import evaluate
 from cascade_fast.base.model import find_base
-from cascade_fast.base.texts import load_blocks, text_blocks
+from cascade_fast.base.texts import all_sequences, load_sequences
 from cascade_fast.model.measuring import bootstrap_difference, evaluate_cascade, measure, sweep_threshold
 from cascade_fast.model.modeling import CascadeForCausalLM
 from cascade_fast.settings import make_settings
@@ -25,14 +25,14 @@ def run(request, tiny_runs):
 
 def _loaded(run, split="val"):
     settings = make_settings(json.loads((run / "config.json").read_text())["settings"])
-    blocks = load_blocks(settings, find_base(settings).tokenizer()).ids[split]
-    return CascadeForCausalLM.from_pretrained(run).requires_grad_(False), blocks
+    sequences = load_sequences(settings, find_base(settings).tokenizer()).splits[split]
+    return CascadeForCausalLM.from_pretrained(run).requires_grad_(False), sequences
 
 
 def test_the_rows_are_the_run_s_numbers(run):
-    model, blocks = _loaded(run)
+    model, sequences = _loaded(run)
     results = json.loads((run / "results.json").read_text())
-    found = evaluate_cascade(model, blocks, batch_tokens=100)
+    found = evaluate_cascade(model, sequences, batch_tokens=100)
     rows = found["rows"]
     assert [row["name"] for row in rows] == ["base", "+ stage 1", "+ stages 1-2"]
     expected = [results["base"]["val_ppl"], *(s["all_token_val_ppl"] for s in results["stages"])]
@@ -46,8 +46,8 @@ def test_the_rows_are_the_run_s_numbers(run):
 
 
 def test_layers_are_those_that_ran(run):
-    model, blocks = _loaded(run)
-    for row in evaluate_cascade(model, blocks, count_flops=False)["rows"]:
+    model, sequences = _loaded(run)
+    for row in evaluate_cascade(model, sequences, count_flops=False)["rows"]:
         shares = row["exit_share"]
         # The tiny base has three layers, a stage two; a token in stage 2 has been through stage 1.
         assert row["layers_per_token"] == pytest.approx(3 + 2 * shares[1] + 4 * shares[2])
@@ -56,7 +56,7 @@ def test_layers_are_those_that_ran(run):
 
 
 def test_flops_are_those_of_the_matrix_products_that_ran(run):
-    model, blocks = _loaded(run)
+    model, sequences = _loaded(run)
     products = [0]
 
     def add(linear, args, _output):
@@ -73,22 +73,22 @@ def test_flops_are_those_of_the_matrix_products_that_ran(run):
 
         for stage in model.stages:
             stage.register_forward_hook(add_attention)
-    tokens = blocks.shape[0] * 32
+    tokens = len(sequences) * 32
     # Scores and weighted values: two products of 32 x 32 for each of 4 heads of size 8, in 3 layers.
-    attention = blocks.shape[0] * 3 * 4 * 2 * (2 * 32 * 32 * 8)
+    attention = len(sequences) * 3 * 4 * 2 * (2 * 32 * 32 * 8)
     for thresholds in ([-math.inf] * 2, model.config.thresholds, [math.inf] * 2):
         products[0] = looked[0] = 0
-        measured = measure(model, blocks, thresholds, count_flops=True)
+        measured = measure(model, sequences, thresholds, count_flops=True)
         assert measured.flops == products[0] + attention + looked[0]
-        assert measured.loss_BS.numel() == tokens
+        assert len(measured.loss_N) == tokens
 
 
 def test_the_easy_and_the_hard_apart(run):
-    model, blocks = _loaded(run)
-    found = evaluate_cascade(model, blocks, count_flops=False)
+    model, sequences = _loaded(run)
+    found = evaluate_cascade(model, sequences, count_flops=False)
     exits, rows = found["exits"], found["rows"]
     assert [row["exit"] for row in exits] == ["base", "stage 1"]
-    tokens = blocks.shape[0] * 32
+    tokens = len(sequences) * 32
     assert exits[0]["easy_tokens"] + exits[0]["hard_tokens"] == tokens
     assert exits[1]["easy_tokens"] + exits[1]["hard_tokens"] == exits[0]["hard_tokens"]
 
@@ -107,41 +107,56 @@ def test_the_bootstrap_s_interval():
     generator = torch.Generator().manual_seed(1)
     base = 3 + torch.randn(200, 16, generator=generator) * 0.5
     better = base - 0.1 + torch.randn(200, 16, generator=generator) * 0.3
-    low, high = bootstrap_difference(better, base)
+    number_N = torch.arange(200).repeat_interleave(16)
+    low, high = bootstrap_difference(better.flatten(), base.flatten(), number_N)
     truth = (better.double().mean().exp() - base.double().mean().exp()).item()
     assert low < truth < high < 0
     # Against the normal approximation: exp(mean) varies by exp(mean) times the mean's standard error.
     scale = better.double().mean().exp() * better.double().mean(1) - base.double().mean().exp() * base.double().mean(1)
     assert high - low == pytest.approx(2 * 1.96 * scale.std().item() / 200**0.5, rel=0.15)
-    assert bootstrap_difference(better, base) == (low, high)
-    assert all(math.isnan(x) for x in bootstrap_difference(better[:1], base[:1]))
+    assert bootstrap_difference(better.flatten(), base.flatten(), number_N) == (low, high)
+    assert all(math.isnan(x) for x in bootstrap_difference(better[0], base[0], number_N[:16]))
+
+
+def test_the_bootstrap_draws_whole_sequences_of_any_length():
+    """Against the definition, draw by draw: a sequence counts with all of its tokens."""
+    count_B, loss_N, base_N = torch.tensor([5, 3, 3, 1]), torch.rand(12), torch.rand(12)
+    found = bootstrap_difference(loss_N, base_N, torch.tensor([0, 2, 3, 7]).repeat_interleave(count_B), samples=50)
+    drawn = torch.randint(4, (50, 4), generator=torch.Generator().manual_seed(0)).tolist()
+    losses, bases = loss_N.split(count_B.tolist()), base_N.split(count_B.tolist())
+    differences = [
+        (torch.cat([losses[n] for n in one]).mean().exp() - torch.cat([bases[n] for n in one]).mean().exp()).item()
+        for one in drawn
+    ]
+    expected = torch.quantile(torch.tensor(differences), torch.tensor([0.025, 0.975])).tolist()
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_sweep_goes_from_the_base_to_every_token(run):
-    model, blocks = _loaded(run)
-    rows = sweep_threshold(model, blocks, points=4)
+    model, sequences = _loaded(run)
+    rows = sweep_threshold(model, sequences, points=4)
     assert len(rows) == 5
     assert [row["threshold"] for row in rows] == sorted(row["threshold"] for row in rows)
     entered = [1 - row["exit_share"][0] for row in rows if not row["trained"]]
     assert entered == pytest.approx([0, 1 / 3, 2 / 3, 1], abs=0.005)
     assert [row["flops_per_token"] for row in rows] == sorted(row["flops_per_token"] for row in rows)
-    whole = evaluate_cascade(model, blocks, count_flops=False)["rows"]
+    whole = evaluate_cascade(model, sequences, count_flops=False)["rows"]
     assert rows[0]["perplexity"] == pytest.approx(whole[0]["perplexity"])
     (trained,) = (row for row in rows if row["trained"])
     assert trained["perplexity"] == pytest.approx(whole[2]["perplexity"])
     with pytest.raises(ValueError, match="points: 1"):
-        sweep_threshold(model, blocks, points=1)
+        sweep_threshold(model, sequences, points=1)
 
 
-def test_all_blocks_of_a_text(tiny_settings):
+def test_all_sequences_of_a_text(tiny_settings):
     settings = make_settings({**tiny_settings, "seq_len": 50})
     tokenizer = find_base(settings).tokenizer()
-    blocks = text_blocks(settings, tokenizer)
+    blocks = all_sequences(settings, tokenizer).blocks()
     texts = [json.loads(line)["text"] for line in Path(settings.dataset).read_text().splitlines()]
     assert blocks.shape == (sum((len(tokenizer(text)["input_ids"]) - 1) // 50 for text in texts), 51)
-    assert torch.equal(text_blocks(settings, tokenizer, limit=7), blocks[:7])
-    splits = load_blocks(dataclasses.replace(settings, shuffle="off"), tokenizer).ids
-    assert torch.equal(blocks[:39], splits["train"][:39])
+    assert torch.equal(all_sequences(settings, tokenizer, limit=7).blocks(), blocks[:7])
+    train = load_sequences(dataclasses.replace(settings, shuffle="off"), tokenizer).splits["train"]
+    assert torch.equal(blocks[:39], train.blocks()[:39])
 
 
 def _main(capsys, *argv):
