@@ -80,8 +80,8 @@ class HardTokenGather(nn.Module):
     threshold, and by ratio only when all other real tokens are taken, those that score +inf included; nothing is
     checked, as that would wait for a GPU.
 
-    A token that is only read, such as a chat's prompt, is to be treated as padding: with ``labels != -100`` as the mask
-    it is never hard and has no part in the share or the quantile. ``labels`` are those of the token after each here.
+    Tokens that are only read, such as a chat's prompt, are best treated as padding: with ``labels != -100`` as the mask
+    they are never hard and have no part in the share or the quantile. A token's label is the token after it.
 
     What waits for the device: ``threshold`` (its count is dynamic), and ``hard_ratio`` with a mask on a GPU, unless
     the call gives ``n_real``. Everything else does not, and runs under ``torch.compile(fullgraph=True)``.

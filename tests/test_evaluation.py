@@ -12,10 +12,13 @@ from torch import nn
 
 from cascade_fast import evaluate
 from cascade_fast.base.model import find_base
+from cascade_fast.base.sequences import Sequences
 from cascade_fast.base.texts import all_sequences, load_sequences
+from cascade_fast.model import evaluation_text
+from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.model.measuring import bootstrap_difference, evaluate_cascade, measure, sweep_threshold
 from cascade_fast.model.modeling import CascadeForCausalLM
-from cascade_fast.settings import make_settings
+from cascade_fast.settings import RunSettings, make_settings
 
 
 @pytest.fixture(params=["warm", "seed", "look"])
@@ -204,12 +207,61 @@ def test_another_text_and_a_saved_cascade(tiny_runs, tiny_data, tmp_path, capsys
     assert outputs[0]["rows"][2]["flops_per_token"] is None
 
 
+def test_another_text_is_read_as_asked_and_its_labels_are_counted(tiny_runs, monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def all_sequences(settings, _tokenizer, limit):
+        asked.append(settings)
+        ids, marks = [list(range(1, n + 2)) for n in (9, 20, 14)], [[n >= 6 for n in range(m)] for m in (9, 20, 14)]
+        return Sequences.from_lists(ids[:limit], marks[:limit])
+
+    monkeypatch.setattr(evaluation_text, "all_sequences", all_sequences)
+    prompts = ["--prompt-template", "{q}", "--completion-template", "{a}", "--encoding", "latin-1"]
+    how = ["--dataset", "other.csv", "--device", "cpu", "--json", tmp_path / "all.json"]
+    code, out, err = _main(capsys, tiny_runs["look"], *how, *prompts, "--loss-on", "all", "--blocks", 2)
+    assert (code, err) == (0, "")
+    first, *_ = out.splitlines()
+    assert "other.csv, 2 sequences of their own lengths, 29 tokens, 17 (58.6%) with a label" in first
+    assert "tokens with a label, each at its own exit" in out
+    assert "layers and GFLOP a token, context included" in out
+    data = json.loads((tmp_path / "all.json").read_text())["data"]
+    assert data == {"source": "other.csv", "sequences": 2, "longest": 20, "tokens": 29, "labelled": 17}
+    assert _main(capsys, tiny_runs["look"], *how, "--chat-template", "t.jinja", "--no-flops")[0] == 0
+    assert [(s.prompt_template, s.completion_template, s.encoding) for s in asked] == [
+        ("{q}", "{a}", "latin-1"),
+        (None, None, "utf-8"),
+    ]
+    assert [(s.loss_on, s.chat_template) for s in asked] == [("all", None), ("assistant", "t.jinja")]
+
+
+def test_a_text_s_names_are_not_carried_over_to_another():
+    """But what the cascade was trained to say, and how a chat is written, are."""
+    trained = {"dataset": "chats.csv", "prompt_template": "{q}", "completion_template": "{a}", "encoding": "latin-1"}
+    config = CascadeConfig(settings={**trained, "chat_template": "t.jinja", "loss_on": "all"})
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        found = Sequences.from_lists([[1, 2]])
+        patch.setattr(evaluation_text, "all_sequences", lambda s, *_: asked.append(s) or found)
+        evaluation_text.evaluation_text(config, None, dataset="other.jsonl", text_columns=["text"])
+    (settings,) = asked
+    assert (settings.prompt_template, settings.completion_template, settings.encoding) == (None, None, "utf-8")
+    assert (settings.text_columns, settings.chat_template, settings.loss_on) == (("text",), "t.jinja", "all")
+
+
+def test_evaluate_has_the_flags_of_training_that_name_a_text():
+    flags = {action.dest: action for action in evaluate.build_parser()._actions}
+    assert set(evaluate.TEXT_FLAGS) <= set(flags)
+    assert set(evaluate.TEXT_FLAGS) <= {f.name for f in dataclasses.fields(RunSettings)}
+    assert set(evaluation_text.OF_ONE_DATASET) < set(evaluate.TEXT_FLAGS)
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         (["--blocks", "0"], "blocks: 0; must be at least 1"),
         (["--batch-tokens", "0"], "batch_tokens: 0; must be at least 1"),
         (["--text-columns", "text"], "text_columns: ['text']; is of --dataset, which is not given"),
+        (["--loss-on", "all"], "loss_on: 'all'; is of --dataset, which is not given"),
         (["--dataset", "no-such.json"], "dataset: 'no-such.json'; no such file or folder"),
         (["--seq-len", "4000"], "seq_len: 4000; the base has 64 positions"),
         (["--json", "no/such/folder/x.json"], "json: 'no/such/folder/x.json'; its folder does not exist"),
