@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.naive_loop import BATCH_TOKENS, naive_losses, naive_stage
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.model import BaseModel, find_base
-from cascade_fast.base.texts import TokenBlocks, load_blocks
+from cascade_fast.base.sequences import SplitSequences
+from cascade_fast.base.texts import load_sequences
 from cascade_fast.criteria import get_criterion
 from cascade_fast.runtime.compute import Compute, choose_dtype, keep_freed_memory
 from cascade_fast.runtime.metrics_log import MetricsLog
@@ -80,12 +81,12 @@ def naive_to_best(link: Connection, path: str, blocks: dict[str, Tensor], ratio:
     link.send({"base_pass_seconds": pass_seconds, "epochs": epochs, "hard": {s: len(h) for s, h in hard.items()}})
 
 
-def our_course(base: BaseModel, blocks: TokenBlocks, settings: RunSettings, folder: Path) -> dict[str, Any]:
+def our_course(base: BaseModel, sequences: SplitSequences, settings: RunSettings, folder: Path) -> dict[str, Any]:
     """One of our presets from the start: a point before training and one after each epoch."""
     dtype, _ = choose_dtype(CPU, settings.dtype)
     folder.mkdir()
     start = time.perf_counter()
-    passed = base_pass(base, blocks, settings, base_needs(settings), Compute(CPU, dtype), folder)
+    passed = base_pass(base, sequences, settings, base_needs(settings), Compute(CPU, dtype), folder)
     pass_seconds = time.perf_counter() - start
     train, val = passed.stores["train"], passed.stores["val"]
     selection = select_hardest(train["score"], settings.hard_ratio)
@@ -107,8 +108,8 @@ def our_course(base: BaseModel, blocks: TokenBlocks, settings: RunSettings, fold
     )  # fmt: skip
     spent = points[0]["seconds"]
     for epoch in trainer.run().epochs:
-        spent += epoch["seconds"]
-        points.append({"step": epoch["epoch"] * trainer.steps_per_epoch, "val_ppl": epoch["val_ppl"], "seconds": spent})
+        spent += epoch.seconds
+        points.append({"step": epoch.epoch * trainer.steps_per_epoch, "val_ppl": epoch.val_ppl, "seconds": spent})
     how = {"criterion": get_criterion(settings.criterion), "compute": Compute(CPU, dtype)}
     all_tokens = evaluate_exits([], val, **how).perplexity
     return {
@@ -125,18 +126,19 @@ def measure(dataset: str, train_blocks: int, val_blocks: int, most_epochs: int) 
     data = {"dataset": dataset, "train_blocks": train_blocks, "val_blocks": val_blocks, "test_blocks": 0}
     warm = make_settings(data)
     base = find_base(warm)
-    blocks = load_blocks(warm, base.tokenizer())
+    sequences = load_sequences(warm, base.tokenizer())
     context = multiprocessing.get_context("spawn")
     link, other_end = context.Pipe()
-    args = (other_end, str(base.path), {s: blocks.ids[s] for s in ("train", "val")}, warm.hard_ratio, most_epochs)
+    blocks = {split: sequences.splits[split].blocks() for split in ("train", "val")}
+    args = (other_end, str(base.path), blocks, warm.hard_ratio, most_epochs)
     process = context.Process(target=naive_to_best, args=args, daemon=True)
     process.start()
     naive = link.recv()
     process.join()
     seed = make_settings({**data, "preset": "seed", "hard_ratio": warm.hard_ratio, "epochs": len(naive["epochs"])})
     with tempfile.TemporaryDirectory() as name:
-        ours = our_course(base, blocks, warm, Path(name) / "warm")
-        same = our_course(base, blocks, seed, Path(name) / "seed")
+        ours = our_course(base, sequences, warm, Path(name) / "warm")
+        same = our_course(base, sequences, seed, Path(name) / "seed")
     best = min(naive["epochs"], key=lambda e: e["val_ppl"])
     reached = next((point for point in ours["points"] if point["val_ppl"] <= best["val_ppl"]), None)
     return {

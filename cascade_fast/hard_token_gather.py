@@ -80,6 +80,9 @@ class HardTokenGather(nn.Module):
     threshold, and by ratio only when all other real tokens are taken, those that score +inf included; nothing is
     checked, as that would wait for a GPU.
 
+    Tokens that are only read, such as a chat's prompt, are best treated as padding: with ``labels != -100`` as the mask
+    they are never hard and have no part in the share or the quantile. A token's label is the token after it.
+
     What waits for the device: ``threshold`` (its count is dynamic), and ``hard_ratio`` with a mask on a GPU, unless
     the call gives ``n_real``. Everything else does not, and runs under ``torch.compile(fullgraph=True)``.
 
@@ -143,8 +146,8 @@ class HardTokenGather(nn.Module):
         Args:
             h_in, h_out: ``(B, S, D)`` or ``(N, D)`` hidden states before and after the model, one dtype of float32,
                 float16, bfloat16; any strides. More leading dimensions are allowed.
-            mask: ``(B, S)`` or ``(N,)`` bool or integers, True or nonzero = a real token; None = all are. It may
-                stay on the CPU.
+            mask: ``(B, S)`` or ``(N,)`` bool or integers, True or nonzero = a real token (or one with a label, see
+                above); None = all are. It may stay on the CPU.
             carry: arrays ``(B, S)`` or ``(N,)`` of any dtype that travel with the tokens (labels, positions).
             logits: ``(B, S, V)`` or ``(N, V)``, for a criterion that reads them.
             n_real: how many tokens are real, if the host knows: one int, or with scope "sequence" one for each

@@ -12,10 +12,13 @@ from torch import nn
 
 from cascade_fast import evaluate
 from cascade_fast.base.model import find_base
-from cascade_fast.base.texts import load_blocks, text_blocks
+from cascade_fast.base.sequences import Sequences
+from cascade_fast.base.texts import all_sequences, load_sequences
+from cascade_fast.model import evaluation_text
+from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.model.measuring import bootstrap_difference, evaluate_cascade, measure, sweep_threshold
 from cascade_fast.model.modeling import CascadeForCausalLM
-from cascade_fast.settings import make_settings
+from cascade_fast.settings import RunSettings, make_settings
 
 
 @pytest.fixture(params=["warm", "seed", "look"])
@@ -25,14 +28,14 @@ def run(request, tiny_runs):
 
 def _loaded(run, split="val"):
     settings = make_settings(json.loads((run / "config.json").read_text())["settings"])
-    blocks = load_blocks(settings, find_base(settings).tokenizer()).ids[split]
-    return CascadeForCausalLM.from_pretrained(run).requires_grad_(False), blocks
+    sequences = load_sequences(settings, find_base(settings).tokenizer()).splits[split]
+    return CascadeForCausalLM.from_pretrained(run).requires_grad_(False), sequences
 
 
 def test_the_rows_are_the_run_s_numbers(run):
-    model, blocks = _loaded(run)
+    model, sequences = _loaded(run)
     results = json.loads((run / "results.json").read_text())
-    found = evaluate_cascade(model, blocks, batch_tokens=100)
+    found = evaluate_cascade(model, sequences, batch_tokens=100)
     rows = found["rows"]
     assert [row["name"] for row in rows] == ["base", "+ stage 1", "+ stages 1-2"]
     expected = [results["base"]["val_ppl"], *(s["all_token_val_ppl"] for s in results["stages"])]
@@ -46,8 +49,8 @@ def test_the_rows_are_the_run_s_numbers(run):
 
 
 def test_layers_are_those_that_ran(run):
-    model, blocks = _loaded(run)
-    for row in evaluate_cascade(model, blocks, count_flops=False)["rows"]:
+    model, sequences = _loaded(run)
+    for row in evaluate_cascade(model, sequences, count_flops=False)["rows"]:
         shares = row["exit_share"]
         # The tiny base has three layers, a stage two; a token in stage 2 has been through stage 1.
         assert row["layers_per_token"] == pytest.approx(3 + 2 * shares[1] + 4 * shares[2])
@@ -56,7 +59,7 @@ def test_layers_are_those_that_ran(run):
 
 
 def test_flops_are_those_of_the_matrix_products_that_ran(run):
-    model, blocks = _loaded(run)
+    model, sequences = _loaded(run)
     products = [0]
 
     def add(linear, args, _output):
@@ -73,22 +76,22 @@ def test_flops_are_those_of_the_matrix_products_that_ran(run):
 
         for stage in model.stages:
             stage.register_forward_hook(add_attention)
-    tokens = blocks.shape[0] * 32
+    tokens = len(sequences) * 32
     # Scores and weighted values: two products of 32 x 32 for each of 4 heads of size 8, in 3 layers.
-    attention = blocks.shape[0] * 3 * 4 * 2 * (2 * 32 * 32 * 8)
+    attention = len(sequences) * 3 * 4 * 2 * (2 * 32 * 32 * 8)
     for thresholds in ([-math.inf] * 2, model.config.thresholds, [math.inf] * 2):
         products[0] = looked[0] = 0
-        measured = measure(model, blocks, thresholds, count_flops=True)
+        measured = measure(model, sequences, thresholds, count_flops=True)
         assert measured.flops == products[0] + attention + looked[0]
-        assert measured.loss_BS.numel() == tokens
+        assert len(measured.loss_N) == tokens
 
 
 def test_the_easy_and_the_hard_apart(run):
-    model, blocks = _loaded(run)
-    found = evaluate_cascade(model, blocks, count_flops=False)
+    model, sequences = _loaded(run)
+    found = evaluate_cascade(model, sequences, count_flops=False)
     exits, rows = found["exits"], found["rows"]
     assert [row["exit"] for row in exits] == ["base", "stage 1"]
-    tokens = blocks.shape[0] * 32
+    tokens = len(sequences) * 32
     assert exits[0]["easy_tokens"] + exits[0]["hard_tokens"] == tokens
     assert exits[1]["easy_tokens"] + exits[1]["hard_tokens"] == exits[0]["hard_tokens"]
 
@@ -107,41 +110,56 @@ def test_the_bootstrap_s_interval():
     generator = torch.Generator().manual_seed(1)
     base = 3 + torch.randn(200, 16, generator=generator) * 0.5
     better = base - 0.1 + torch.randn(200, 16, generator=generator) * 0.3
-    low, high = bootstrap_difference(better, base)
+    number_N = torch.arange(200).repeat_interleave(16)
+    low, high = bootstrap_difference(better.flatten(), base.flatten(), number_N)
     truth = (better.double().mean().exp() - base.double().mean().exp()).item()
     assert low < truth < high < 0
     # Against the normal approximation: exp(mean) varies by exp(mean) times the mean's standard error.
     scale = better.double().mean().exp() * better.double().mean(1) - base.double().mean().exp() * base.double().mean(1)
     assert high - low == pytest.approx(2 * 1.96 * scale.std().item() / 200**0.5, rel=0.15)
-    assert bootstrap_difference(better, base) == (low, high)
-    assert all(math.isnan(x) for x in bootstrap_difference(better[:1], base[:1]))
+    assert bootstrap_difference(better.flatten(), base.flatten(), number_N) == (low, high)
+    assert all(math.isnan(x) for x in bootstrap_difference(better[0], base[0], number_N[:16]))
+
+
+def test_the_bootstrap_draws_whole_sequences_of_any_length():
+    """Against the definition, draw by draw: a sequence counts with all of its tokens."""
+    count_B, loss_N, base_N = torch.tensor([5, 3, 3, 1]), torch.rand(12), torch.rand(12)
+    found = bootstrap_difference(loss_N, base_N, torch.tensor([0, 2, 3, 7]).repeat_interleave(count_B), samples=50)
+    drawn = torch.randint(4, (50, 4), generator=torch.Generator().manual_seed(0)).tolist()
+    losses, bases = loss_N.split(count_B.tolist()), base_N.split(count_B.tolist())
+    differences = [
+        (torch.cat([losses[n] for n in one]).mean().exp() - torch.cat([bases[n] for n in one]).mean().exp()).item()
+        for one in drawn
+    ]
+    expected = torch.quantile(torch.tensor(differences), torch.tensor([0.025, 0.975])).tolist()
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_sweep_goes_from_the_base_to_every_token(run):
-    model, blocks = _loaded(run)
-    rows = sweep_threshold(model, blocks, points=4)
+    model, sequences = _loaded(run)
+    rows = sweep_threshold(model, sequences, points=4)
     assert len(rows) == 5
     assert [row["threshold"] for row in rows] == sorted(row["threshold"] for row in rows)
     entered = [1 - row["exit_share"][0] for row in rows if not row["trained"]]
     assert entered == pytest.approx([0, 1 / 3, 2 / 3, 1], abs=0.005)
     assert [row["flops_per_token"] for row in rows] == sorted(row["flops_per_token"] for row in rows)
-    whole = evaluate_cascade(model, blocks, count_flops=False)["rows"]
+    whole = evaluate_cascade(model, sequences, count_flops=False)["rows"]
     assert rows[0]["perplexity"] == pytest.approx(whole[0]["perplexity"])
     (trained,) = (row for row in rows if row["trained"])
     assert trained["perplexity"] == pytest.approx(whole[2]["perplexity"])
     with pytest.raises(ValueError, match="points: 1"):
-        sweep_threshold(model, blocks, points=1)
+        sweep_threshold(model, sequences, points=1)
 
 
-def test_all_blocks_of_a_text(tiny_settings):
+def test_all_sequences_of_a_text(tiny_settings):
     settings = make_settings({**tiny_settings, "seq_len": 50})
     tokenizer = find_base(settings).tokenizer()
-    blocks = text_blocks(settings, tokenizer)
+    blocks = all_sequences(settings, tokenizer).blocks()
     texts = [json.loads(line)["text"] for line in Path(settings.dataset).read_text().splitlines()]
     assert blocks.shape == (sum((len(tokenizer(text)["input_ids"]) - 1) // 50 for text in texts), 51)
-    assert torch.equal(text_blocks(settings, tokenizer, limit=7), blocks[:7])
-    splits = load_blocks(dataclasses.replace(settings, shuffle="off"), tokenizer).ids
-    assert torch.equal(blocks[:39], splits["train"][:39])
+    assert torch.equal(all_sequences(settings, tokenizer, limit=7).blocks(), blocks[:7])
+    train = load_sequences(dataclasses.replace(settings, shuffle="off"), tokenizer).splits["train"]
+    assert torch.equal(blocks[:39], train.blocks()[:39])
 
 
 def _main(capsys, *argv):
@@ -189,12 +207,61 @@ def test_another_text_and_a_saved_cascade(tiny_runs, tiny_data, tmp_path, capsys
     assert outputs[0]["rows"][2]["flops_per_token"] is None
 
 
+def test_another_text_is_read_as_asked_and_its_labels_are_counted(tiny_runs, monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def all_sequences(settings, _tokenizer, limit):
+        asked.append(settings)
+        ids, marks = [list(range(1, n + 2)) for n in (9, 20, 14)], [[n >= 6 for n in range(m)] for m in (9, 20, 14)]
+        return Sequences.from_lists(ids[:limit], marks[:limit])
+
+    monkeypatch.setattr(evaluation_text, "all_sequences", all_sequences)
+    prompts = ["--prompt-template", "{q}", "--completion-template", "{a}", "--encoding", "latin-1"]
+    how = ["--dataset", "other.csv", "--device", "cpu", "--json", tmp_path / "all.json"]
+    code, out, err = _main(capsys, tiny_runs["look"], *how, *prompts, "--loss-on", "all", "--blocks", 2)
+    assert (code, err) == (0, "")
+    first, *_ = out.splitlines()
+    assert "other.csv, 2 sequences of their own lengths, 29 tokens, 17 (58.6%) with a label" in first
+    assert "tokens with a label, each at its own exit" in out
+    assert "layers and GFLOP a token, context included" in out
+    data = json.loads((tmp_path / "all.json").read_text())["data"]
+    assert data == {"source": "other.csv", "sequences": 2, "longest": 20, "tokens": 29, "labelled": 17}
+    assert _main(capsys, tiny_runs["look"], *how, "--chat-template", "t.jinja", "--no-flops")[0] == 0
+    assert [(s.prompt_template, s.completion_template, s.encoding) for s in asked] == [
+        ("{q}", "{a}", "latin-1"),
+        (None, None, "utf-8"),
+    ]
+    assert [(s.loss_on, s.chat_template) for s in asked] == [("all", None), ("assistant", "t.jinja")]
+
+
+def test_a_text_s_names_are_not_carried_over_to_another():
+    """But what the cascade was trained to say, and how a chat is written, are."""
+    trained = {"dataset": "chats.csv", "prompt_template": "{q}", "completion_template": "{a}", "encoding": "latin-1"}
+    config = CascadeConfig(settings={**trained, "chat_template": "t.jinja", "loss_on": "all"})
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        found = Sequences.from_lists([[1, 2]])
+        patch.setattr(evaluation_text, "all_sequences", lambda s, *_: asked.append(s) or found)
+        evaluation_text.evaluation_text(config, None, dataset="other.jsonl", text_columns=["text"])
+    (settings,) = asked
+    assert (settings.prompt_template, settings.completion_template, settings.encoding) == (None, None, "utf-8")
+    assert (settings.text_columns, settings.chat_template, settings.loss_on) == (("text",), "t.jinja", "all")
+
+
+def test_evaluate_has_the_flags_of_training_that_name_a_text():
+    flags = {action.dest: action for action in evaluate.build_parser()._actions}
+    assert set(evaluate.TEXT_FLAGS) <= set(flags)
+    assert set(evaluate.TEXT_FLAGS) <= {f.name for f in dataclasses.fields(RunSettings)}
+    assert set(evaluation_text.OF_ONE_DATASET) < set(evaluate.TEXT_FLAGS)
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         (["--blocks", "0"], "blocks: 0; must be at least 1"),
         (["--batch-tokens", "0"], "batch_tokens: 0; must be at least 1"),
         (["--text-columns", "text"], "text_columns: ['text']; is of --dataset, which is not given"),
+        (["--loss-on", "all"], "loss_on: 'all'; is of --dataset, which is not given"),
         (["--dataset", "no-such.json"], "dataset: 'no-such.json'; no such file or folder"),
         (["--seq-len", "4000"], "seq_len: 4000; the base has 64 positions"),
         (["--json", "no/such/folder/x.json"], "json: 'no/such/folder/x.json'; its folder does not exist"),

@@ -155,6 +155,34 @@ def test_every_kind_of_score_equals_plain_python(scope, dtype, backend):
             assert torch.equal(hard.threshold.flatten(), threshold)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_with_a_mask_of_labelled_tokens_context_is_as_if_it_were_not_there(scope, backend):
+    """Whatever it scores, NaN and infinities included, it is not selected and has no part in the quantile."""
+    labels = torch.full((4, 12), -100)
+    counts = (7, 1, 0, 5)  # of tokens with a label, spread over each sequence
+    for row, count in enumerate(counts):
+        labels[row, torch.randperm(12)[:count]] = 3
+    labelled = labels != -100
+    h = with_scores(*torch.randn(4, 12).tolist())
+    h[0, ~labelled[0], 0] = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, -100.0])
+    h[2, :, 0] = -math.inf
+    h[3, ~labelled[3], 0] = -1e9
+    place = labelled.flatten().nonzero().squeeze(1)
+    rows = [h.flatten(0, 1)[place]] if scope == "batch" else [h[row, labelled[row]] for row in range(4)]
+    for ratio in (0.1, 0.5, 0.9, 1.0):
+        hard = HardTokenGather(ratio, scope=scope, criterion=as_given, backend=backend)(h, h, labelled, carry=[labels])
+        alone = [HardTokenGather(ratio, criterion=as_given, backend=backend)(one, one) for one in rows]
+        assert torch.equal(hard.hidden_KD, torch.cat([one.hidden_KD for one in alone]))
+        torch.testing.assert_close(hard.threshold.flatten(), torch.stack([one.threshold for one in alone]))
+        assert (hard.carried[0] == 3).all()
+        spread = hard.scatter(torch.zeros_like(hard.hidden_KD), into=h)
+        torch.testing.assert_close(spread[~labelled], h[~labelled], rtol=0, atol=0, equal_nan=True)
+    for threshold in (-math.inf, 0.0, math.inf):
+        hard = HardTokenGather(threshold=threshold, scope=scope, criterion=as_given)(h, h, labelled)
+        assert torch.equal(hard.index_K, ((h[..., 0] <= threshold) & labelled).flatten().nonzero().squeeze(1))
+
+
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (1,), (1, 1), (7,), (2, 3, 4)], ids=str)
 def test_sizes(shape, scope):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.cache_name import cache_of, with_cache
 from cascade_fast.base.model import find_base
-from cascade_fast.base.texts import load_blocks
+from cascade_fast.base.texts import load_sequences
 from cascade_fast.criteria import get_criterion
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.configuration import CascadeConfig
@@ -55,7 +55,7 @@ def _settings(run):
 
 def _blocks(run, split="val"):
     settings = make_settings(_settings(run))
-    return load_blocks(settings, find_base(settings).tokenizer()).ids[split].long()
+    return load_sequences(settings, find_base(settings).tokenizer()).splits[split].blocks().long()
 
 
 def _calls(module):
@@ -89,7 +89,7 @@ def test_every_token_has_the_loss_and_exit_of_evaluate_exits(tiny_runs, name, dt
     base = find_base(settings)
     passed = base_pass(
         base,
-        load_blocks(settings, base.tokenizer()),
+        load_sequences(settings, base.tokenizer()),
         settings,
         base_needs(settings),
         Compute(CPU, dtype),

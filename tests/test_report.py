@@ -15,10 +15,11 @@ from conftest import byte_tokenizer
 from transformers import AutoTokenizer
 
 from cascade_fast import report as command
+from cascade_fast.base.sequences import Sequences
 from cascade_fast.base.texts import token_texts
 from cascade_fast.model.modeling import CascadeForCausalLM
 from cascade_fast.reporting import report
-from cascade_fast.reporting.heat_map import MAX_TOKENS, heat_map, write_heat_map
+from cascade_fast.reporting.heat_map import MAX_TOKENS, heat_map, read_heat_map, write_heat_map
 from cascade_fast.reporting.html import render_page
 from cascade_fast.reporting.plots import write_plots
 from cascade_fast.reporting.samples import make_samples, sample_prompts
@@ -57,8 +58,10 @@ class _Page(HTMLParser):
         self.links += [attributes[name] for name in ("src", "href") if name in attributes]
         if tag not in ("meta", "link", "img", "br", "input"):
             self.open.append(tag)
-        if "t" in (attributes.get("class") or "").split():
-            self.tokens.append({**attributes, "text": ""})
+        if tag == "span":
+            self.token = {**attributes, "text": ""}
+            if "t" in (attributes.get("class") or "").split():
+                self.tokens.append(self.token)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, tag
@@ -66,8 +69,8 @@ class _Page(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] not in ("script", "style"):
             self.text += data
-            if self.open[-1] == "span" and self.tokens:
-                self.tokens[-1]["text"] += data
+            if self.open[-1] == "span":
+                self.token["text"] += data
 
 
 # --- the page, without a browser -----------------------------------------------------------------------------------
@@ -121,11 +124,18 @@ def test_the_heat_map_is_the_run_s(run):
 
 def _map(ids, tokenizer=None, **changes):
     n = (ids.shape[1] - 1) * ids.shape[0]
-    evaluation = ExitEvaluation(torch.ones(n), torch.arange(n) % 2, torch.zeros(n, 1))
-    content = heat_map(
-        tokenizer or byte_tokenizer(), ids, torch.full((n,), 2.0), evaluation, criterion="cosine", thresholds=[0.5]
-    )
-    return {**content, **changes}
+    sequences = Sequences.from_blocks(ids)
+    evaluation = _evaluated(sequences, torch.ones(n), torch.arange(n) % 2)
+    how = {"criterion": "cosine", "thresholds": [0.5]}
+    return {**heat_map(tokenizer or byte_tokenizer(), sequences, evaluation, **how), **changes}
+
+
+def _evaluated(sequences, loss_N, exit_N):
+    """``loss_N`` and ``exit_N`` of the labelled tokens; they score 0, and the base's loss is 2."""
+    of_all = [(number, place) for number, n in enumerate(sequences.length_B.tolist()) for place in range(n)]
+    sequence_N, position_N = torch.tensor(of_all)[sequences.labelled_N].T.contiguous()
+    n = len(loss_N)
+    return ExitEvaluation(loss_N, exit_N, torch.zeros(n, 1), torch.full((n,), 2.0), sequence_N, position_N)
 
 
 def test_any_text_is_shown_as_it_is():
@@ -140,6 +150,44 @@ def test_any_text_is_shown_as_it_is():
     assert html.count("<script>") == 1
 
 
+def test_tokens_without_a_label_are_shown_as_context_without_numbers(tmp_path):
+    text, (first, second) = "Hi you\nBye", (4, 6)  # the ends of what is only read, and of what is learnt
+    ids = byte_tokenizer()(text)["input_ids"]
+    labelled = [first <= place < second for place in range(1, len(text))]
+    sequences = Sequences.from_lists([ids, ids[:3]], [labelled, [False, True]])
+    n = sequences.labels
+    evaluation = _evaluated(sequences, torch.arange(1.0, n + 1), torch.arange(n) % 2)
+    content = heat_map(byte_tokenizer(), sequences, evaluation, criterion="cosine", thresholds=[0.5])
+    write_heat_map(tmp_path, content)
+    content = read_heat_map(tmp_path)
+    html = render_page("# T\n\n## Token heat map\n\nhere", {}, content, score_name="cosine")
+    page = _Page(html)
+    assert [token["text"] for token in page.tokens] == [*text[first:second], text[2]]
+    assert [int(token["data-x"]) for token in page.tokens] == [0, 1, 0]
+    assert [float(token["data-l"]) for token in page.tokens] == [1, 2, 3]
+    # All of the text in its place, and nothing between.
+    (shown,) = re.findall(r"<b>sequence 1</b>(.*?)</div>", html, re.DOTALL)
+    assert re.sub("<[^>]*>", "", shown) == text
+    context = re.findall(r'<span class="context([^"]*)">([^<]*)</span>', html)
+    assert [of for _, of in context] == [*text[1:first], *text[second:], text[1]]
+    assert [classes for classes, of in context if "\n" in of] == [" nl"]
+    assert html.count('<li class="context">context: read, not learnt</li>') == 3  # with each of the colours
+    assert "2 of 2 validation sequences, 3 tokens and 8 of context, which are only read." in " ".join(page.text.split())
+    assert "base 66.7%" in html
+    everything = render_page("# T\n\n## Token heat map\n\nhere", {}, _map(torch.tensor([ids])), score_name="cosine")
+    assert "context" not in _Page(everything).text
+
+
+def test_a_heat_map_that_is_cut_before_its_first_label_is_shown(tmp_path):
+    """So may be one of long chats: its first sequence ends at ``MAX_TOKENS``."""
+    block = {"texts": ["a", "b"], "exits": [None], "scores": [None], "base_loss": [None], "loss": [None]}
+    content = {"thresholds": [0.5], "blocks_in_all": 1, "blocks": [block]}
+    page = _Page(render_page("# T\n\n## Token heat map\n\nhere", {}, content, score_name="cosine"))
+    assert page.tokens == []
+    assert page.open == []
+    assert "0 tokens and 1 of context" in " ".join(page.text.split())
+
+
 def test_a_character_of_several_tokens_is_at_the_last_of_them():
     ids = byte_tokenizer()("aü€😀")["input_ids"]
     assert token_texts(byte_tokenizer(), ids) == ["a", "", "ü", "", "", "€", "", "", "", "😀"]
@@ -148,14 +196,9 @@ def test_a_character_of_several_tokens_is_at_the_last_of_them():
 
 
 def test_losses_that_are_not_finite_are_no_reason_to_lose_a_report(tmp_path):
-    n = 4
-    evaluation = ExitEvaluation(
-        torch.tensor([1.0, torch.inf, torch.nan, 2.0]), torch.zeros(n).long(), torch.zeros(n, 1)
-    )
-    content = heat_map(
-        byte_tokenizer(), torch.ones(1, 5).int(), torch.ones(n), evaluation, criterion="cosine", thresholds=[0.5]
-    )
-    write_heat_map(tmp_path, content)
+    sequences = Sequences.from_blocks(torch.ones(1, 5))
+    evaluation = _evaluated(sequences, torch.tensor([1.0, torch.inf, torch.nan, 2.0]), torch.zeros(4).long())
+    write_heat_map(tmp_path, heat_map(byte_tokenizer(), sequences, evaluation, criterion="cosine", thresholds=[0.5]))
     assert json.loads((tmp_path / "heat_map.json").read_text())["blocks"][0]["loss"] == [1.0, 1e4, 1e4, 2.0]
 
 
