@@ -185,7 +185,7 @@ def check_cache(settings: RunSettings) -> None:
 @functools.cache
 def hub_reachable() -> bool:
     """Whether the hub answers within three seconds; the hub's own client would retry for half a minute."""
-    import huggingface_hub
+    import huggingface_hub.constants
 
     if huggingface_hub.constants.is_offline_mode():
         return False

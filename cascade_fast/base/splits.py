@@ -257,8 +257,8 @@ def split_texts(texts: Iterable[TokenText], settings: RunSettings, *, few: bool 
     usage.labelled = sum(of.labels for of in splits.values())
     if reader.few and GAP in usage.left_out:
         notes.append(
-            f"{usage.texts} text{'s' * (usage.texts > 1)}: the splits are contiguous parts, training first, with {settings.seq_len} tokens "
-            "left out between them"
+            f"{usage.texts} text{'s' * (usage.texts > 1)}: the splits are contiguous parts, training first, with "
+            f"{settings.seq_len} tokens left out between them"
         )
     defaults = [split for split in ("train", "val") if settings.size(split) is None]
     if any(filling.counts[split] < _first_wanted(settings)[split] for split in defaults):

@@ -8,21 +8,26 @@ import contextlib
 import dataclasses
 import datetime
 import numbers
+import re
+import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import Any
+from itertools import chain, groupby, islice
+from typing import Any, TypeVar
 
 from cascade_fast.base.chat_template import ChatTemplate, RenderedText, prompted_text
 from cascade_fast.base.chat_tokens import ChatTokenizer
 from cascade_fast.base.chats import LAYOUTS, Conversation, PromptedText, chat_layout, read_chat
 from cascade_fast.base.rows import Rows, load_rows, order_of
 from cascade_fast.base.sequences import Sequences, TokenText
-from cascade_fast.base.splits import SplitSequences, one_split, split_texts
+from cascade_fast.base.splits import FEW_TEXTS, SplitSequences, one_split, split_texts
 from cascade_fast.input_checks import InputError, shown, template_parts
 from cascade_fast.settings import RunSettings
 
+T = TypeVar("T")
 _DEFAULT_COLUMNS = (("text",), ("instruction", "input", "output"))
 _TEXTS_AT_ONCE = 64
+_PART_CHARACTERS = 2**17  # of a long text
+_PART_END = re.compile(r"(?<=[^\W_])(?=\s)")  # after a word, before the space: there tokens end, whatever follows
 _MOST_TOKENS_OF_A_CHARACTER = 4  # one for each byte of UTF-8
 
 
@@ -32,7 +37,8 @@ def load_sequences(settings: RunSettings, tokenizer: Any) -> SplitSequences:
     Raises:
         InputError: as :func:`load_token_texts`, or less text than asked.
     """
-    return split_texts(load_token_texts(settings, tokenizer), settings)
+    texts, few = load_token_texts(settings, tokenizer)
+    return split_texts(texts, settings, few=few)
 
 
 def all_sequences(settings: RunSettings, tokenizer: Any, limit: int | None = None) -> Sequences:
@@ -41,11 +47,13 @@ def all_sequences(settings: RunSettings, tokenizer: Any, limit: int | None = Non
     Raises:
         InputError: as :func:`load_sequences`.
     """
-    return one_split(load_token_texts(dataclasses.replace(settings, shuffle="off"), tokenizer), settings, limit)
+    texts, _ = load_token_texts(dataclasses.replace(settings, shuffle="off"), tokenizer)
+    return one_split(texts, settings, limit)
 
 
-def load_token_texts(settings: RunSettings, tokenizer: Any) -> Iterator[TokenText]:
-    """The texts of ``settings.dataset``, one after another, shuffled if ``settings.shuffle`` says so.
+def load_token_texts(settings: RunSettings, tokenizer: Any) -> tuple[Iterator[TokenText], bool]:
+    """The texts of ``settings.dataset``, one after another, shuffled if ``settings.shuffle`` says so; and whether they
+    are few (see ``splits.py``).
 
     Raises:
         InputError: no such dataset or column, a file that cannot be read, a row that is not what it should be (with its
@@ -55,18 +63,47 @@ def load_token_texts(settings: RunSettings, tokenizer: Any) -> Iterator[TokenTex
     chats = None if rows is None else _chats(rows, settings)
     if rows is not None and chats is not None:
         tokens = ChatTokenizer(tokenizer, settings)
-        rendered = _rendered(rows, chats, tokens, tokenizer, settings)
-        while batch := list(islice(rendered, _TEXTS_AT_ONCE)):
-            yield from tokens.encode(batch)
-        return
+        rendered, few = _counted(_rendered(rows, chats, tokens, tokenizer, settings))
+        batches = iter(lambda: list(islice(rendered, _TEXTS_AT_ONCE)), [])
+        return chain.from_iterable(tokens.encode(batch) for batch in batches), few
     if settings.chat_template is not None:
         raise InputError(
             f"chat_template: {shown(settings.chat_template)}; {shown(settings.dataset)} is read as plain texts, not as "
             "conversations"
         )
-    texts = iter(load_texts(settings) if rows is None else _plain(rows, settings))
-    while lines := list(islice(texts, _TEXTS_AT_ONCE)):
-        for ids in tokenizer(lines, verbose=False)["input_ids"]:
+    texts, few = _counted(load_texts(settings) if rows is None else _plain(rows, settings))
+    return _tokenised(texts, tokenizer), few
+
+
+def _counted(texts: Iterable[T]) -> tuple[Iterator[T], bool]:
+    """The texts, and whether they are few."""
+    texts = iter(texts)
+    begin = list(islice(texts, FEW_TEXTS))
+    return chain(begin, texts), len(begin) < FEW_TEXTS
+
+
+def _tokenised(texts: Iterator[str], tokenizer: Any) -> Iterator[TokenText]:
+    """Texts as tokens. A long one comes in parts, so that no more of it is tokenised than somebody reads."""
+
+    def encode(lines: list[str], **options: Any) -> list[list[int]]:
+        encoded: list[list[int]] = tokenizer(lines, verbose=False, **options)["input_ids"]
+        return encoded
+
+    # Not where a tokenizer puts something before or after every part.
+    whole, begin, end = encode(["a b", "a"]) + encode([" b"], add_special_tokens=False)
+    most = _PART_CHARACTERS if whole == begin + end else sys.maxsize
+    for is_long, some in groupby(texts, lambda text: len(text) > most):
+        if not is_long:
+            while lines := list(islice(some, _TEXTS_AT_ONCE)):
+                yield from map(TokenText, encode(lines))
+            continue
+        for text in some:
+            start = 0
+            while (cut := _PART_END.search(text, start + most)) is not None:
+                (ids,) = encode([text[start : cut.start()]], add_special_tokens=start == 0)
+                yield TokenText(ids, goes_on=True)
+                start = cut.start()
+            (ids,) = encode([text[start:]], add_special_tokens=start == 0)
             yield TokenText(ids)
 
 
