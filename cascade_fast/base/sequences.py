@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+WIDTH_MULTIPLE = 8  # of a padded rectangle: attention over 127 tokens took longer than over 128
 NO_LABEL = -100  # the label of a token that is only read, as transformers has it
 
 
@@ -122,18 +123,22 @@ class Sequences:
         """
         lengths, first = self.length_B.tolist(), 0
         while first < len(lengths):
-            end = min(first + max(1, tokens // lengths[first]), len(lengths))
+            end = min(first + max(1, tokens // self._width(lengths[first])), len(lengths))
             if equal:
                 end = next((n for n in range(first, end) if lengths[n] != lengths[first]), end)
             yield slice(first, end)
             first = end
 
+    def _width(self, longest: int) -> int:
+        """Of a rectangle: what kernels like, but no wider than any sequence."""
+        return min(-(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.longest)
+
     def padded(self, picked: Tensor | slice) -> "PaddedIds":
         """Some sequences as a rectangle."""
         length_B, start_B = self.length_B[picked], self.start_B[picked]
         number_B = torch.arange(len(self))[picked]
-        longest = int(length_B.max())
-        column_T, column_S = torch.arange(longest + 1), torch.arange(longest)
+        width = self._width(int(length_B.max()))
+        column_T, column_S = torch.arange(width + 1), torch.arange(width)
         real_BT, real_BS = column_T <= length_B[:, None], column_S < length_B[:, None]
         place_BT = torch.where(real_BT, (start_B + number_B)[:, None] + column_T, 0)
         place_BS = torch.where(real_BS, start_B[:, None] + column_S, 0)
