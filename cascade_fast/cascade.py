@@ -78,6 +78,7 @@ class CascadeRun:
     log: MetricsLog
     deadline: float | None
     micro_batch_tokens: int | None = None  # of the memory plan
+    chats: bool = False  # whether the texts are conversations
     stages: list[ExitStage] = field(default_factory=list)
     records: list[StageRecord] = field(default_factory=list)  # of each stage trained, kept or not
     evaluation: ExitEvaluation | None = None  # of the stages kept, on validation; None: not known yet
@@ -121,7 +122,7 @@ class CascadeRun:
 
     @functools.cached_property
     def samples(self) -> PromptSamples:
-        return PromptSamples(self.settings, self.base, self.compute, self.log, self.folder.path)
+        return PromptSamples(self.settings, self.base, self.compute, self.log, self.folder.path, self.chats)
 
     @functools.cached_property
     def recompute(self) -> Recompute | None:
@@ -411,6 +412,7 @@ def run_cascade(settings: RunSettings) -> RunFolder:
         say_base_pass(passed)
         passed = dataclasses.replace(passed, head_VD=passed.head_VD.to(compute.device))  # once, for all stages
         run = CascadeRun(settings, folder, base, passed, compute, log, deadline, plan.memory.micro_batch_tokens)
+        run.chats = sequences.chats
         run.train()
         with working("measuring validation and test, and writing the report"):
             results, tokens = run.results(started, plan.memory), run.heat_map(sequences.splits["val"])

@@ -11,7 +11,8 @@ from transformers.utils.generic import find_labels
 
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.model import find_base
-from cascade_fast.base.sequences import Sequences, SplitSequences, Usage
+from cascade_fast.base.sequences import Sequences
+from cascade_fast.base.splits import SplitSequences, Usage
 from cascade_fast.criteria import get_criterion
 from cascade_fast.model.measuring import evaluate_cascade, measure, sweep_threshold
 from cascade_fast.model.modeling import CascadeForCausalLM

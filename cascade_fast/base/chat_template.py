@@ -195,6 +195,13 @@ def _escaped(character: str) -> str:
     return f"\\u{ord(character):04x}"
 
 
+def chat_template_of(settings: RunSettings, tokenizer: Any) -> str:
+    """The template that conversations without tools are written in. Raises InputError as :class:`ChatTemplate`."""
+    if settings.chat_template is not None:
+        return _read(f"chat_template: {shown(settings.chat_template)}", settings.chat_template)
+    return _own(tokenizer, settings, False)
+
+
 def _read(where: str, path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")

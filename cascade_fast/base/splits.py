@@ -75,12 +75,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class SplitSequences:
-    """The sequences of each split. ``source`` names the texts for reports; ``notes`` are lines for the user."""
+    """The sequences of each split. ``source`` names the texts for reports; ``notes`` are lines for the user;
+    ``chats``: whether they are conversations in a chat template."""
 
     splits: dict[str, Sequences]
     source: str
     usage: Usage
     notes: tuple[str, ...] = ()
+    chats: bool = False
 
     def settle(self, settings: RunSettings) -> RunSettings:
         """``settings`` with the size that each split has come to: they make the same splits again."""

@@ -11,6 +11,7 @@ import numbers
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from typing import Any, TypeVar
 
@@ -37,8 +38,8 @@ def load_sequences(settings: RunSettings, tokenizer: Any) -> SplitSequences:
     Raises:
         InputError: as :func:`load_token_texts`, or less text than asked.
     """
-    texts, few = load_token_texts(settings, tokenizer)
-    return split_texts(texts, settings, few=few)
+    found = load_token_texts(settings, tokenizer)
+    return dataclasses.replace(split_texts(found.texts, settings, few=found.few), chats=found.chats)
 
 
 def all_sequences(settings: RunSettings, tokenizer: Any, limit: int | None = None) -> Sequences:
@@ -47,13 +48,21 @@ def all_sequences(settings: RunSettings, tokenizer: Any, limit: int | None = Non
     Raises:
         InputError: as :func:`load_sequences`.
     """
-    texts, _ = load_token_texts(dataclasses.replace(settings, shuffle="off"), tokenizer)
-    return one_split(texts, settings, limit)
+    found = load_token_texts(dataclasses.replace(settings, shuffle="off"), tokenizer)
+    return one_split(found.texts, settings, limit)
 
 
-def load_token_texts(settings: RunSettings, tokenizer: Any) -> tuple[Iterator[TokenText], bool]:
-    """The texts of ``settings.dataset``, one after another, shuffled if ``settings.shuffle`` says so; and whether they
-    are few (see ``splits.py``).
+@dataclass(frozen=True)
+class TokenTexts:
+    """Texts, one after another; whether they are few (see ``splits.py``), and conversations in a chat template."""
+
+    texts: Iterator[TokenText]
+    few: bool
+    chats: bool = False
+
+
+def load_token_texts(settings: RunSettings, tokenizer: Any) -> TokenTexts:
+    """The texts of ``settings.dataset``, shuffled if ``settings.shuffle`` says so.
 
     Raises:
         InputError: no such dataset or column, a file that cannot be read, a row that is not what it should be (with its
@@ -63,16 +72,21 @@ def load_token_texts(settings: RunSettings, tokenizer: Any) -> tuple[Iterator[To
     chats = None if rows is None else _chats(rows, settings)
     if rows is not None and chats is not None:
         tokens = ChatTokenizer(tokenizer, settings)
-        rendered, few = _counted(_rendered(rows, chats, tokens, tokenizer, settings))
+        begin = list(islice(chats, 1))
+        rendered, few = _counted(_rendered(rows, chain(begin, chats), tokens, tokenizer, settings))
         batches = iter(lambda: list(islice(rendered, _TEXTS_AT_ONCE)), [])
-        return chain.from_iterable(tokens.encode(batch) for batch in batches), few
+        return TokenTexts(
+            chain.from_iterable(tokens.encode(batch) for batch in batches),
+            few,
+            chats=any(isinstance(chat, Conversation) for _, chat in begin),
+        )
     if settings.chat_template is not None:
         raise InputError(
             f"chat_template: {shown(settings.chat_template)}; {shown(settings.dataset)} is read as plain texts, not as "
             "conversations"
         )
     texts, few = _counted(load_texts(settings) if rows is None else _plain(rows, settings))
-    return _tokenised(texts, tokenizer), few
+    return TokenTexts(_tokenised(texts, tokenizer), few)
 
 
 def _counted(texts: Iterable[T]) -> tuple[Iterator[T], bool]:

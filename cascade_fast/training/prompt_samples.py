@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cascade_fast.base.chat_template import chat_template_of
 from cascade_fast.base.model import BaseModel
 from cascade_fast.criteria import model_criteria
 from cascade_fast.input_checks import InputError, one_line, shown
@@ -50,6 +51,7 @@ class PromptSamples:
     compute: Compute
     log: MetricsLog
     folder: Path  # of the run
+    chats: bool = False  # whether a prompt is a user's turn in the chat template
     of_base: list[str] = field(default_factory=list)  # once they are known
 
     def before(self) -> None:
@@ -91,6 +93,7 @@ class PromptSamples:
                     criterion=self.settings.criterion,
                     compute=self.compute,
                     folder=self.folder,
+                    template=chat_template_of(self.settings, self.base.tokenizer()) if self.chats else None,
                 )
         except Exception as error:  # memory, above all: the run is worth more
             say(f"note: sample_prompt: nothing was written: {one_line(error)}")
@@ -107,11 +110,15 @@ def continue_prompts(
     criterion: str,
     compute: Compute,
     folder: Path,
+    template: str | None = None,
 ) -> list[str]:
     """What the cascade of ``base`` and ``stages`` (none: the base alone) writes on, greedily. The stages' weights are
-    read from ``folder``. The global random numbers stay where they are."""
+    read from ``folder``. The global random numbers stay where they are.
+
+    ``template``: the chat template of which each prompt is a user's turn.
+    """
     # Here, because they take seconds to import, and a run without prompts needs none of them.
-    from cascade_fast.model.continuation import continue_texts
+    from cascade_fast.model.continuation import chat_prompts, continue_texts
     from cascade_fast.model.loading import padding_left
     from cascade_fast.model.modeling import CascadeForCausalLM
     from cascade_fast.model.weights import checked_load, load_thin
@@ -124,5 +131,9 @@ def continue_prompts(
         model, _ = load_thin(load, folder, config, base, dtype=compute.dtype)
         model.requires_grad_(False).to(compute.device)
         tokenizer = padding_left(base.tokenizer())
-        found = continue_texts(model, tokenizer, list(prompts), max_new_tokens=NEW_TOKENS)
+        asked = list(prompts)
+        if template is not None:
+            tokenizer.chat_template = template
+            asked = chat_prompts(tokenizer, asked)
+        found = continue_texts(model, tokenizer, asked, max_new_tokens=NEW_TOKENS, special_tokens=template is None)
     return [continuation.text for continuation in found]
