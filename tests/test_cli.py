@@ -37,7 +37,7 @@ def _main(capsys, *argv):
         (["--dataset", "no-such-file.json"], "dataset: 'no-such-file.json'; no such file or folder"),
         (["--text-columns", "absent"], "text_columns: 'absent'; the dataset's columns are text"),
         (["--seq-len", "65"], "seq_len: 65;"),
-        (["--seq-len", "60", "--train-blocks", "5000"], "5000 train + 12 val blocks asked, but"),
+        (["--seq-len", "60", "--train-blocks", "5000"], "5,000 train + 12 val asked, but"),
         (["--device", "cuda:7"], "device: 'cuda:7'; this machine has 0 CUDA GPUs"),
         (["--device", "abacus"], "device: 'abacus'; must be auto, cpu, cuda or cuda:N"),
         (["--config", "absent.yaml"], "config: 'absent.yaml' cannot be read"),
@@ -98,7 +98,7 @@ def test_an_unknown_flag_says_which_is_meant(capsys, command):
     assert stop.value.code == 2
     (error,) = (line for line in capsys.readouterr().err.splitlines() if "error: " in line)
     assert "--learning-rate: did you mean --lr (peak learning rate)?" in error
-    assert "--max_seq_length: did you mean --seq-len (tokens in a block)?" in error
+    assert "--max_seq_length: did you mean --seq-len (most tokens in a sequence)?" in error
     assert "--layers-per-stag: did you mean --layers-per-stage (" in error
     assert "--frobnicate: " not in error
 
@@ -171,8 +171,8 @@ def test_all_blocks_are_counted_saved_and_found_again(capsys, flags, tmp_path):
     assert (code, "finished already" in out) == (0, True)
     assert plan.main(["--train-blocks", "all"]) == 2
     assert "train_blocks: all; a plan does not read the text: must be a number" in capsys.readouterr().err
-    code, _, err = _main(capsys, *flags, "--out", str(tmp_path / "no"), "--train-blocks", "all", "--val-blocks", "700")
-    assert (code, "train_blocks: all; " in err, (tmp_path / "no").exists()) == (2, True, False)
+    code, _, err = _main(capsys, *flags, "--out", str(tmp_path / "no"), "--train-blocks", "all", "--val-blocks", "720")
+    assert (code, "train_blocks: the split would be empty" in err, (tmp_path / "no").exists()) == (2, True, False)
 
 
 def test_the_default_folder_is_under_runs(capsys, flags, tmp_path, monkeypatch):

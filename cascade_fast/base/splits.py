@@ -354,7 +354,7 @@ def _check_counts(
     shared = f"{settings.seq_len} tokens are left out between the splits"
     rule = shared if reader.few else "no text is shared by two splits"
     if missing:
-        asked = " + ".join(f"{wanted[split]:,} {split}" for split in required if wanted[split] < sys.maxsize)
+        asked = " + ".join(f"{wanted[split]:,} {split}" for split in explicit)
         names = ", ".join(f"{split}_{unit}" for split in SPLITS)
         raise InputError(f"{names}: {asked} asked, but {found} ({rule})")
     sizes = ", ".join(f"{split} {counts[split]:,}" for split in SPLITS)
