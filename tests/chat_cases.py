@@ -186,7 +186,7 @@ def read_rows(tmp_path, *rows, tokenizer=TOKENIZER, **settings):
     """The texts of a file with these rows, in their order."""
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return list(load_token_texts(make_settings({"dataset": str(path), "shuffle": "off", **settings}), tokenizer))
+    return list(load_token_texts(make_settings({"dataset": str(path), "shuffle": "off", **settings}), tokenizer).texts)
 
 
 def told(texts, tokenizer=TOKENIZER):

@@ -64,7 +64,8 @@ def test_a_warm_cascade_helps_and_says_where_everything_is(tiny_settings, tmp_pa
     assert set(results) == {"base", "tokens", "settings", "stages", "final", "compute", "memory"}
     assert set(base) >= {"name", "parameters", "layers", "val_ppl"}
     assert results["tokens"] == {"train": 40 * 32, "val": 12 * 32, "test": 12 * 32}
-    assert results["settings"] == make_settings({**tiny_settings, "out": str(tmp_path / "run")}).to_dict()
+    asked = {**tiny_settings, "test_blocks": 12, "out": str(tmp_path / "run")}  # as many as of validation
+    assert results["settings"] == make_settings(asked).to_dict()
     first = results["stages"][0]
     assert set(first) >= {
         "stage", "threshold", "train_hard", "train_total", "val_hard", "added_parameters", "trainable_parameters",

@@ -229,7 +229,7 @@ def test_a_chat_template_needs_conversations(tmp_path):
             read_rows(tmp_path, row, chat_template=str(template))
     for asked in ({"prompt_template": "{a}", "completion_template": "{b}"}, {"text_columns": ["a"]}):
         with pytest.raises(InputError, match="pydoc has no columns"):
-            list(load_token_texts(make_settings(asked), TOKENIZER))
+            list(load_token_texts(make_settings(asked), TOKENIZER).texts)
 
 
 # --- rows that are refused --------------------------------------------------------------------------------------------

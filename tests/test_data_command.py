@@ -68,7 +68,9 @@ def test_the_counts_are_those_of_the_sequences_a_run_trains_on(capsys, flags, ti
     assert record["left_out"]["rest of a text in which a split is full"] > 0
     lines = out.splitlines()
     assert lines[0] == f"data {tiny_data}"
-    assert lines[1].startswith(f"  {record['texts']} texts read, {record['tokens']:,} tokens, 9")
+    assert lines[1].startswith(
+        f"  {record['texts']} texts read (the splits were full then), {record['tokens']:,} tokens, 9"
+    )
     row = next(line.split() for line in lines if line.startswith("train "))
     assert row == ["train", str(record["sequences"]["train"]), *2 * [f"{found.splits['train'].tokens:,}"]]
 
@@ -235,7 +237,7 @@ def test_gguf_files_are_converted(monkeypatch, tiny_base, tmp_path):
         (["--json", "absent/counts.json"], "json: 'absent/counts.json'; its folder does not exist"),
         (["--base", "no/such-model"], "base: 'no/such-model'; no such folder or file"),
         (["--dataset", "absent.jsonl"], "dataset: 'absent.jsonl'; no such file or folder"),
-        (["--train-tokens", "1000000"], "train_tokens, val_tokens, test_tokens: 1,000,000 train + "),
+        (["--train-tokens", "1000000"], "train_tokens, val_tokens, test_tokens: 1,000,000 train asked, but "),
     ],
 )
 def test_a_mistake_is_one_line(capsys, flags, wrong, said):

@@ -78,7 +78,7 @@ def test_stages_have_the_original_s_size(passed):
 @pytest.mark.parametrize("compute", ["float32", "auto"])
 def test_a_warm_cascade_begins_as_the_base(cache, compute):
     """Every token through an untrained stage: the base's losses, to the rounding of the dtype."""
-    few = {"train_blocks": 1, "val_blocks": 2, "test_blocks": 0, "store_dtype": "float32"}
+    few = {"train_blocks": 1, "val_blocks": 8, "test_blocks": 0, "store_dtype": "float32"}
     settings = make_settings({**SETTINGS, **few, "cache_dir": cache})
     base, (dtype, _) = find_base(settings), choose_dtype(CPU, compute)
     result = base_pass(

@@ -204,7 +204,7 @@ def test_one_text_is_split_into_parts_with_a_gap():
     assert test == whole[19:]
     assert found.usage.left_out == {module.GAP: 16}
     assert found.notes == (
-        "1 text(s): the splits are contiguous parts, training first, with 8 tokens left out between them",
+        "1 text: the splits are contiguous parts, training first, with 8 tokens left out between them",
     )
     unasked = split([text], _tokens())
     assert all(len(of) for of in unasked.splits.values())

@@ -9,6 +9,7 @@ from conftest import text_ids
 from torch import nn
 
 from cascade_fast import CascadeForCausalLM, make_settings, presets, run_cascade
+from cascade_fast.base.sequences import Sequences
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.measuring import evaluate_cascade
 from cascade_fast.runtime.files import read_json
@@ -84,7 +85,7 @@ def test_a_kind_is_a_file_and_a_line(shift, tiny_settings, tmp_path):
     model = CascadeForCausalLM.from_pretrained(run)
     assert isinstance(model.stages[1], ShiftStage)
     ids = text_ids(4, 33)
-    rows = evaluate_cascade(model, ids, count_flops=False)["rows"]
+    rows = evaluate_cascade(model, Sequences.from_blocks(ids), count_flops=False)["rows"]
     assert rows[0]["perplexity"] != rows[2]["perplexity"]
     assert model.generate(ids[:, :8], max_new_tokens=4, do_sample=False).shape == (4, 12)
     model.save_pretrained(tmp_path / "saved")

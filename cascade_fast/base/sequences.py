@@ -137,7 +137,8 @@ class Sequences:
         """Some sequences as a rectangle."""
         length_B, start_B = self.length_B[picked], self.start_B[picked]
         number_B = torch.arange(len(self))[picked]
-        width = self._width(int(length_B.max()))
+        longest = int(length_B.max())
+        width = longest if bool((length_B == longest).all()) else self._width(longest)
         column_T, column_S = torch.arange(width + 1), torch.arange(width)
         real_BT, real_BS = column_T <= length_B[:, None], column_S < length_B[:, None]
         place_BT = torch.where(real_BT, (start_B + number_B)[:, None] + column_T, 0)
