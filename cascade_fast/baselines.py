@@ -16,7 +16,7 @@ from cascade_fast.input_checks import InputError, read_settings_file
 from cascade_fast.settings import RunSettings, make_settings
 
 DESCRIPTION = (
-    "Train a cascade and, on the same blocks, what it has to be compared with: dense stages, random tokens, the full "
+    "Train a cascade and, on the same text, what it has to be compared with: dense stages, random tokens, the full "
     "fine-tune of the base, the seed recipe. Takes every flag of the trainer for the cascade; the same command again "
     "goes on where it was."
 )

@@ -372,7 +372,7 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     Raises:
         InputError: a setting that cannot work, before anything is trained or written.
         Interrupted: Ctrl-C or SIGTERM; ``resume`` goes on from there.
-        NonFiniteScores: hidden states overflowed; names block and position.
+        NonFiniteScores: hidden states overflowed; names sequence and position.
         NonFiniteLoss: training diverged; results and report of what was good are written first.
     """
     started = time.monotonic()

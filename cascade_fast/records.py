@@ -181,7 +181,7 @@ class SplitTokens(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Final(Record):
-    """What came of a run, and what it took. Test numbers are None where there are no test blocks."""
+    """What came of a run, and what it took. Test numbers are None where there is no test split."""
 
     all_token_val_ppl: float
     all_token_test_ppl: float | None

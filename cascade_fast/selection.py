@@ -77,13 +77,13 @@ def select_below(scores_N: Tensor, threshold: float) -> Tensor:
 
 
 def check_finite(scores_N: Tensor, sequence_N: Tensor | None = None, position_N: Tensor | None = None) -> None:
-    """Raises NonFiniteScores naming the first token whose score is NaN or infinite, by block and position if given."""
+    """Raises NonFiniteScores naming the first token whose score is NaN or infinite, by its place if that is given."""
     bad_N = ~torch.isfinite(scores_N)
     if bad_N.any():
         token = int(bad_N.nonzero()[0])
         where = f"token {token}"
         if sequence_N is not None and position_N is not None:
-            where = f"block {int(sequence_N[token])}, position {int(position_N[token])}"
+            where = f"sequence {int(sequence_N[token])}, position {int(position_N[token])}"
         raise NonFiniteScores(
             f"scores: {int(bad_N.sum())} of {len(bad_N)} are not finite, the first at {where} "
             f"({scores_N[token].item()}); the hidden states overflowed or the model's weights are damaged"

@@ -165,7 +165,7 @@ def test_a_score_that_is_not_finite_names_block_and_position(tiny_settings, tmp_
         return loss, score
 
     monkeypatch.setattr(criteria, "token_losses", one_nan)
-    with pytest.raises(NonFiniteScores, match="not finite, the first at block 3, position 5"):
+    with pytest.raises(NonFiniteScores, match="not finite, the first at sequence 3, position 5"):
         _pass(tiny_settings, tmp_path)
 
 

@@ -59,7 +59,7 @@ def test_scores_must_be_finite():
     with pytest.raises(ValueError, match="1 of 3 are not finite, the first at token 1"):
         select_hardest(torch.tensor([0.0, torch.nan, 1.0]), 0.5)
     scores = torch.tensor([0.0, 0.0, torch.inf])
-    with pytest.raises(NonFiniteScores, match="block 7, position 2"):
+    with pytest.raises(NonFiniteScores, match="sequence 7, position 2"):
         check_finite(scores, torch.tensor([5, 6, 7]), torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="scores: empty"):
         select_hardest(torch.empty(0), 0.5)

@@ -211,7 +211,7 @@ def _meta(
     criterion = _stored_criterion(settings)
     meta = {
         "base": base.fingerprint,
-        "blocks": sequences.fingerprint(),
+        "sequences": sequences.fingerprint(),
         **dataclasses.asdict(needs),
         "criterion": criterion.name,
         "store_dtype": settings.store_dtype,

@@ -53,7 +53,7 @@ def _write_comparison(folder: Path, rows: list[Row]) -> Path:
         equal_cost_table(rows, "seconds"),
         "## At equal trained tokens",
         equal_cost_table(rows, "trained_tokens"),
-        "Seconds are those of the base pass over all blocks (also where an earlier run had made it) and of the steps "
-        "of training. Validation has chosen epochs and stages; the test blocks were looked at once by each run.",
+        "Seconds are those of the base pass over all text (also where an earlier run had made it) and of the steps "
+        "of training. Validation has chosen epochs and stages; each run measured test once.",
     ]
     return write_report(folder, parts)

@@ -39,7 +39,7 @@ def _write_comparison(folder: Path, rows: list[Row]) -> Path:
     plot = plot_lines(folder / "sweep.png", rows, panels, base_ppl=base["val_ppl"])
     best = min(table_rows, key=lambda r: r["val_ppl"])
     settings = rows[0]["settings"]
-    test = "" if best["test_ppl"] is None else f" and {best['test_ppl']:.4f} on the test blocks"
+    test = "" if best["test_ppl"] is None else f" and {best['test_ppl']:.4f} on test"
     parts = [
         "# Sweep",
         f"Base {settings['base']}, text {settings['dataset']}: {training_text(settings)} "
@@ -47,11 +47,11 @@ def _write_comparison(folder: Path, rows: list[Row]) -> Path:
         f"and {settings['epochs']} epoch(s).",
         f"The lowest all-token validation perplexity is {best['val_ppl']:.4f} ({best['val_change']:.4f} x base){test}: "
         f"**{best['name']}**, at {best['layers_per_token']:.2f} layers per token. Of {len(rows)} runs it is the "
-        "best by the blocks that chose it.",
+        "best by the validation text that chose it.",
         table,
         plot,
         "Layers per token: the base's, and a stage's for the share of the validation tokens that entered it. Seconds "
-        "are those of the base pass over all blocks (also where an earlier run had made it) and of the training steps.",
+        "are those of the base pass over all text (also where an earlier run had made it) and of the training steps.",
     ]
     return write_report(folder, parts)
 

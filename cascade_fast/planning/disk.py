@@ -35,7 +35,7 @@ def check_disk(planned: dict[str, float], *, out: Path, base_pass: Path) -> None
             raise InputError(
                 f"out, cache_dir: {str(out)!r}, {str(base_pass)!r}; the run needs {wanted / 2**20:,.1f} MiB more on "
                 f"the disk of {str(places[device])!r}, where {free / 2**20:,.1f} MiB are free (MiB in all: {rows}). "
-                "Make room, name another folder, or take fewer blocks"
+                "Make room, name another folder, or take less text"
             )
 
 

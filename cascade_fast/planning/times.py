@@ -41,7 +41,7 @@ class Time:
 
 
 def base_pass_time(settings: RunSettings, base_config: Any, device: Device) -> Time:
-    """The base over every block of every split; logits where the loss or the criterion needs them."""
+    """The base over every sequence of every split; logits where the loss or the criterion needs them."""
     shape, width = Shape.from_settings(settings, base_config), device.dtype.itemsize
     s, layers, seq = shape.stage, base_config.num_hidden_layers, settings.seq_len
     tokens = sum(settings.expected_tokens(split) for split in SPLITS)

@@ -22,7 +22,7 @@ from cascade_fast.stages.exits import ExitEvaluation
 FILE = "heat_map.json"
 FORMAT = 1
 MAX_BLOCKS = 8
-MAX_TOKENS = 4096  # of all blocks together; a longer first block is cut there
+MAX_TOKENS = 4096  # of all sequences together; a longer first one is cut there
 DIGITS = 4
 _LARGEST = 1e4  # an infinite loss is shown as this one: JSON has no infinity
 

@@ -145,7 +145,7 @@ def _summary(results: RunResults) -> str:
         f"Base {literal(base.name)}, text {literal(results.settings['dataset'])}. "
         f"{kept} of {trained} trained stage(s) kept. {final.seconds:.0f} seconds, "
         f"peak memory {final.peak_rss_bytes / 2**30:.2f} GiB.\n\n{table}\n\n"
-        "Validation blocks chose epochs and stages; the test blocks were looked at once, at the end."
+        "Validation chose epochs and stages; test was measured once, at the end."
     )
 
 
@@ -159,7 +159,7 @@ def _samples(samples: list[dict[str, Any]]) -> list[str]:
 
     return [
         "## Sample text",
-        "How each goes on from the start of a validation block, taking the likeliest token every time. \u21b5 is a "
+        "How each goes on from the start of a validation text, taking the likeliest token every time. \u21b5 is a "
         "line break.",
         *(
             markdown_table(

@@ -52,7 +52,7 @@ def make_samples(folder: Path, device: str = "auto") -> bool:
 
 
 def sample_prompts(heat_map: dict[str, Any]) -> list[str]:
-    """The first tokens of ``SAMPLES`` blocks, spread over those of the heat map; half a block of a short one."""
+    """The first tokens of ``SAMPLES`` sequences, spread over those of the heat map; half of a short one."""
     blocks = heat_map["blocks"]
     picked = blocks[:: max(1, len(blocks) // SAMPLES)][:SAMPLES]
     prompts = ["".join(block["texts"][: min(PROMPT_TOKENS, len(block["texts"]) // 2)]) for block in picked]
