@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cascade_fast.records import RunRecord
-from cascade_fast.settings import RESUME_MAY_CHANGE, saved_settings
+from cascade_fast.settings import RESUME_MAY_CHANGE, SPLITS, UNITS, RunSettings, saved_settings
 
 
 def settings_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -13,11 +13,16 @@ def settings_differences(before: dict[str, Any], now: dict[str, Any]) -> list[st
     Raises:
         InputError: ``before`` is no map.
     """
-    before = saved_settings(before)
+    before = {
+        **RunSettings().to_dict(),
+        **saved_settings(before),
+    }  # what there was no setting for was as the default is
+    # Earlier versions saved a default size as it was asked for, not as it came out. The data's fingerprint tells.
+    unsaid = {f"{split}_{unit}" for split in SPLITS for unit in UNITS if before[f"{split}_{unit}"] is None}
     return [
-        f"{name} was {before.get(name)!r}, is {value!r}"
+        f"{name} was {before[name]!r}, is {value!r}"
         for name, value in now.items()
-        if name not in RESUME_MAY_CHANGE and before.get(name) != value
+        if name not in (*RESUME_MAY_CHANGE, *unsaid) and before[name] != value
     ]
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from cascade_fast.input_checks import OTHER_NAMES, InputError, template_parts
 from cascade_fast.presets import PRESETS
+from cascade_fast.resume import settings_differences
 from cascade_fast.settings import ALL, RunSettings, make_settings, saved_settings
 from cascade_fast.train import build_parser
 
@@ -183,3 +184,12 @@ def test_every_setting_is_a_flag_with_a_help_sentence():
     for f in dataclasses.fields(RunSettings):
         assert f.name in actions
         assert len(actions[f.name].help) > 15
+
+
+def test_a_run_that_an_earlier_version_began_may_go_on():
+    """It knew fewer settings, and saved a default size as it was asked for."""
+    now = make_settings({"train_blocks": 40, "val_blocks": 12, "test_blocks": 12, "shuffle": "off"}).to_dict()
+    known = {name: value for name, value in now.items() if name not in ("encoding", "streaming", "shuffle", "loss_on")}
+    assert settings_differences({**known, "test_blocks": None}, now) == []
+    assert settings_differences({**known, "val_blocks": 13}, now) == ["val_blocks was 13, is 12"]
+    assert settings_differences(known, {**now, "encoding": "latin-1"}) == ["encoding was 'utf-8', is 'latin-1'"]
