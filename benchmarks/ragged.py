@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import record
+from benchmarks.common import environment, record
 from cascade_fast.base.base_pass import BasePass, base_pass
 from cascade_fast.base.model import BaseModel, find_base
 from cascade_fast.base.sequences import Sequences
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
                 return of.tokens if passed(base, of, settings, compute, folder / str(next(numbers))) else 0
 
             passes = {which: (lambda of=of: read(of)) for which, of in texts.items()}
-            results[f"{name}: base pass"] = rates(passes, max(1, asked.repeats // 2))
+            results[f"{name}: base pass"] = rates(passes, asked.repeats)
             turns = {}
             for which, of in texts.items():
                 made = trainer(
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         results["lengths"] = {"sequences": len(ragged), "mean": lengths.mean().item(), "most": ragged.longest}
     for name, row in results.items():
         print(name, {key: round(value, 3) for key, value in row.items()})
-    record("ragged", {"dataset": Path(asked.dataset).name, "tokens": asked.tokens, "results": results})
+    record("ragged", {**environment(), "dataset": Path(asked.dataset).name, "tokens": asked.tokens, "results": results})
 
 
 if __name__ == "__main__":
