@@ -9,7 +9,7 @@ from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.settings import RESUME_MAY_CHANGE, make_settings, saved_settings
 
 # What these settings name is in one dataset; they are not carried over to another.
-OF_ONE_DATASET = ("text_columns", "text_template", "prompt_template", "completion_template", "encoding")
+OF_ONE_DATASET = ("text_columns", "text_template", "prompt_template", "completion_template", "encoding", "streaming")
 
 
 def evaluation_text(
