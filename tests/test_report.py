@@ -269,6 +269,14 @@ def test_what_came_of_the_run_is_first_and_what_it_was_made_with_last(run):
     assert "<td>hard_ratio</td>" in folded[0][1]
 
 
+def test_the_prompt_of_a_sample_is_the_question():
+    texts, plain = list("abcdefgh"), list("ijklmnop")
+    asked = {"texts": texts, "exits": [None, None, None, 0, 1, None, 0]}
+    middle = {"texts": plain, "exits": [0, 1, 0, None, None, 0, 0]}
+    assert sample_prompts({"blocks": [middle, asked]}) == ["abcd"]  # d predicts e, the first token of the answer
+    assert sample_prompts({"blocks": [middle, middle]}) == ["ijkl", "ijkl"]
+
+
 @pytest.mark.parametrize("kind", ["warm", "seed", "look"])
 def test_samples_are_what_base_and_cascade_say(tiny_runs, tmp_path, kind):
     run = shutil.copytree(tiny_runs[kind], tmp_path / "run")

@@ -52,11 +52,20 @@ def make_samples(folder: Path, device: str = "auto") -> bool:
 
 
 def sample_prompts(heat_map: dict[str, Any]) -> list[str]:
-    """The first tokens of ``SAMPLES`` sequences, spread over those of the heat map; half of a short one."""
+    """The first tokens of ``SAMPLES`` sequences, spread over those of the heat map; half of a short one. Where some
+    begin with context, as with a user's question, all of that: what is written on is the answer."""
     blocks = heat_map["blocks"]
+    blocks = [block for block in blocks if block["exits"][0] is None] or blocks
     picked = blocks[:: max(1, len(blocks) // SAMPLES)][:SAMPLES]
-    prompts = ["".join(block["texts"][: min(PROMPT_TOKENS, len(block["texts"]) // 2)]) for block in picked]
+    prompts = ["".join(block["texts"][: _prompt_tokens(block)]) for block in picked]
     return [prompt for prompt in prompts if prompt]
+
+
+def _prompt_tokens(block: dict[str, Any]) -> int:
+    if block["exits"][0] is not None:
+        return min(PROMPT_TOKENS, len(block["texts"]) // 2)
+    # The first prediction that counts is of the text one further on.
+    return 1 + next((n for n, exit_ in enumerate(block["exits"]) if exit_ is not None), len(block["exits"]))
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
