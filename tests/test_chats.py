@@ -218,15 +218,14 @@ def test_columns_that_say_nothing(tmp_path):
 def test_a_chat_template_needs_conversations(tmp_path):
     template = tmp_path / "chatml.jinja"
     template.write_text(CHATML)
-    for row, said in (
-        ({"text": "a"}, "chat_template: .* is read as plain texts, not as conversations"),
-        (
-            {"prompt": "a", "completion": "b"},
-            "row 1: prompt and completion are texts, for which there is no chat_templ",
-        ),
-    ):
-        with pytest.raises(InputError, match=said):
-            read_rows(tmp_path, row, chat_template=str(template))
+    with pytest.raises(InputError, match="row 1: prompt and completion are texts, for which there is no chat_templ"):
+        read_rows(tmp_path, {"prompt": "a", "completion": "b"}, chat_template=str(template))
+    path = tmp_path / "plain.jsonl"
+    path.write_text(json.dumps({"text": "some words"}) + "\n")
+    asked = make_settings({"dataset": str(path), "chat_template": str(template)})
+    with pytest.raises(InputError, match="chat_template: .* is read as plain texts, not as conversations"):
+        load_sequences(asked, TOKENIZER)
+    assert len(all_sequences(asked, TOKENIZER)) == 1  # another text than that of training is read all the same
     for asked in ({"prompt_template": "{a}", "completion_template": "{b}"}, {"text_columns": ["a"]}):
         with pytest.raises(InputError, match="pydoc has no columns"):
             list(load_token_texts(make_settings(asked), TOKENIZER).texts)

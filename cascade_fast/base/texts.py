@@ -39,11 +39,17 @@ def load_sequences(settings: RunSettings, tokenizer: Any) -> SplitSequences:
         InputError: as :func:`load_token_texts`, or less text than asked.
     """
     found = load_token_texts(settings, tokenizer)
+    if settings.chat_template is not None and not found.chats:
+        raise InputError(
+            f"chat_template: {shown(settings.chat_template)}; {shown(settings.dataset)} is read as plain texts, not as "
+            "conversations"
+        )
     return dataclasses.replace(split_texts(found.texts, settings, few=found.few), chats=found.chats)
 
 
 def all_sequences(settings: RunSettings, tokenizer: Any, limit: int | None = None) -> Sequences:
-    """All sequences of ``settings.dataset``, or the first ``limit`` in the data's own order. No splits.
+    """All sequences of ``settings.dataset``, or the first ``limit`` in the data's own order. No splits. A chat template
+    is that of a run on other text, and nothing to plain texts.
 
     Raises:
         InputError: as :func:`load_sequences`.
@@ -79,11 +85,6 @@ def load_token_texts(settings: RunSettings, tokenizer: Any) -> TokenTexts:
             chain.from_iterable(tokens.encode(batch) for batch in batches),
             few,
             chats=any(isinstance(chat, Conversation) for _, chat in begin),
-        )
-    if settings.chat_template is not None:
-        raise InputError(
-            f"chat_template: {shown(settings.chat_template)}; {shown(settings.dataset)} is read as plain texts, not as "
-            "conversations"
         )
     texts, few = _counted(load_texts(settings) if rows is None else _plain(rows, settings))
     return TokenTexts(_tokenised(texts, tokenizer), few)
