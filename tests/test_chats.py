@@ -223,7 +223,7 @@ def test_a_chat_template_needs_conversations(tmp_path):
     path = tmp_path / "plain.jsonl"
     path.write_text(json.dumps({"text": "some words"}) + "\n")
     asked = make_settings({"dataset": str(path), "chat_template": str(template)})
-    with pytest.raises(InputError, match="chat_template: .* is read as plain texts, not as conversations"):
+    with pytest.raises(InputError, match=r"chat_template: .* is read as plain texts, not as conversations"):
         load_sequences(asked, TOKENIZER)
     assert len(all_sequences(asked, TOKENIZER)) == 1  # another text than that of training is read all the same
     for asked in ({"prompt_template": "{a}", "completion_template": "{b}"}, {"text_columns": ["a"]}):
