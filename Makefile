@@ -43,7 +43,7 @@ test-gpu: $(VENV)/.dev
 
 # What runs models, with the oldest releases of what it stands on.
 OLDEST := tests/test_base_pass.py tests/test_modeling.py tests/test_second_look_model.py tests/test_generate.py \
-	tests/test_model_folder.py tests/test_data.py tests/test_storage.py
+	tests/test_model_folder.py tests/test_data.py tests/test_rows.py tests/test_chats.py tests/test_storage.py
 test-oldest: $(VENV)/.dev
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --no-compile "$(TORCH)" "setuptools>=77" wheel ninja
