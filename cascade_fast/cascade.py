@@ -310,10 +310,10 @@ class CascadeRun:
             self.evaluation = self._all_tokens("val")
         return self.evaluation
 
-    def heat_map(self, val: Sequences) -> dict[str, Any]:
+    def heat_map(self, val: Sequences, tokenizer: Any) -> dict[str, Any]:
         """``heat_map.json``, of the validation sequences."""
         return heat_map(
-            self.base.tokenizer(),
+            tokenizer,
             val,
             self.evaluated,
             criterion=self.settings.criterion,
@@ -384,9 +384,10 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     check_trackers(settings.report_to)
     with working("finding the base and reading its weights, for its fingerprint"):
         base = find_base_for_stages(settings)
-    check_prompts(settings, base, base.tokenizer())
+    tokenizer = base.tokenizer()
+    check_prompts(settings, base, tokenizer)
     with working("reading the text and making tokens of it"):
-        sequences = load_sequences(settings, base.tokenizer())
+        sequences = load_sequences(settings, tokenizer)
     settings = sequences.settle(settings)
     release_memory()  # of tokenization
     record = RunRecord(
@@ -411,11 +412,11 @@ def run_cascade(settings: RunSettings) -> RunFolder:
         passed = base_pass(base, sequences, settings, base_needs(settings), compute, cache_folder(settings))
         say_base_pass(passed)
         passed = dataclasses.replace(passed, head_VD=passed.head_VD.to(compute.device))  # once, for all stages
-        run = CascadeRun(settings, folder, base, passed, compute, log, deadline, plan.memory.micro_batch_tokens)
-        run.chats = sequences.chats
+        micro, chats = plan.memory.micro_batch_tokens, sequences.chats
+        run = CascadeRun(settings, folder, base, passed, compute, log, deadline, micro, chats)
         run.train()
         with working("measuring validation and test, and writing the report"):
-            results, tokens = run.results(started, plan.memory), run.heat_map(sequences.splits["val"])
+            results, tokens = run.results(started, plan.memory), run.heat_map(sequences.splits["val"], tokenizer)
             write_json(folder.config, finished_run_config(folder.record, results, base, run.stages))
             write_heat_map(folder.path, tokens)
             write_results(folder.path, results)

@@ -100,8 +100,7 @@ def test_recomputed_keys_and_values_are_the_base_s(look_settings, tmp_path):
     base, _, passed = passed_by_base(look_settings, tmp_path)
     val = passed.stores["val"]
     with torch.no_grad():
-        position_BS = val["position"].unflatten(0, (-1, 32)).long()
-        kv = copied_stage(base, passed).keys_and_values(val.hidden.unflatten(0, (-1, 32)), position_BS)
+        kv = copied_stage(base, passed).keys_and_values(val.hidden.unflatten(0, (-1, 32)))
     torch.testing.assert_close(kv.flatten(0, 1), val["kv"], rtol=1e-5, atol=1e-5)
 
 

@@ -222,14 +222,18 @@ class SecondLookStage(Stage):
         return x_KD, self.norm(x_KD)
 
     @torch.no_grad()
-    def keys_and_values(self, hidden_BSD: Tensor, position_BS: Tensor) -> Tensor:
+    def keys_and_values(self, hidden_BSD: Tensor, position_BS: Tensor | None = None) -> Tensor:
         """``(B, S, L, 2, G, E)`` of whole sequences, every token of which goes through these layers: for a stage that
-        has not been trained, the base's own. A row may hold several sequences, one after another."""
+        has not been trained, the base's own. A row may hold several sequences, as their positions say (None: one)."""
         rows, width = hidden_BSD.shape[:2]
         row_N = torch.arange(rows * width, device=hidden_BSD.device)
         nothing = hidden_BSD.new_zeros(1).expand(rows, width, *self.config.kv_shape)  # all of it is laid over
         left: list[Tensor] = []
-        self(SequencePack(hidden_BSD.flatten(0, 1), position_BS.flatten(), row_N, row_N, width, nothing), left)
+        column_N = row_N % width
+        position_N = column_N if position_BS is None else position_BS.flatten()
+        begin_N = None if position_BS is None else column_N - position_N
+        hidden_ND = hidden_BSD.flatten(0, 1)
+        self(SequencePack(hidden_ND, position_N, row_N, row_N, width, nothing, begin_K=begin_N), left)
         return torch.stack(left, dim=1).unflatten(0, (rows, width))
 
     def run(self, pack: SequencePack) -> StageRun:
@@ -304,10 +308,10 @@ class SecondLook(StageKind):
         frozen = stage.eval().requires_grad_(False).to(compute.device)
         kv_dtype = passed.stores["train"].handed_on_dtype
 
-        def keys_and_values(hidden_BSD: Tensor, position_BS: Tensor) -> Tensor:
+        def keys_and_values(hidden_BSD: Tensor, position_BS: Tensor | None) -> Tensor:
+            position_BS = None if position_BS is None else position_BS.to(compute.device)
             with compute.autocast():
-                kv = frozen.keys_and_values(hidden_BSD.to(compute.device), position_BS.to(compute.device))
-            return kv.to("cpu", kv_dtype)
+                return frozen.keys_and_values(hidden_BSD.to(compute.device), position_BS).to("cpu", kv_dtype)
 
         return keys_and_values
 

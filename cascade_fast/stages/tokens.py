@@ -11,7 +11,7 @@ of a row, L layers, G key/value heads, E head size; 2 is (key, value).
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from cascade_fast import ops
 from cascade_fast.base.hidden_store import HiddenStore
 
-Recompute = Callable[[Tensor, Tensor], Tensor]  # of (B, S, D) and (B, S): see SequenceTokens
+Recompute = Callable[[Tensor, Tensor | None], Tensor]  # of (B, S, D) and (B, S): see SequenceTokens
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,12 @@ class SequencePack:
 
     Attributes:
         hidden_KD: residual stream before the stage's first layer, float.
-        position_K: true position, int64: its sequence begins as many columns before it.
+        position_K: true position, int64.
         row_K: ``row * S + column`` within the pack, int64.
         slot_K: ``row * Q + rank among the row's hard tokens``, int64: queries padded to Q a row.
         queries: Q.
         kv_BSL2GE: keys (rotated) and values of every token, as the exits before have left them; float.
+        begin_K: column at which the token's sequence begins, int64; None: each has a row to itself.
     """
 
     hidden_KD: Tensor
@@ -42,6 +43,7 @@ class SequencePack:
     slot_K: Tensor
     queries: int
     kv_BSL2GE: Tensor
+    begin_K: Tensor | None = field(default=None, kw_only=True)
 
     def to(self, device: torch.device) -> "SequencePack":
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -52,13 +54,16 @@ class SequencePack:
         """``(B, 1, Q, S)`` bool: a query sees the keys of its sequence up to its own. Padding sees the first key, so
         that its softmax is finite; nobody reads its output."""
         rows, width = self.kv_BSL2GE.shape[:2]
-        column_K = self.row_K % width
-        last, first = (
-            column_K.new_zeros(rows * self.queries).index_copy(0, self.slot_K, of_K)[:, None]
-            for of_K in (column_K, column_K - self.position_K)
-        )
-        keys_S = torch.arange(width, device=last.device)
-        return ((keys_S <= last) & (keys_S >= first)).view(rows, 1, self.queries, width)
+        keys_S = torch.arange(width, device=self.position_K.device)
+
+        def of_queries(of_K: Tensor) -> Tensor:
+            return of_K.new_zeros(rows * self.queries).index_copy(0, self.slot_K, of_K)[:, None]
+
+        if self.begin_K is None:
+            seen = keys_S <= of_queries(self.position_K)
+        else:
+            seen = (keys_S <= of_queries(self.begin_K + self.position_K)) & (keys_S >= of_queries(self.begin_K))
+        return seen.view(rows, 1, self.queries, width)
 
 
 class StageTokens:
@@ -112,7 +117,7 @@ class SequenceTokens(StageTokens):
             that went through it. All have ``kv``; a later one's stands over those before it.
         index_K: rows of the hard tokens in the last store, ``(K,)`` int64, ascending, K >= 1.
         recompute: ``hidden (B, S, D), position (B, S) -> kv (B, S, L, 2, G, E)`` of the base, where its store has no
-            ``kv``.
+            ``kv``. Positions: None where each sequence has a row to itself.
     """
 
     batches_differ = True
@@ -166,6 +171,7 @@ class SequenceTokens(StageTokens):
             slot_K=slot_K + _ranges(torch.zeros_like(count_C), count_C),
             queries=queries,
             kv_BSL2GE=self._keys_and_values(picked, places),
+            begin_K=places.column_C.repeat_interleave(count_C) if places.shared else None,
         )
         return pack.to(device), label_K.to(device, non_blocking=True)
 
@@ -178,7 +184,7 @@ class SequenceTokens(StageTokens):
         if self.recompute is None:
             kv_BSL2GE = _taken(base["kv"], source_BS)
         else:
-            position_BS = places.laid_out(torch.zeros_like(start_C), length_C, fill=0)
+            position_BS = places.laid_out(torch.zeros_like(start_C), length_C, fill=0) if places.shared else None
             kv_BSL2GE = self.recompute(_taken(base.hidden, source_BS), position_BS)
         if later and later[-1]["kv"].dtype != kv_BSL2GE.dtype:
             kv_BSL2GE = kv_BSL2GE.to(later[-1]["kv"].dtype)  # float16 to float32
@@ -223,10 +229,15 @@ class PackPlaces:
             filled[row] += length
         return cls(row_C, column_C, len(filled), width)
 
+    @property
+    def shared(self) -> bool:
+        """Whether some row holds several sequences."""
+        return self.rows < len(self.row_C)
+
     def counted(self, count_C: Tensor) -> tuple[Tensor, int]:
         """Of ``count_C`` things in each sequence: how many stand before its own in its row, and the most in a row."""
         in_row_B = count_C.new_zeros(self.rows).index_add_(0, self.row_C, count_C)
-        if self.rows == len(self.row_C):
+        if not self.shared:
             return torch.zeros_like(count_C), int(in_row_B.max())
         order = torch.argsort(self.row_C * self.width + self.column_C)
         before_C = torch.empty_like(count_C)
