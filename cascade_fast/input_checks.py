@@ -1,5 +1,6 @@
 """What comes from outside, checked: types of values, YAML files, text templates, and the names other trainers use."""
 
+import dataclasses
 import difflib
 import os
 import string
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+ALL = -1  # ``all`` as a number of tokens or blocks; once the text is read its real number takes its place
 SHOWN_CHARACTERS = 400  # of a wrong value, in a message
 
 
@@ -78,6 +80,63 @@ def check_fields(where: str, given: Any, kinds: Mapping[str, Any], optional: Ite
         if name not in kinds:
             raise InputError(f"{where}: {shown(name)}; no such field: must be one of {', '.join(kinds)}")
         check_type(f"{where}: {name}", value, kinds[name])
+
+
+# --- values of settings ---------------------------------------------------------------------------------------------
+
+
+def as_field(f: "dataclasses.Field[Any]", value: Any) -> Any:
+    """``value`` as the type of the setting ``f``: YAML reads 1e-4 as text, ``on`` as true and one column as no list.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    name = f.name
+    kinds = typing.get_args(f.type) or (f.type,)  # `int | None` -> (int, NoneType)
+    if value is None:
+        if type(None) in kinds or f.default == ():
+            return f.default if f.default == () else None
+        raise InputError(f"{name}: empty; must be given a value")
+    if f.default == ():
+        return _texts(name, value)
+    if f.metadata.get("choices") == ("on", "off") and isinstance(value, bool):
+        return "on" if value else "off"
+    if int in kinds or float in kinds:
+        return _number(f, value, int if int in kinds else float)
+    if not isinstance(value, str):
+        raise InputError(f"{name}: {shown(value)}; must be text{_quotes(value)}")
+    if "\0" in value:
+        raise InputError(f"{name}: {shown(value)}; must not hold the character zero")
+    return value
+
+
+def _number(f: "dataclasses.Field[Any]", value: Any, kind: type[int] | type[float]) -> int | float:
+    name, may_be_all = f.name, f.metadata.get("all")
+    if may_be_all and value == "all":
+        return ALL
+    allowed = ("an integer" if kind is int else "a number") + (", or all" if may_be_all else "")
+    try:
+        number = kind(value)
+        if isinstance(value, bool) or (kind is int and number != float(value)):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{name}: {shown(value)}; must be {allowed}") from None
+    if may_be_all and number == ALL:  # only the word means that
+        raise InputError(f"{name}: {number}; must be at least {1 if name.startswith('train') else 0}, or all")
+    return number
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"{name}: {shown(text)}; must be text{_quotes(text)}, or a list of texts")
+    return texts
+
+
+def _quotes(value: Any) -> str:
+    """YAML reads yes, 2024-01-01 and 007 as something else than text."""
+    return "" if isinstance(value, (list, tuple, dict)) else " (in quotes, if it is meant so)"
 
 
 def one_line(error: BaseException) -> str:

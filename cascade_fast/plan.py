@@ -10,9 +10,9 @@ import os
 import sys
 
 from cascade_fast.command_line import run_command, settings_parser
-from cascade_fast.input_checks import InputError
+from cascade_fast.input_checks import ALL, InputError
 from cascade_fast.planning.base_configs import BUILT_IN, base_configuration
-from cascade_fast.settings import ALL, SPLITS, RunSettings, make_settings
+from cascade_fast.settings import SPLITS, RunSettings, make_settings
 
 
 def plan_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,11 @@ class KindEntry:
 
 STAGE_KINDS = {
     "append": KindEntry(
-        "new layers after the base's last", {"kv": (("auto", "store"), "stages of kind append use none")}
+        "new layers after the base's last",
+        {
+            "kv": (("auto", "store"), "stages of kind append use none"),
+            "adapter": (("none",), "stages of kind append have no layers of the base"),
+        },
     ),
     "second-look": KindEntry(
         "a trained copy of the base's last layers, in which hard tokens attend to their whole text",

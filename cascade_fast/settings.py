@@ -5,12 +5,20 @@ Each field is a flag of ``python -m cascade_fast.train`` and a key of a ``--conf
 
 import dataclasses
 import math
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.input_checks import InputError, check_type, read_settings_file, shown, suggest, template_parts
+from cascade_fast.input_checks import (
+    ALL,
+    InputError,
+    as_field,
+    check_type,
+    read_settings_file,
+    shown,
+    suggest,
+    template_parts,
+)
 from cascade_fast.presets import PRESETS, STAGE_KINDS
 
 
@@ -29,11 +37,13 @@ TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 SPLITS = ("train", "val", "test")
 
 
-ALL = -1  # ``all`` as a number of tokens or blocks; once the text is read its real number takes its place
 # What a run takes where nothing is said, as blocks of ``seq_len`` tokens; fewer where the text has fewer.
 DEFAULT_BLOCKS = {"train": 320, "val": 64}
 
 
+ADAPTERS = ("none", "lora")
+# What LoRA may change: every linear layer of a decoder layer, by the names of transformers' Llama.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 UNITS = ("tokens", "blocks")  # that splits are counted in
 
 
@@ -202,6 +212,18 @@ class RunSettings:
     head: str = _setting(
         "shared", "stages", "output head: the base's own, frozen, or a new trained one", choices=("shared", "own")
     )
+    adapter: str = _setting(
+        "none",
+        "stages",
+        "none: all weights of a stage are trained; lora: a second look's layers are the base's own, frozen, with "
+        "trained low-rank updates",
+        choices=ADAPTERS,
+    )
+    lora_rank: int = _setting(16, "stages", "rank of the updates")
+    lora_alpha: float = _setting(32.0, "stages", "updates are scaled by alpha / rank")
+    lora_targets: tuple[str, ...] = _setting(
+        (), "stages", f"linear layers with an update: some of {', '.join(LORA_TARGETS)} (default: all)", nargs="+"
+    )
     exit_threshold: str = _setting(
         "trained",
         "stages",
@@ -253,6 +275,7 @@ class RunSettings:
             "weight_decay",
             "grad_clip",
             "min_improvement",
+            "lora_alpha",
             "checkpoint_minutes",
             "max_minutes",
         ):
@@ -263,6 +286,7 @@ class RunSettings:
         for name in (
             "num_stages",
             "layers_per_stage",
+            "lora_rank",
             "epochs",
             "batch_tokens",
             "patience",
@@ -271,7 +295,8 @@ class RunSettings:
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         self._require("seq_len", self.seq_len >= 2, "must be at least 2")
         self._check_sizes()
-        self._require("lr", self.lr > 0, "must be above 0")
+        for name in ("lr", "lora_alpha"):
+            self._require(name, getattr(self, name) > 0, "must be above 0")
         for name in ("weight_decay", "grad_clip", "min_improvement", "warmup_steps"):
             self._require(name, getattr(self, name) >= 0, "must be at least 0")
         self._require(
@@ -281,13 +306,14 @@ class RunSettings:
         self._require("max_minutes", self.max_minutes is None or self.max_minutes > 0, "must be above 0")
         self._require("seed", 0 <= self.seed < 2**63, "must be in [0, 2^63)")
         self._check_templates()
-        for tracker in self.report_to:
-            if tracker not in TRACKERS:
-                raise InputError(f"report_to: {shown(tracker)}; must be one of {', '.join(TRACKERS)}")
+        for name, allowed in (("report_to", TRACKERS), ("lora_targets", LORA_TARGETS)):
+            for value in getattr(self, name):
+                if value not in allowed:
+                    raise InputError(f"{name}: {shown(value)}; must be one of {', '.join(allowed)}")
         if "none" in self.report_to and len(self.report_to) > 1:
             raise InputError(f"report_to: {', '.join(self.report_to)}; none goes with no other")
-        for name, (allowed, why) in STAGE_KINDS[self.stage_kind].allows.items():
-            self._require(name, getattr(self, name) in allowed, f"{why}: must be {' or '.join(allowed)}")
+        for name, (values, why) in STAGE_KINDS[self.stage_kind].allows.items():
+            self._require(name, getattr(self, name) in values, f"{why}: must be {' or '.join(values)}")
         if self.init == "identity" and self.head == "own":
             raise InputError("init: identity needs head: shared (a stage that starts as the base uses the base's head)")
 
@@ -381,7 +407,12 @@ def make_settings(overrides: dict[str, Any], settings_file: str | None = None) -
     if any(given.get(f"{split}_tokens") is not None for split in SPLITS):  # a preset counts in blocks, if at all
         recipe = {name: value for name, value in recipe.items() if not name.endswith("_blocks")}
     merged = {**recipe, **given}
-    return RunSettings(**{name: _coerce(name, value) for name, value in merged.items()})
+    for name in merged:
+        if name not in _FIELDS:
+            near = suggest(name, _FIELDS)
+            hint = f"; did you mean {near} ({explain(near)})?" if near else ""
+            raise InputError(f"{shown(name)[1:-1]}: no such setting{hint}")
+    return RunSettings(**{name: as_field(_FIELDS[name], value) for name, value in merged.items()})
 
 
 def saved_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -389,60 +420,6 @@ def saved_settings(settings: dict[str, Any]) -> dict[str, Any]:
     texts in the data's own order."""
     check_type("settings", settings, dict)
     return {"shuffle": "off", **settings}
-
-
-def _coerce(name: str, value: Any) -> Any:
-    """``value`` as the type of setting ``name``: YAML reads 1e-4 as text, ``on`` as true and one column as no list."""
-    if name not in _FIELDS:
-        near = suggest(name, _FIELDS)
-        hint = f"; did you mean {near} ({explain(near)})?" if near else ""
-        raise InputError(f"{shown(name)[1:-1]}: no such setting{hint}")
-    f = _FIELDS[name]
-    kinds = typing.get_args(f.type) or (f.type,)  # `int | None` -> (int, NoneType)
-    if value is None:
-        if type(None) in kinds or f.default == ():
-            return f.default if f.default == () else None
-        raise InputError(f"{name}: empty; must be given a value")
-    if f.default == ():
-        return _texts(name, value)
-    if f.metadata.get("choices") == ("on", "off") and isinstance(value, bool):
-        return "on" if value else "off"
-    if int in kinds or float in kinds:
-        return _number(name, value, int if int in kinds else float)
-    if not isinstance(value, str):
-        raise InputError(f"{name}: {shown(value)}; must be text{_quotes(value)}")
-    if "\0" in value:
-        raise InputError(f"{name}: {shown(value)}; must not hold the character zero")
-    return value
-
-
-def _number(name: str, value: Any, kind: type[int] | type[float]) -> int | float:
-    may_be_all = _FIELDS[name].metadata.get("all")
-    if may_be_all and value == "all":
-        return ALL
-    allowed = ("an integer" if kind is int else "a number") + (", or all" if may_be_all else "")
-    try:
-        number = kind(value)
-        if isinstance(value, bool) or (kind is int and number != float(value)):
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{name}: {shown(value)}; must be {allowed}") from None
-    if may_be_all and number == ALL:  # only the word means that
-        raise InputError(f"{name}: {number}; must be at least {1 if name.startswith('train') else 0}, or all")
-    return number
-
-
-def _texts(name: str, value: Any) -> tuple[str, ...]:
-    texts = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    for text in texts:
-        if not isinstance(text, str):
-            raise InputError(f"{name}: {shown(text)}; must be text{_quotes(text)}, or a list of texts")
-    return texts
-
-
-def _quotes(value: Any) -> str:
-    """YAML reads yes, 2024-01-01 and 007 as something else than text."""
-    return "" if isinstance(value, (list, tuple, dict)) else " (in quotes, if it is meant so)"
 
 
 def explain(name: str) -> str:

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from cascade_fast.input_checks import OTHER_NAMES, InputError, template_parts
+from cascade_fast.input_checks import ALL, OTHER_NAMES, InputError, template_parts
 from cascade_fast.presets import PRESETS
 from cascade_fast.resume import settings_differences
-from cascade_fast.settings import ALL, RunSettings, make_settings, saved_settings
+from cascade_fast.settings import RunSettings, make_settings, saved_settings
 from cascade_fast.train import build_parser
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from cascade_fast.base import splits as module
 from cascade_fast.base.sequences import NO_LABEL, Sequences, TokenText
 from cascade_fast.base.splits import one_split, split_texts
-from cascade_fast.input_checks import InputError
-from cascade_fast.settings import ALL, SPLITS, make_settings
+from cascade_fast.input_checks import ALL, InputError
+from cascade_fast.settings import SPLITS, make_settings
 
 TOKENIZER = byte_tokenizer()
 

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from cascade_fast.base.sequences import Sequences, TokenText
-from cascade_fast.input_checks import InputError, shown
-from cascade_fast.settings import ALL, DEFAULT_BLOCKS, SPLITS, RunSettings
+from cascade_fast.input_checks import ALL, InputError, shown
+from cascade_fast.settings import DEFAULT_BLOCKS, SPLITS, RunSettings
 
 FEW_TEXTS = 10
 WARN_SHARE = 0.5
