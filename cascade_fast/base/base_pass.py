@@ -18,7 +18,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,7 @@ class BasePass:
     seconds: float
     reused: bool
     all_enter: bool = False
+    lent: dict[str, Any] = field(default_factory=dict)  # what has been made of the layers, for all stages
 
     def to(self, device: torch.device, *, layers: bool) -> "BasePass":
         """With the head on ``device``, and norm and layers where stages use them as they are."""
@@ -106,7 +107,7 @@ class BasePass:
         if not layers:
             return passed
         moved = {name: tensor.to(device) for name, tensor in self.layers.items()}
-        return dataclasses.replace(passed, norm_D=self.norm_D.to(device), layers=moved)
+        return dataclasses.replace(passed, norm_D=self.norm_D.to(device), layers=moved, lent={})
 
 
 def base_pass(

@@ -7,6 +7,7 @@ no part of the stage's weights.
 Shape legend: K tokens, D a layer's inputs, F its outputs, R rank.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -55,12 +56,20 @@ class LoraShape:
         return self.alpha / self.rank
 
 
+@dataclass
 class _Lent:
     """Something of the base's that a module uses and does not own: no child of it, so that neither moving nor saving
-    the module touches it."""
+    the module touches it.
 
-    def __init__(self) -> None:
-        self.of_base: Any = None
+    Attributes:
+        of_base: the base's module.
+        fused: see :func:`lend`.
+        name: of the module in the stage's layers.
+    """
+
+    of_base: Any = None
+    fused: dict[Any, Any] | None = None
+    name: str = ""
 
 
 class LentLinear(nn.Module):
@@ -75,20 +84,16 @@ class LentLinear(nn.Module):
             self.lora_B = nn.Linear(lora.rank, outputs, bias=False)
 
     @property
-    def updated(self) -> bool:
-        return self.scale != 0.0
-
-    @property
     def frozen(self) -> Any:
         return self.lent.of_base
 
-    @property
-    def can_be_fused(self) -> bool:
-        """Whether the frozen layer is a plain one: neither in 4 bit nor fetched from elsewhere by accelerate."""
-        return type(self.frozen) is nn.Linear and not hasattr(self.frozen, "_hf_hook")
-
     def forward(self, x_KD: Tensor) -> Tensor:
-        return project(x_KD, (self,))[0]
+        """With a frozen layer that multiplies in its own way: the base's own, in 4 bit too."""
+        frozen_KF = self.frozen(x_KD)
+        if not self.scale:
+            return frozen_KF
+        low_KR = self.lora_A(x_KD.to(self.lora_A.weight.dtype))
+        return frozen_KF + (self.lora_B(low_KR) * self.scale).to(frozen_KF.dtype)
 
 
 class LentNorm(RMSNorm):
@@ -131,16 +136,18 @@ def _in_4bit(linear: Any, codes: Tensor, bias: Tensor | None, quantized: dict[st
     return made
 
 
-def lend(layers: Iterable[nn.Module], norm: nn.Module, stage: nn.Module) -> None:
+def lend(layers: Iterable[nn.Module], norm: nn.Module, stage: nn.Module, fused: dict[Any, Any] | None = None) -> None:
     """Lends ``stage`` the layers that its modules stand for, by name, and the norm after them.
 
     Args:
         layers: decoder layers, of transformers' or ours, one for each of the stage's.
+        fused: for :class:`FusedProjections`, shared by all stages that are lent these layers. None: the layers are
+            called as they are, as others use them too, or they are in 4 bit.
     """
-    for layer, of_base in zip(stage.layers, layers, strict=True):  # type: ignore[arg-type]
+    for number, (layer, of_base) in enumerate(zip(stage.layers, layers, strict=True)):  # type: ignore[arg-type]
         for name, module in layer.named_modules():
             if isinstance(module, LentLinear | LentNorm):
-                module.lent.of_base = of_base.get_submodule(name)
+                module.lent = _Lent(of_base.get_submodule(name), fused, f"{number}.{name}")
     stage.norm.lent.of_base = norm  # type: ignore[union-attr]
 
 
@@ -149,85 +156,97 @@ def initialise(stage: nn.Module, seed: int) -> None:
     """As PEFT begins: A uniform (Kaiming's), B zero, so that the update is zero."""
     generator = torch.Generator().manual_seed(seed)
     for module in stage.modules():
-        if isinstance(module, LentLinear) and module.updated:
+        if isinstance(module, LentLinear) and module.scale:
             nn.init.kaiming_uniform_(module.lora_A.weight, a=math.sqrt(5), generator=generator)
             module.lora_B.weight.zero_()
 
 
 def project(x_KD: Tensor, layers: Sequence[Any]) -> list[Tensor]:
     """What each of ``layers`` makes of the same inputs, each ``(K, F)``."""
-    if not all(isinstance(layer, LentLinear) for layer in layers):
+    first = layers[0]
+    if not isinstance(first, LentLinear):
         return [layer(x_KD) for layer in layers]
-    if not all(layer.can_be_fused for layer in layers):
-        return [_added(x_KD, layer) for layer in layers]
+    if first.lent.fused is None:
+        return [layer(x_KD) for layer in layers]
     device = x_KD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layers[0].frozen.weight.dtype
-    tensors: list[Tensor | None] = []
-    for layer in layers:
-        updates = (layer.lora_A.weight, layer.lora_B.weight) if layer.updated else (None, None)
-        tensors += [layer.frozen.weight, layer.frozen.bias, *updates]
-    return list(_Projections.apply(x_KD, [layer.scale for layer in layers], dtype, *tensors))
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else first.frozen.weight.dtype
+    together = first.lent.fused.get((first.lent.name, dtype))
+    if together is None:
+        together = first.lent.fused[first.lent.name, dtype] = FusedProjections(layers, dtype)
+    updates = [weight for layer in layers if layer.scale for weight in (layer.lora_A.weight, layer.lora_B.weight)]
+    return list(_Project.apply(x_KD, together, [layer.scale for layer in layers if layer.scale], *updates))
 
 
-def _added(x_KD: Tensor, layer: LentLinear) -> Tensor:
-    """With a frozen layer that multiplies in its own way: in 4 bit, or fetched from elsewhere."""
-    frozen_KF = layer.frozen(x_KD)
-    if not layer.updated:
-        return frozen_KF
-    return frozen_KF + (layer.lora_B(layer.lora_A(x_KD.to(layer.lora_A.weight.dtype))) * layer.scale).to(
-        frozen_KF.dtype
-    )
+class FusedProjections:
+    """Frozen layers of the same inputs with room for their updates, for training.
+
+    Beside each weight ``W`` (F, D) stand R columns, R the sum of all ranks: the scaled B of its own update, and zeros
+    where the others' are. With ``low = x A^T`` beside ``x``, one product makes ``x W^T + low B^T``; and one makes the
+    gradients of ``x`` and ``low`` of that of the outputs. This copy takes the place of the weights it is made of.
+
+    Attributes:
+        weights: ``(F, D + R)`` each, in the dtype of the products.
+        a_RD: all A.
+        parts: of the R columns, of each layer; None: it has no update.
+    """
+
+    def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
+        ranks = [layer.lora_A.weight.shape[0] if layer.scale else 0 for layer in layers]
+        ends = list(itertools.accumulate(ranks))
+        self.parts = [slice(end - rank, end) if rank else None for end, rank in zip(ends, ranks, strict=True)]
+        frozen = [layer.frozen for layer in layers]
+        self.inputs = frozen[0].weight.shape[1]
+        self.biases = [None if one.bias is None else one.bias.to(dtype) for one in frozen]
+        like = frozen[0].weight
+        self.a_RD = torch.zeros(ends[-1], self.inputs, dtype=dtype, device=like.device)
+        self.weights = []
+        for one in frozen:
+            weight = torch.zeros(one.weight.shape[0], self.inputs + ends[-1], dtype=dtype, device=like.device)
+            weight[:, : self.inputs] = one.weight
+            self.weights.append(weight)
+
+    def load(self, updates: Sequence[Tensor], scales: Sequence[float]) -> None:
+        """Takes the updates as they are now: A and B of each layer that has one."""
+        updated = [(weight, part) for weight, part in zip(self.weights, self.parts, strict=True) if part is not None]
+        for number, ((weight, part), scale) in enumerate(zip(updated, scales, strict=True)):
+            self.a_RD[part] = updates[2 * number]
+            torch.mul(updates[2 * number + 1], scale, out=weight[:, self.inputs :][:, part])
 
 
-class _Projections(torch.autograd.Function):
-    """Frozen layers of the same inputs, their updates added where the products stand. No gradient of frozen weights is
-    made, and of the inputs only ``(K, D)`` and ``(K, R)`` are kept."""
+class _Project(torch.autograd.Function):
+    """Of the inputs only ``(K, D)`` and ``(K, R)`` are kept; no gradient of frozen weights is made."""
 
     @staticmethod
-    def forward(ctx, x_KD: Tensor, scales: list[float], dtype: torch.dtype, *tensors: Tensor | None):
-        x_KD = x_KD.to(dtype)
-        weights, biases, updates_a, updates_b = (list(tensors[part::4]) for part in range(4))
-        a_RD = [a.to(dtype) for a in updates_a if a is not None]
-        # The scale is in B, rounded together with it.
-        b_FR = [None if b is None else (b * scale).to(dtype) for b, scale in zip(updates_b, scales, strict=True)]
-        ranks = [0 if a is None else a.shape[0] for a in updates_a]
-        all_a_RD = torch.cat(a_RD) if a_RD else None
-        low_KR = None if all_a_RD is None else x_KD @ all_a_RD.t()
-        outputs, first = [], 0
-        for weight, bias, b, rank in zip(weights, biases, b_FR, ranks, strict=True):
-            assert weight is not None
-            y_KF = nn.functional.linear(x_KD, weight.to(dtype), None if bias is None else bias.to(dtype))
-            if b is not None and low_KR is not None:
-                y_KF.addmm_(low_KR[:, first : first + rank], b.t())
-                first += rank
-            outputs.append(y_KF)
-        ctx.save_for_backward(x_KD, low_KR, all_a_RD, *weights, *b_FR)
-        ctx.scales, ctx.ranks, ctx.dtype = scales, ranks, dtype
-        return tuple(outputs)
+    def forward(ctx, x_KD: Tensor, together: FusedProjections, scales: list[float], *updates: Tensor):
+        together.load(updates, scales)
+        a_RD, inputs = together.a_RD, together.inputs
+        both_KC = a_RD.new_empty(x_KD.shape[0], inputs + a_RD.shape[0])  # x beside low
+        both_KC[:, :inputs] = x_KD
+        if a_RD.shape[0]:
+            both_KC[:, inputs:] = both_KC[:, :inputs] @ a_RD.t()
+        ctx.save_for_backward(both_KC)
+        ctx.together, ctx.scales = together, scales
+        pairs = zip(together.weights, together.biases, strict=True)
+        return tuple(nn.functional.linear(both_KC, weight, bias) for weight, bias in pairs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor):
-        x_KD, low_KR, all_a_RD, *rest = ctx.saved_tensors
-        n, dtype = len(ctx.ranks), ctx.dtype
-        weights, b_FR = rest[:n], rest[n:]
-        grads = tuple(grad.to(dtype) for grad in grads)
-        grad_x_KD = None
-        if ctx.needs_input_grad[0]:
-            grad_x_KD = grads[0] @ weights[0].to(dtype)
-            for grad, weight in zip(grads[1:], weights[1:], strict=True):
-                grad_x_KD.addmm_(grad, weight.to(dtype))
-        out: list[Tensor | None] = [None] * (4 * n)
-        if all_a_RD is not None:
-            lows = [grad @ b for grad, b in zip(grads, b_FR, strict=True) if b is not None]
-            grad_low_KR = lows[0] if len(lows) == 1 else torch.cat(lows, dim=1)
-            if grad_x_KD is not None:
-                grad_x_KD.addmm_(grad_low_KR, all_a_RD)
-            grad_a_RD = (grad_low_KR.t() @ x_KD).float()
-            first = 0
-            for i, rank in enumerate(ctx.ranks):
-                if rank:
-                    out[4 * i + 2] = grad_a_RD[first : first + rank]
-                    out[4 * i + 3] = (grads[i].t() @ low_KR[:, first : first + rank]).float() * ctx.scales[i]
-                    first += rank
-        return grad_x_KD, None, None, *out
+        (both_KC,) = ctx.saved_tensors
+        together: FusedProjections = ctx.together
+        inputs, weights = together.inputs, together.weights
+        grads = tuple(grad.to(both_KC.dtype) for grad in grads)
+        grad_KC = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            grad_KC.addmm_(grad, weight)
+        grad_x_KD, low_grad_KR = grad_KC[:, :inputs], grad_KC[:, inputs:]
+        updates: list[Tensor] = []
+        if together.a_RD.shape[0]:
+            grad_a_RD = (low_grad_KR.t() @ both_KC[:, :inputs]).float()
+            scales = iter(ctx.scales)
+            for grad, part in zip(grads, together.parts, strict=True):
+                if part is not None:
+                    grad_b_FR = (grad.t() @ both_KC[:, inputs:][:, part]).float()
+                    updates += [grad_a_RD[part], grad_b_FR.mul_(next(scales))]
+            grad_x_KD = torch.addmm(grad_x_KD, low_grad_KR, together.a_RD)
+        return grad_x_KD, None, None, *updates

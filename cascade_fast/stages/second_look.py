@@ -278,12 +278,15 @@ class SecondLook(StageKind):
         assert isinstance(config, SecondLookConfig)
         if config.lora is None:
             return
-        with torch.device("meta"):
-            full = dataclasses.replace(config, lora=None)
-            layers, norm = nn.ModuleList(SecondLookLayer(full) for _ in range(full.layers)), full.norm(full.hidden_size)
-        fill_frozen(layers, {name.removeprefix("layers."): tensor for name, tensor in passed.layers.items()})
-        fill_frozen(norm, {"weight": passed.norm_D})
-        lend(layers, norm, stage)
+        if not passed.lent:
+            with torch.device("meta"):
+                full = dataclasses.replace(config, lora=None)
+                layers, norm = nn.ModuleList(map(SecondLookLayer, [full] * full.layers)), full.norm(full.hidden_size)
+            fill_frozen(layers, {name.removeprefix("layers."): tensor for name, tensor in passed.layers.items()})
+            fill_frozen(norm, {"weight": passed.norm_D})
+            in_4bit = any(type(module).__name__ == "Linear4bit" for module in layers.modules())
+            passed.lent.update(layers=layers, norm=norm, fused=None if in_4bit else {})
+        lend(stage=stage, **passed.lent)
 
     def lend_base(self, stage: Stage, base: Any) -> None:
         config = stage.config
