@@ -38,9 +38,9 @@ needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason
 def _base(folder: Path, family: str, dtype=torch.float32) -> Path:
     """A random model of three layers, biases and norms too, with a tokenizer."""
     config_class, model_class, changes = CASES[family]
-    fields = {**tiny_llama_config().to_dict(), "sliding_window": 64, **changes, "model_type": config_class.model_type}
+    fields = {**tiny_llama_config().to_dict(), **changes, "model_type": config_class.model_type}
     if "sliding_window" in changes:
-        fields["sliding_window"] = 64  # a second look has none shorter than the text
+        fields["sliding_window"] = 64  # longer than the text: a second look has none
     model = model_class(config_class(**fields))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -83,7 +83,7 @@ def _logits(folder: Path, ids: torch.Tensor, dtype=torch.float32) -> torch.Tenso
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert expected.std() > 0.1  # logits that say something
+    assert expected.std() > 0.05  # logits that say something
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -104,6 +104,7 @@ def cascade(base, tmp_path) -> Path:
 
 
 def _main(capsys, *argv) -> tuple[int, str, str]:
+    capsys.readouterr()  # what came before
     code = command.main([str(word) for word in argv])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
@@ -137,7 +138,9 @@ def test_a_finished_run_is_exported_and_loads_without_this_package(look_settings
     from cascade_fast.cascade import run_cascade
 
     asked = {**look_settings, "num_stages": 1, "accept": "always", "out": str(tmp_path / "run")}
-    run, ids = run_cascade(make_settings(asked)).path, text_ids()
+    with torch.enable_grad():
+        run = run_cascade(make_settings(asked)).path
+    ids = text_ids()
     code, out, err = _main(capsys, run, "--to", tmp_path / "merged")
     assert (code, err) == (0, "")
     wrote, layers, load = out.splitlines()
@@ -303,20 +306,16 @@ def test_updates_are_merged(family, tmp_path):
 
 
 def test_updates_are_added_in_float32_and_rounded_once():
-    base = {
-        export.EMBEDDINGS: torch.randn(5, 8).bfloat16(),
-        "model.layers.3.mlp.up_proj.weight": torch.randn(6, 8).bfloat16(),
-        "model.norm.weight": torch.randn(8).bfloat16(),
-    }
-    a, b = torch.randn(2, 8), torch.randn(6, 2)
+    name = "model.layers.3.mlp.up_proj.weight"
+    base = {name: torch.randn(48, 64).bfloat16(), "model.norm.weight": torch.randn(64).bfloat16()}
+    a, b = torch.randn(2, 64), torch.randn(48, 2)
     stage = {"layers.0.mlp.up_proj.lora_A.weight": a, "layers.0.mlp.up_proj.lora_B.weight": b}
-    lora = {"rank": 2, "alpha": 0.01, "targets": ["up_proj"]}
+    lora = {"rank": 2, "alpha": 1.0, "targets": ["up_proj"]}
     merged = export.merged_weights(base, stage, layers=range(3, 4), lora=lora, dtype=torch.bfloat16)
-    expected = (base["model.layers.3.mlp.up_proj.weight"].double() + (b.double() @ a.double()) * 0.005).bfloat16()
-    found = merged["model.layers.3.mlp.up_proj.weight"]
-    assert (found != expected).float().mean() < 0.05  # on the edge between two values at most
-    rounded_twice = base["model.layers.3.mlp.up_proj.weight"] + (b.bfloat16() @ a.bfloat16()) * 0.005
-    assert (rounded_twice != expected).float().mean() > 0.05
+    expected = (base[name].double() + (b.double() @ a.double()) * 0.5).bfloat16()
+    assert (merged[name] != expected).float().mean() < 0.005  # on the edge between two values at most
+    rounded_often = base[name] + (b.bfloat16() @ a.bfloat16()) * 0.5
+    assert (rounded_often != expected).float().mean() > 0.1
     assert merged["model.norm.weight"] is base["model.norm.weight"]
 
 

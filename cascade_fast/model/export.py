@@ -219,7 +219,8 @@ def _updates(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """``A`` (rank, in) and ``B`` (out, rank) of every weight of the base that is updated, by its name. Raises
     DamagedFile."""
-    expected = {n: base[n].shape for n in base if _replaced(n, layers) and n.split(".")[-2] in lora["targets"]}
+    updated = re.compile(rf".*\.({'|'.join(map(re.escape, lora['targets']))})\.weight")
+    expected = {n: base[n].shape for n in base if _replaced(n, layers) and updated.fullmatch(n)}
     found = {name_in_base(name, layers.start): tensor for name, tensor in stage.items()}
     pairs = {}
     for name, (rows, columns) in expected.items():
