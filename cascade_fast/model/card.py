@@ -33,13 +33,13 @@ def render_merged_card(
 ) -> str:
     """The card of the plain model that a cascade of one second look is where every token enters its stage."""
     name, entry = _base_name(config), config.entry_layer
-    trained = f"layers {entry} to {config.num_hidden_layers - 1}" if entry else "layers"
+    trained = f"its layers {entry} to {config.num_hidden_layers - 1}" if entry else "all its layers"
     return _exported_card(
         config,
         license,
         title=f"{name}, a second look merged",
-        what=f"A plain `{model_class}`: {name} with other {trained}, trained as a cascade's second look at hard "
-        "tokens. It is that cascade with every token in its stage, at the cost of the base.",
+        what=f"A plain `{model_class}`: {name}, {trained} fine-tuned on hard tokens as a cascade's second look. It is "
+        "that cascade with every token in its stage, at the cost of the base.",
         rows=[["parameters", f"{parameters:,} ({format_count(parameters)}), {dtype}"]],
         imports="",
         loads='model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
@@ -65,7 +65,7 @@ def render_adapter_card(
         config,
         license,
         title=f"{name}, a second look as a LoRA adapter",
-        what=f"A LoRA adapter of {name}, trained as a cascade's second look at hard tokens. Base and adapter are that "
+        what=f"A LoRA adapter of {name}, trained on hard tokens as a cascade's second look. Base and adapter are that "
         "cascade with every token in its stage, at the cost of the base.",
         rows=[
             ["trained parameters", f"{parameters:,} ({format_count(parameters)})"],
