@@ -90,9 +90,8 @@ def why_not_mergeable(config: CascadeConfig) -> str | None:
 
 def _check(config: CascadeConfig, format: str) -> None:
     """Raises InputError where the cascade cannot be written so."""
-    lora = None if why_not_mergeable(config) else _lora(config)
     why = why_not_mergeable(config)
-    if why is None and format == "peft" and lora is None:
+    if why is None and format == "peft" and _lora(config) is None:
         why = (
             "its stage is a trained copy of whole layers and no low-rank update: use --format merged, or train with "
             "--adapter lora"
