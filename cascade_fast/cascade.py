@@ -4,7 +4,6 @@ The algorithm is :meth:`CascadeRun.train`; what surrounds it stands below it, wh
 ``training/messages.py`` and ``runtime/run_folder.py``.
 """
 
-import dataclasses
 import functools
 import time
 from dataclasses import dataclass, field
@@ -204,6 +203,7 @@ class CascadeRun:
                 folder, shape = self.folder.stage(number), self.kind.config(self.settings, self.base.config)
                 kept = ExitStage.load(folder, shape, done.exit_threshold, self.base_pass.head_VD)
                 kept.stage.to(self.compute.device)
+                self.kind.lend(kept.stage, self.base_pass)
                 self.stages.append(kept)
                 self.evaluation = None
         except DamagedFile as error:
@@ -411,7 +411,7 @@ def run_cascade(settings: RunSettings) -> RunFolder:
             say(line)
         passed = base_pass(base, sequences, settings, base_needs(settings), compute, cache_folder(settings))
         say_base_pass(passed)
-        passed = dataclasses.replace(passed, head_VD=passed.head_VD.to(compute.device))  # once, for all stages
+        passed = passed.to(compute.device, layers=settings.adapter != "none")  # once, for all stages
         micro, chats = plan.memory.micro_batch_tokens, sequences.chats
         run = CascadeRun(settings, folder, base, passed, compute, log, deadline, micro, chats)
         run.train()

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from cascade_fast import ops
 
+EVERY_TOKEN = torch.finfo(torch.float32).max  # a threshold that every score is at or below; JSON has no infinity
+
 
 class NonFiniteScores(ValueError):
     """A score that is NaN or infinite: no token is harder or easier than that."""

@@ -73,18 +73,23 @@ class BaseNeeds:
             stream before them; 0: none, and the residual stream before the final norm.
         keys_and_values: whether those of these layers are kept, too.
         context: whether tokens without a label are kept, for others to attend to.
+        all_enter: whether every token with a label enters the first stage, whatever its score. Where every token has
+            one, nobody then reads the base's keys and values, and the layers from those that the stages copy on are not
+            run over training text at all.
     """
 
     reads: str
     last_layers: int = 0
     keys_and_values: bool = False
     context: bool = False
+    all_enter: bool = False
 
 
 @dataclass(frozen=True)
 class BasePass:
     """What the base leaves behind. ``head_VD`` and ``norm_D`` are its output head and final norm, for the stages;
-    ``layers`` are the weights of the layers that they copy, as ``layers.<n>.<name>`` with n from 0."""
+    ``layers`` are the weights of the layers that they copy, as ``layers.<n>.<name>`` with n from 0.
+    ``all_enter``: every token enters the first stage."""
 
     stores: dict[str, HiddenStore]
     head_VD: Tensor
@@ -93,6 +98,15 @@ class BasePass:
     parameters: int
     seconds: float
     reused: bool
+    all_enter: bool = False
+
+    def to(self, device: torch.device, *, layers: bool) -> "BasePass":
+        """With the head on ``device``, and norm and layers where stages use them as they are."""
+        passed = dataclasses.replace(self, head_VD=self.head_VD.to(device))
+        if not layers:
+            return passed
+        moved = {name: tensor.to(device) for name, tensor in self.layers.items()}
+        return dataclasses.replace(passed, norm_D=self.norm_D.to(device), layers=moved)
 
 
 def base_pass(
@@ -117,7 +131,7 @@ def _stored_pass(
     meta = _meta(base, sequences, settings, needs, compute)
     folder = pass_folder(base, sequences, settings, needs, compute, cache)
     with _locked(cache, folder.name):  # another run on the same text waits, and then finds the pass
-        found = _open(folder, meta["fingerprint"])
+        found = _open(folder, meta["fingerprint"], all_enter=_all_enter(needs, sequences))
         if found is not None:
             folder.touch()  # recently used: pruned last
             return found
@@ -155,6 +169,11 @@ def _locked(cache: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
+def _all_enter(needs: BaseNeeds, sequences: SplitSequences) -> bool:
+    """Whether every token of every split enters the first stage: see :class:`BaseNeeds`."""
+    return needs.all_enter and all(of.labels == of.tokens for of in sequences.splits.values())
+
+
 def _stored_criterion(settings: RunSettings) -> Criterion:
     """Whose scores the pass keeps: compared runs may share one."""
     return get_criterion(settings.criterion).in_base_pass
@@ -184,24 +203,37 @@ def _read_all(
     with Progress("base pass", sum(of.tokens for of in sequences.splits.values())) as progress:
         with working("loading the base"):
             model = base.load(compute.device, compute.dtype)
+        all_enter = _all_enter(needs, sequences)
+        needs = dataclasses.replace(needs, all_enter=all_enter, keys_and_values=needs.keys_and_values and not all_enter)
         for split in SPLITS:
-            with_loss = split != "train" or _stored_criterion(settings).needs_logits
+            entry_only = all_enter and split == "train"
+            with_loss = not entry_only and (split != "train" or _stored_criterion(settings).needs_logits)
+            of_split = dataclasses.replace(needs, all_enter=entry_only)
             stores[split] = _run_split(
-                model, sequences.splits[split], folder / split, settings, needs, meta, progress, with_loss
+                model, sequences.splits[split], folder / split, settings, of_split, meta, progress, with_loss
             )
         tensors = {"head": model.lm_head.weight, "norm": model.model.norm.weight}
         for number, layer in enumerate(_last_layers(model, needs)):
             tensors |= {f"layers.{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
         save_tensors(folder / HEAD, tensors)
         parameters = model.num_parameters()  # numel() of a 4-bit weight counts bytes, not numbers
-        return _base_pass(stores, load_tensors(folder / HEAD)[0], parameters, progress.seconds(), reused=False)
+        seconds = progress.seconds()
+        return _base_pass(
+            stores, load_tensors(folder / HEAD)[0], parameters, seconds, reused=False, all_enter=all_enter
+        )
 
 
 def _base_pass(
-    stores: dict[str, HiddenStore], tensors: dict[str, Tensor], parameters: int, seconds: float, *, reused: bool
+    stores: dict[str, HiddenStore],
+    tensors: dict[str, Tensor],
+    parameters: int,
+    seconds: float,
+    *,
+    reused: bool,
+    all_enter: bool,
 ) -> BasePass:
     layers = {name: tensor for name, tensor in tensors.items() if name.startswith("layers.")}
-    return BasePass(stores, tensors["head"], tensors["norm"], layers, parameters, seconds, reused)
+    return BasePass(stores, tensors["head"], tensors["norm"], layers, parameters, seconds, reused, all_enter)
 
 
 def _meta(
@@ -245,7 +277,7 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def _open(folder: Path, fingerprint: str) -> BasePass | None:
+def _open(folder: Path, fingerprint: str, *, all_enter: bool) -> BasePass | None:
     """A finished pass, every file of it checked; None if there is none, or, after a line that says why, if it is
     damaged."""
     if not (folder / RECORD).is_file():
@@ -258,7 +290,7 @@ def _open(folder: Path, fingerprint: str) -> BasePass | None:
         say(f"base pass: {error}; what is damaged is made anew")
         (folder / RECORD).unlink()
         return None
-    return _base_pass(stores, tensors, record["parameters"], record["seconds"], reused=True)
+    return _base_pass(stores, tensors, record["parameters"], record["seconds"], reused=True, all_enter=all_enter)
 
 
 def _last_layers(model: Any, needs: BaseNeeds) -> list[Any]:
@@ -337,20 +369,37 @@ def _resume_or_create(
     )
 
 
+@contextlib.contextmanager
+def _first_layers(model: Any, count: int) -> Iterator[None]:
+    """The base with its first ``count`` layers alone."""
+    layers = model.model.layers
+    model.model.layers = layers[:count]
+    try:
+        yield
+    finally:
+        model.model.layers = layers
+
+
 @torch.inference_mode()
 def fill_store(
     model: Any, sequences: Sequences, store: HiddenStore, needs: BaseNeeds, criterion: Criterion, progress: Progress
 ) -> bool:
-    """Runs the sequences that the store does not have yet; False as soon as a hidden state does not fit its dtype."""
+    """Runs the sequences that the store does not have yet; False as soon as a hidden state does not fit its dtype.
+
+    With ``needs.all_enter`` only the layers before those that the stages copy are run, and tokens get no score.
+    """
     from transformers import DynamicCache
 
     device = model.device
     residual: dict[str, Tensor] = {}
     copied = _last_layers(model, needs)
-    begins = copied[0] if copied else model.model.norm
+    begins = copied[0] if copied and not needs.all_enter else model.model.norm
     hook = begins.register_forward_pre_hook(lambda _module, args: residual.update(hidden=args[0]))
     last_saved, rows = time.monotonic(), 0
-    try:
+    layers = len(model.model.layers) - (len(copied) if needs.all_enter else 0)
+    with contextlib.ExitStack() as ends:
+        ends.callback(hook.remove)
+        ends.enter_context(_first_layers(model, layers))
         for some in sequences.batches(TOKENS_AT_ONCE.get(device.type, 2048)):
             padded = sequences.padded(some)
             kept = _Kept(padded.real_BS if needs.context else padded.labelled_BS, padded.labelled_BS, device)
@@ -371,7 +420,9 @@ def fill_store(
                 return False
             tokens = TokensAtExit(kept(embedded_BSD, labelled=True), kept(last_BSD, labelled=True))
             label_N = padded.label_BS.flatten()[kept.row_N]
-            if "loss" in store:
+            if needs.all_enter:
+                score_J, loss_J = torch.full((int((label_N != NO_LABEL).sum()),), torch.nan), None
+            elif "loss" in store:
                 label_J = label_N[label_N != NO_LABEL].to(device)
                 score_J, loss_J = criterion.score_with_losses(
                     tokens, tokens.after_ND, model.lm_head.weight, label_J, dtype=model.dtype
@@ -380,7 +431,8 @@ def fill_store(
                 score_J, loss_J = criterion.score(tokens), None
             sequence_N = some.start + kept.row_N // padded.input_BS.shape[1]
             position_N = kept.row_N % padded.input_BS.shape[1]
-            check_finite(score_J, *(of_N[label_N != NO_LABEL] for of_N in (sequence_N, position_N)))
+            if not needs.all_enter:
+                check_finite(score_J, *(of_N[label_N != NO_LABEL] for of_N in (sequence_N, position_N)))
             arrays = {name: tensor.to("cpu", store.hidden.dtype) for name, tensor in wide.items()}
             arrays |= {"label": label_N, "sequence": sequence_N, "position": position_N, "score": kept.spread(score_J)}
             if loss_J is not None:
@@ -390,8 +442,6 @@ def fill_store(
             if time.monotonic() - last_saved > SAVE_PROGRESS_SECONDS:
                 store.save_progress()
                 last_saved = time.monotonic()
-    finally:
-        hook.remove()
     return True
 
 

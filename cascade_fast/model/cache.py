@@ -65,7 +65,7 @@ class CachedPack(SequencePack):
     attended_UT: Tensor | None = None
 
     def mask(self) -> Tensor:
-        sequences, keys = self.kv_BSL2GE.shape[:2]
+        sequences, keys = self.shape
         column_P = self.column_K.new_zeros(sequences * self.queries).index_copy(0, self.slot_K, self.column_K)
         column_UQ1 = column_P.view(sequences, self.queries, 1)
         key_T = torch.arange(keys, device=column_P.device)
@@ -128,6 +128,7 @@ class StageContext:
             slot_K=place_K * queries + rank_K,
             queries=queries,
             kv_BSL2GE=kv_UL2GTE.permute(0, 4, 1, 2, 3, 5),
+            shape=(kv_UL2GTE.shape[0], kv_UL2GTE.shape[4]),
             column_K=column_K,
             attended_UT=None if self.attended_BT is None else self.attended_BT[picked],
         )

@@ -214,7 +214,7 @@ def _check_stage(number: int, stage: dict[str, Any], base_config: Any) -> None:
     """Raises InputError unless ``stage`` has the fields of its kind, and the sizes of the base."""
     where, kind = f"stages: stage {number}", _kind_of(number, stage)
     kinds = {field.name: field.type for field in dataclasses.fields(get_kind(kind).config_class)}
-    check_fields(where, stage, {**kinds, "threshold": float}, optional=("kind",))
+    check_fields(where, stage, {**kinds, "threshold": float}, optional=("kind", "lora"))
     if math.isnan(stage["threshold"]):
         raise InputError(f"{where}: threshold {stage['threshold']}; must not be NaN")
     for name, allowed in (("init", ("identity", "random")), ("head", ("shared", "own"))):
@@ -224,8 +224,10 @@ def _check_stage(number: int, stage: dict[str, Any], base_config: Any) -> None:
         raise InputError(f"{where}: reads {shown(stage['reads'])}; must be residual or last_hidden")
     check_model(where, stage, layers="layers")
     try:
-        asked = {name: stage[name] for name in ("layers", "init", "head", "reads")}
+        asked = {name: stage[name] for name in ("layers", "init", "head", "reads", "lora") if name in stage}
         expected = get_kind(kind).shape(base_config, **asked).to_dict()
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     except Exception as error:  # a base whose sizes do not go together
         raise InputError(f"base_config: {one_line(error)}") from error
     for name, value in expected.items():

@@ -82,8 +82,14 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         self.stages = nn.ModuleList(
             get_kind(config.kind).empty(config.stage_config(n)) for n in range(1, len(config.stages) + 1)
         )
+        self.lend_layers()
         self.base_folder: str | None = None  # where the base was found; its tokenizer is there
         self.post_init()
+
+    def lend_layers(self) -> None:
+        """Lends stages with adapters the base's layers: they are in memory once."""
+        for stage in self.stages:
+            get_kind(self.config.kind).lend_base(stage, self.base)  # type: ignore[arg-type]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()

@@ -124,6 +124,7 @@ def load_thin(
     model, info = load(None, *args, config=config, state_dict=thin_state(folder, config, base), **options)
     if base.quantization != "none":
         model.base = base.load(model.device, model.dtype)
+        model.lend_layers()
     model.base_folder = base.path
     if (Path(base.path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(base.path)

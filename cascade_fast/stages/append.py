@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from cascade_fast.base.base_pass import BasePass
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.kind import StageKind
-from cascade_fast.stages.stage import GatedMLP, RMSNorm, Stage, StageConfig, StageRun
+from cascade_fast.stages.rms_norm import RMSNorm
+from cascade_fast.stages.stage import GatedMLP, Stage, StageConfig, StageRun
 
 
 class SingleKeyAttention(nn.Module):

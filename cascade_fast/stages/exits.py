@@ -13,7 +13,7 @@ from cascade_fast.input_checks import one_line
 from cascade_fast.losses import perplexity
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import DamagedFile, load_tensors, save_tensors
-from cascade_fast.selection import Selection, check_finite, select_below, select_hardest
+from cascade_fast.selection import EVERY_TOKEN, Selection, check_finite, select_below, select_hardest
 from cascade_fast.stages.kind import get_kind
 from cascade_fast.stages.stage import Stage, StageConfig
 from cascade_fast.stages.tokens import Recompute, SequencePack, StageTokens
@@ -51,6 +51,8 @@ def hardest_of_store(store: HiddenStore, hard_ratio: float) -> Selection:
         NonFiniteScores: names sequence and position.
     """
     labelled_J = store.labelled_index()
+    if hard_ratio == 1:  # every token enters, at inference too
+        return Selection(labelled_J, EVERY_TOKEN)
     score_J = store["score"][labelled_J]
     check_finite(score_J, store["sequence"][labelled_J], store["position"][labelled_J])
     selection = select_hardest(score_J, hard_ratio)

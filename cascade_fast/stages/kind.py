@@ -62,9 +62,9 @@ class StageKind(ABC):
 
     # --- the stage ----------------------------------------------------------------------------------------------------
 
-    def shape(self, base_config: Any, *, layers: int, init: str, head: str, reads: str) -> StageConfig:
-        """Of a stage on a base with transformers' ``base_config``."""
-        shape = self.config_class.from_base(base_config, layers=layers, init=init, head=head, reads=reads)
+    def shape(self, base_config: Any, *, layers: int, init: str, head: str, reads: str, **more: Any) -> StageConfig:
+        """Of a stage on a base with transformers' ``base_config``. ``more``: what a kind of its own has."""
+        shape = self.config_class.from_base(base_config, layers=layers, init=init, head=head, reads=reads, **more)
         return dataclasses.replace(shape, kind=self.name)
 
     def config(self, settings: RunSettings, base_config: Any) -> StageConfig:
@@ -81,6 +81,12 @@ class StageKind(ABC):
     @abstractmethod
     def empty(self, config: StageConfig, head_VD: Tensor | None = None) -> Stage:
         """A stage that trained weights are about to be loaded into."""
+
+    def lend(self, stage: Stage, passed: BasePass) -> None:  # noqa: B027 (most have none)
+        """Lends ``stage`` the frozen layers that it has adapters for, as the base pass has kept them."""
+
+    def lend_base(self, stage: Stage, base: Any) -> None:  # noqa: B027
+        """As :meth:`lend`, those of transformers' model ``base``."""
 
     def tokens(self, stores: Sequence[HiddenStore], index_K: Tensor, recompute: Recompute | None = None) -> StageTokens:
         """The tokens ``index_K`` of the last of ``stores``, handed out as its stages take them.

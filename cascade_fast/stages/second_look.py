@@ -12,6 +12,7 @@ Shape legend: B sequences of a pack, S sequence length, N = B * S tokens, K hard
 of one sequence, L layers, D hidden size, H heads, G key/value heads, E head size, V vocabulary; 2 is (key, value).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,9 @@ from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.attention import additive, grouped_attention, queries_at_once, rotate
 from cascade_fast.stages.kind import StageKind
+from cascade_fast.stages.lora import LentLinear, LentNorm, LoraShape, fill_frozen, initialise, lend, project
 from cascade_fast.stages.second_look_sizes import SecondLookCounts, SecondLookMemory
-from cascade_fast.stages.stage import GatedMLP, RMSNorm, Stage, StageConfig, StageRun
+from cascade_fast.stages.stage import GatedMLP, Stage, StageConfig, StageRun
 from cascade_fast.stages.tokens import Recompute, SequencePack, SequenceTokens
 
 # Those whose angle at a position does not depend on the length of the sequence.
@@ -44,6 +46,23 @@ class SecondLookConfig(StageConfig):
     entry_layer: int
     positions: int
     rope: dict[str, Any]
+    lora: dict[str, Any] | None = None  # fields of LoraShape; None: all weights are trained
+
+    def __post_init__(self) -> None:
+        if self.lora is not None:
+            LoraShape.from_dict(self.lora)
+
+    def linear(self, name: str, inputs: int, outputs: int, *, bias: bool) -> Any:
+        if self.lora is None:
+            return super().linear(name, inputs, outputs, bias=bias)
+        lora = LoraShape.from_dict(self.lora)
+        return LentLinear(inputs, outputs, lora if name in lora.targets else None)
+
+    def norm(self, size: int) -> Any:
+        return super().norm(size) if self.lora is None else LentNorm(self.rms_norm_eps)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "lora" or value is not None}
 
     @property
     def kv_shape(self) -> tuple[int, int, int, int]:
@@ -59,6 +78,7 @@ class SecondLookConfig(StageConfig):
         init: str = "identity",
         head: str = "shared",
         reads: str = "residual",
+        lora: dict[str, Any] | None = None,
     ) -> "SecondLookConfig":
         """The shape of a copy of the last ``layers`` layers of a base with transformers' ``base_config``. A copy has
         the one ``init``, ``head`` and ``reads`` of the defaults, whatever is asked."""
@@ -68,6 +88,7 @@ class SecondLookConfig(StageConfig):
             entry_layer=base_config.num_hidden_layers - layers,
             positions=base_config.max_position_embeddings,
             rope=dict(base_config.rope_parameters),
+            lora=lora,
         )
 
 
@@ -76,7 +97,8 @@ class AttentionInputs:
     """What attention needs of a pack in every layer, made once. What moves are rows of one head, E numbers each.
 
     Attributes:
-        kv_L2PE: keys and values of all tokens, ``P = B * G * S`` rows, in the dtype that attention computes in.
+        kv_L2PE: keys and values of all tokens, ``P = B * G * S`` rows, in the dtype that attention computes in; where
+            every token has its own, zeros, all of them one row in memory.
         kv_BGSE: the shape of one layer's keys.
         row_X: rows among P of the hard tokens' own, ``X = K * G``.
         slot_Y: rows among ``B * H * Q`` of their queries, ``Y = K * H``.
@@ -98,10 +120,15 @@ class AttentionInputs:
     def from_pack(
         cls, pack: SequencePack, config: SecondLookConfig, cos_KE: Tensor, sin_KE: Tensor
     ) -> "AttentionInputs":
-        (sequences, seq_len), device = pack.kv_BSL2GE.shape[:2], pack.row_K.device
+        (sequences, seq_len), device = pack.shape, pack.row_K.device
         groups, heads, size, queries = config.kv_heads, config.heads, config.head_dim, pack.queries
         computes = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-        kv_L2BGSE = pack.kv_BSL2GE.permute(2, 3, 0, 4, 1, 5).to(computes)
+        if pack.kv_BSL2GE is None:
+            rows = sequences * groups * seq_len
+            kv_L2PE = pack.hidden_KD.new_zeros(1, size, dtype=computes).expand(config.layers, 2, rows, size)
+        else:
+            kv_L2BGSE = pack.kv_BSL2GE.permute(2, 3, 0, 4, 1, 5).to(computes)
+            kv_L2PE = kv_L2BGSE.reshape(*kv_L2BGSE.shape[:2], -1, size)
         sequence_K = pack.row_K // seq_len
         group_G, head_H = torch.arange(groups, device=device), torch.arange(heads, device=device)
         row_KG = ((sequence_K * groups)[:, None] + group_G) * seq_len + (pack.row_K % seq_len)[:, None]
@@ -111,7 +138,7 @@ class AttentionInputs:
         if device.type == "cpu" and queries_at_once((sequences, heads), seq_len, computes.itemsize) >= queries:
             mask_B1QS = additive(mask_B1QS, computes)
         return cls(
-            kv_L2PE=kv_L2BGSE.reshape(*kv_L2BGSE.shape[:2], -1, size),
+            kv_L2PE=kv_L2PE,
             kv_BGSE=(sequences, groups, seq_len, size),
             row_X=row_KG.flatten(),
             slot_Y=slot_KH.flatten(),
@@ -132,21 +159,22 @@ class SecondLookAttention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         size, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(size, config.heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(size, config.kv_heads * config.head_dim, bias=bias)
-        self.v_proj = nn.Linear(size, config.kv_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.heads * config.head_dim, size, bias=config.output_bias)
+        self.q_proj = config.linear("q_proj", size, config.heads * config.head_dim, bias=bias)
+        self.k_proj = config.linear("k_proj", size, config.kv_heads * config.head_dim, bias=bias)
+        self.v_proj = config.linear("v_proj", size, config.kv_heads * config.head_dim, bias=bias)
+        self.o_proj = config.linear("o_proj", config.heads * config.head_dim, size, bias=config.output_bias)
         self.query_key_norm = config.query_key_norm
         if config.query_key_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.q_norm = config.norm(config.head_dim)
+            self.k_norm = config.norm(config.head_dim)
 
     def forward(self, x_KD: Tensor, inputs: AttentionInputs, layer: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """What attention adds ``(K, D)``, and the tokens' own keys and values, each ``(K, G, E)``."""
-        query_KHE = self.q_proj(x_KD).unflatten(-1, (self.heads, self.head_dim))
-        key_KGE = self.k_proj(x_KD).unflatten(-1, (self.kv_heads, self.head_dim))
+        query, key, value = project(x_KD, (self.q_proj, self.k_proj, self.v_proj))
+        query_KHE = query.unflatten(-1, (self.heads, self.head_dim))
+        key_KGE = key.unflatten(-1, (self.kv_heads, self.head_dim))
         dtype = inputs.kv_L2PE.dtype
-        value_KGE = self.v_proj(x_KD).unflatten(-1, (self.kv_heads, self.head_dim)).to(dtype)
+        value_KGE = value.unflatten(-1, (self.kv_heads, self.head_dim)).to(dtype)
         if self.query_key_norm:
             query_KHE, key_KGE = self.q_norm(query_KHE), self.k_norm(key_KGE)
         query_KHE = rotate(query_KHE, *inputs.query_angles, dtype)
@@ -161,15 +189,15 @@ class SecondLookAttention(nn.Module):
             inputs.mask_B1QS,
         )
         attended_YE, _ = ops.gather_rows(attended_BHQE.flatten(0, 2), inputs.slot_Y)
-        return self.o_proj(attended_YE.view(x_KD.shape[0], -1)), (key_KGE, value_KGE)
+        return project(attended_YE.view(x_KD.shape[0], -1), (self.o_proj,))[0], (key_KGE, value_KGE)
 
 
 class SecondLookLayer(nn.Module):
     def __init__(self, config: SecondLookConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = config.norm(config.hidden_size)
         self.self_attn = SecondLookAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = config.norm(config.hidden_size)
         self.mlp = GatedMLP(config)
 
     def forward(self, x_KD: Tensor, inputs: AttentionInputs, layer: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -227,13 +255,13 @@ class SecondLookStage(Stage):
         has not been trained, the base's own. A row may hold several sequences, as their positions say (None: one)."""
         rows, width = hidden_BSD.shape[:2]
         row_N = torch.arange(rows * width, device=hidden_BSD.device)
-        nothing = hidden_BSD.new_zeros(1).expand(rows, width, *self.config.kv_shape)  # all of it is laid over
         left: list[Tensor] = []
         column_N = row_N % width
         position_N = column_N if position_BS is None else position_BS.flatten()
         begin_N = None if position_BS is None else column_N - position_N
         hidden_ND = hidden_BSD.flatten(0, 1)
-        self(SequencePack(hidden_ND, position_N, row_N, row_N, width, nothing, begin_K=begin_N), left)
+        pack = SequencePack(hidden_ND, position_N, row_N, row_N, width, None, (rows, width), begin_K=begin_N)
+        self(pack, left)
         return torch.stack(left, dim=1).unflatten(0, (rows, width))
 
     def run(self, pack: SequencePack) -> StageRun:
@@ -244,7 +272,10 @@ class SecondLookStage(Stage):
 
 
 class SecondLook(StageKind):
-    """A trained copy of the base's last layers, in which hard tokens attend to their whole text."""
+    """The base's last layers again, trained, in which hard tokens attend to their whole text.
+
+    Trained are all weights of a copy, or with an adapter low-rank updates of the base's own layers, which stay frozen.
+    """
 
     name = "second-look"
     config_class = SecondLookConfig
@@ -252,14 +283,17 @@ class SecondLook(StageKind):
     attends = True
 
     def describe(self, config: StageConfig) -> str:
-        return f"copies of its last {config.layers} layers trained to read its *hard* tokens again"
+        assert isinstance(config, SecondLookConfig)
+        if config.lora is None:
+            return f"copies of its last {config.layers} layers trained to read its *hard* tokens again"
+        return f"LoRA adapters of its last {config.layers} layers trained to read its *hard* tokens again"
 
     def check(self, base: str, base_config: Any, settings: RunSettings) -> None:
         """Raises InputError where a copy cannot be what the base is."""
-        if settings.base_quantization != "none":
+        if settings.base_quantization != "none" and settings.adapter == "none":
             raise InputError(
                 f"base_quantization: {settings.base_quantization!r}; must be none with stage_kind {self.name}, which "
-                "copies the base's layers"
+                "copies the base's layers; or --adapter lora, which leaves them as they are"
             )
         has, layers = base_config.num_hidden_layers, settings.layers_per_stage
         if layers > has:
@@ -285,24 +319,55 @@ class SecondLook(StageKind):
             last_layers=settings.layers_per_stage,
             keys_and_values=settings.kv != "recompute",
             context=True,
+            all_enter=settings.hard_ratio == 1,
+        )
+
+    def config(self, settings: RunSettings, base_config: Any) -> SecondLookConfig:
+        lora = LoraShape.from_settings(settings)
+        return SecondLookConfig.from_base(
+            base_config, layers=settings.layers_per_stage, lora=None if lora is None else lora.to_dict()
         )
 
     def new(
         self, settings: RunSettings, base_config: Any, passed: BasePass, before: Stage | None, number: int
     ) -> SecondLookStage:
-        """A copy of the stage before, the first of the base's own layers."""
-        shape = SecondLookConfig.from_base(base_config, layers=settings.layers_per_stage)
-        weights = {**passed.layers, "norm.weight": passed.norm_D} if before is None else before.state_dict()
-        return SecondLookStage(shape, head_VD=passed.head_VD, weights=weights)
+        """A copy of the stage before, the first of the base's own layers. Adapters begin without effect."""
+        shape = self.config(settings, base_config)
+        weights = None if before is None else before.state_dict()
+        if before is None and shape.lora is None:
+            weights = {**passed.layers, "norm.weight": passed.norm_D}
+        stage = SecondLookStage(shape, head_VD=passed.head_VD, weights=weights)
+        if weights is None:
+            initialise(stage, settings.seed + number)
+        self.lend(stage, passed)
+        return stage
 
     def empty(self, config: StageConfig, head_VD: Tensor | None = None) -> SecondLookStage:
         assert isinstance(config, SecondLookConfig)
         return SecondLookStage(config, head_VD=head_VD)
 
+    def lend(self, stage: Stage, passed: BasePass) -> None:
+        config = stage.config
+        assert isinstance(config, SecondLookConfig)
+        if config.lora is None:
+            return
+        with torch.device("meta"):
+            full = dataclasses.replace(config, lora=None)
+            layers, norm = nn.ModuleList(SecondLookLayer(full) for _ in range(full.layers)), full.norm(full.hidden_size)
+        fill_frozen(layers, {name.removeprefix("layers."): tensor for name, tensor in passed.layers.items()})
+        fill_frozen(norm, {"weight": passed.norm_D})
+        lend(layers, norm, stage)
+
+    def lend_base(self, stage: Stage, base: Any) -> None:
+        config = stage.config
+        assert isinstance(config, SecondLookConfig)
+        if config.lora is not None:
+            lend(base.model.layers[config.entry_layer :], base.model.norm, stage)
+
     def recompute(
         self, settings: RunSettings, base_config: Any, passed: BasePass, compute: Compute
     ) -> Recompute | None:
-        if settings.kv != "recompute":
+        if settings.kv != "recompute" or passed.all_enter:
             return None
         stage = self.new(settings, base_config, passed, None, 1)
         frozen = stage.eval().requires_grad_(False).to(compute.device)

@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from cascade_fast import ops
 from cascade_fast.base.model import attention_shape
+from cascade_fast.stages.lora import project
+from cascade_fast.stages.rms_norm import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,35 +75,28 @@ class StageConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    # --- the modules that layers are made of --------------------------------------------------------------------------
 
-class RMSNorm(nn.Module):
-    """``weight * x / rms(x)`` in float32, rounded to the dtype that autocast multiplies in, if it is on."""
+    def linear(self, name: str, inputs: int, outputs: int, *, bias: bool) -> Any:
+        """The linear layer called ``name``."""
+        return nn.Linear(inputs, outputs, bias=bias)
 
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x_KD: Tensor) -> Tensor:
-        device = x_KD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        if device == "cpu":
-            rows_ND = x_KD.float().reshape(-1, x_KD.shape[-1])  # of heads, too
-            return ops.rms_norm(rows_ND, self.weight.float(), self.eps, dtype=dtype).view(x_KD.shape)
-        return nn.functional.rms_norm(x_KD.float(), x_KD.shape[-1:], self.weight.float(), self.eps).to(dtype)
+    def norm(self, size: int) -> Any:
+        return RMSNorm(size, self.rms_norm_eps)
 
 
 class GatedMLP(nn.Module):
     def __init__(self, config: StageConfig) -> None:
         super().__init__()
         size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(size, inner, bias=bias)
-        self.up_proj = nn.Linear(size, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.gate_proj = config.linear("gate_proj", size, inner, bias=bias)
+        self.up_proj = config.linear("up_proj", size, inner, bias=bias)
+        self.down_proj = config.linear("down_proj", inner, size, bias=bias)
         self.activation = ACT2FN[config.activation]
 
     def forward(self, x_KD: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x_KD)) * self.up_proj(x_KD))
+        gate_KF, up_KF = project(x_KD, (self.gate_proj, self.up_proj))
+        return project(self.activation(gate_KF) * up_KF, (self.down_proj,))[0]
 
 
 @dataclass(frozen=True)
@@ -138,7 +131,7 @@ class Stage(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = config.norm(config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if config.head == "own" else None
         # Not a parameter of the stage: saved once with the base, never trained.
         self.shared_head: Tensor  # None with a head of its own, or without head_VD

@@ -33,7 +33,9 @@ class SequencePack:
         row_K: ``row * S + column`` within the pack, int64.
         slot_K: ``row * Q + rank among the row's hard tokens``, int64: queries padded to Q a row.
         queries: Q.
-        kv_BSL2GE: keys (rotated) and values of every token, as the exits before have left them; float.
+        kv_BSL2GE: keys (rotated) and values of every token, as the exits before have left them; float. None: every
+            token is among the K and has its own.
+        shape: (B, S).
         begin_K: column at which the token's sequence begins, int64; None: each has a row to itself.
     """
 
@@ -42,7 +44,8 @@ class SequencePack:
     row_K: Tensor
     slot_K: Tensor
     queries: int
-    kv_BSL2GE: Tensor
+    kv_BSL2GE: Tensor | None
+    shape: tuple[int, int]
     begin_K: Tensor | None = field(default=None, kw_only=True)
 
     def to(self, device: torch.device) -> "SequencePack":
@@ -53,7 +56,7 @@ class SequencePack:
     def mask(self) -> Tensor:
         """``(B, 1, Q, S)`` bool: a query sees the keys of its sequence up to its own. Padding sees the first key, so
         that its softmax is finite; nobody reads its output."""
-        rows, width = self.kv_BSL2GE.shape[:2]
+        rows, width = self.shape
         keys_S = torch.arange(width, device=self.position_K.device)
 
         def of_queries(of_K: Tensor) -> Tensor:
@@ -114,7 +117,8 @@ class SequenceTokens(StageTokens):
 
     Args:
         stores: the base's, with every token of its sequences, then what each stage so far has left, with the tokens
-            that went through it. All have ``kv``; a later one's stands over those before it.
+            that went through it. All have ``kv``; a later one's stands over those before it. Where every token is among
+            ``index_K``, nobody reads them, and the base's may have none.
         index_K: rows of the hard tokens in the last store, ``(K,)`` int64, ascending, K >= 1.
         recompute: ``hidden (B, S, D), position (B, S) -> kv (B, S, L, 2, G, E)`` of the base, where its store has no
             ``kv``. Positions: None where each sequence has a row to itself.
@@ -171,13 +175,16 @@ class SequenceTokens(StageTokens):
             slot_K=slot_K + _ranges(torch.zeros_like(count_C), count_C),
             queries=queries,
             kv_BSL2GE=self._keys_and_values(picked, places),
+            shape=(places.rows, places.width),
             begin_K=places.column_C.repeat_interleave(count_C) if places.shared else None,
         )
         return pack.to(device), label_K.to(device, non_blocking=True)
 
-    def _keys_and_values(self, picked: Tensor, places: "PackPlaces") -> Tensor:
+    def _keys_and_values(self, picked: Tensor, places: "PackPlaces") -> Tensor | None:
         """``(B, S, L, 2, G, E)``: of every token, what its latest exit has left."""
         base, *later = self.stores
+        if "kv" not in base and self.recompute is None:
+            return None
         start_C, length_C = self.base_start_U[picked], self.length_U[picked]
         # Where nobody is, some token is taken: no query sees it.
         source_BS = places.laid_out(start_C, length_C, fill=int(start_C[0]))

@@ -1,0 +1,23 @@
+"""The norm of a stage's layers."""
+
+import torch
+from torch import Tensor, nn
+
+from cascade_fast import ops
+
+
+class RMSNorm(nn.Module):
+    """``weight * x / rms(x)`` in float32, rounded to the dtype that autocast multiplies in, if it is on."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_KD: Tensor) -> Tensor:
+        device = x_KD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        if device == "cpu":
+            rows_ND = x_KD.float().reshape(-1, x_KD.shape[-1])  # of heads, too
+            return ops.rms_norm(rows_ND, self.weight.float(), self.eps, dtype=dtype).view(x_KD.shape)
+        return nn.functional.rms_norm(x_KD.float(), x_KD.shape[-1:], self.weight.float(), self.eps).to(dtype)
