@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cascade_fast import export as command
 from cascade_fast.base.model import find_base
-from cascade_fast.input_checks import InputError
 from cascade_fast.model import export
 from cascade_fast.model.configuration import CascadeConfig, cascade_config
 from cascade_fast.model.modeling import CascadeForCausalLM
 from cascade_fast.runtime.files import DamagedFile, DiskFull, load_tensors, save_tensors
+from cascade_fast.selection import EVERY_TOKEN
 from cascade_fast.settings import LORA_TARGETS, make_settings
 from cascade_fast.stages.exits import ExitStage
 from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage
@@ -51,20 +51,22 @@ def _base(folder: Path, family: str, dtype=torch.float32) -> Path:
     return folder
 
 
-def _cascade(base_folder: Path, folder: Path, *, layers: int = LAYERS, stages: int = 1, threshold: float = 3.0) -> Path:
-    """What a run leaves whose stages are copies of the base's last ``layers`` layers, and noise."""
+def _cascade(
+    base_folder: Path, folder: Path, *, layers: int = LAYERS, threshold: float = 3.0, lora: dict | None = None
+) -> Path:
+    """What a run leaves whose stage is a copy of the base's last ``layers`` layers, and noise; or has updates of them,
+    all of it noise."""
     base = find_base(make_settings({"base": str(base_folder), "seq_len": 2}))
     weights = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32).state_dict()
-    shape = SecondLookConfig.from_base(base.config, layers=layers)
-    kept = []
-    for number in range(1, stages + 1):
-        stage = SecondLookStage(shape, head_VD=None)
-        with torch.no_grad():
-            for name, parameter in stage.named_parameters():
-                parameter.copy_(weights[export.name_in_base(name, shape.entry_layer)])
-                parameter += 0.05 * torch.randn(parameter.shape)
-        kept.append(ExitStage(stage, threshold))
-        kept[-1].save(folder / "stages" / str(number))
+    shape = SecondLookConfig.from_base(base.config, layers=layers, lora=lora)
+    stage = SecondLookStage(shape, head_VD=None)
+    for name, parameter in stage.named_parameters():
+        if lora is None:
+            parameter.copy_(weights[export.name_in_base(name, shape.entry_layer)] + 0.05 * torch.randn(parameter.shape))
+        else:
+            parameter.normal_(std=0.3)
+    kept = [ExitStage(stage, threshold)]
+    kept[0].save(folder / "stages" / "1")
     settings = {"base": str(base_folder), "out": str(folder), "dataset": "texts", "hard_ratio": 0.6}
     measured = {"test": {"tokens": 10, "base_ppl": 4.0, "cascade_ppl": 3.0}}
     config = cascade_config(base, kept, criterion="entropy", settings=settings, measured=measured, dtype="float32")
@@ -191,7 +193,7 @@ def test_what_a_merged_folder_holds(base, cascade, tmp_path):
 
 
 def test_what_was_measured_is_told_where_every_token_enters(base, tmp_path):
-    cascade = _cascade(base, tmp_path / "run", threshold=math.inf)
+    cascade = _cascade(base, tmp_path / "run", threshold=EVERY_TOKEN)
     export.export(str(cascade), tmp_path / "merged", format="merged")
     assert "| test | 10 | 4.0000 | 3.0000 | -25.00% |" in (tmp_path / "merged" / "README.md").read_text()
 
@@ -258,49 +260,18 @@ def test_a_saved_cascade_and_a_moved_base(base, cascade, tmp_path, capsys, self_
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
 
-def _updates(cascade: Path, lora: dict, seed: int = 3) -> dict[str, torch.Tensor]:
-    """Random updates of the stage's linear layers, as an adapter's stage file names them."""
-    random = torch.Generator().manual_seed(seed)
-    shapes = {n: t.shape for n, t in load_tensors(cascade / "stages/1/model.safetensors")[0].items()}
-    updates = {}
-    for name, shape in shapes.items():
-        module = name.removesuffix(".weight")
-        if module.split(".")[-1] in lora["targets"] and name.endswith(".weight"):
-            updates[f"{module}.lora_A.weight"] = 0.3 * torch.randn(lora["rank"], shape[1], generator=random)
-            updates[f"{module}.lora_B.weight"] = 0.3 * torch.randn(shape[0], lora["rank"], generator=random)
-    return updates
-
-
-def _with_updates(base: Path, cascade: Path, lora: dict, updates: dict[str, torch.Tensor], entry: int) -> None:
-    """Makes the stage what ``updates`` make of the base, one row and column at a time."""
-    weights = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
-    stage = load_tensors(cascade / "stages/1/model.safetensors")[0]
-    for name in stage:
-        stage[name] = weights[export.name_in_base(name, entry)].clone()
-        module = name.removesuffix(".weight")
-        if f"{module}.lora_A.weight" in updates:
-            a, b = (updates[f"{module}.lora_{which}.weight"] for which in "AB")
-            stage[name] += torch.einsum("or,ri->oi", b.double(), a.double()).float() * (lora["alpha"] / lora["rank"])
-    save_tensors(cascade / "stages/1/model.safetensors", stage)
-
-
-def _adapter(base: Path, cascade: Path, lora: dict) -> tuple[export.Source, torch.Tensor, torch.Tensor]:
-    """The cascade with updates of its base for a stage, and its logits of some ids."""
-    source = export.Source.find(str(cascade), "merged", None)
-    updates, entry = _updates(cascade, lora), source.config.entry_layer
-    _with_updates(base, cascade, lora, updates, entry)
-    ids = text_ids()
-    expected = _open_logits(cascade, ids)
-    save_tensors(cascade / "stages/1/model.safetensors", updates)
-    source.config.stages[0]["lora"] = lora
-    return source, ids, expected
+@pytest.fixture
+def adapted(base, tmp_path) -> Path:
+    """A cascade whose stage is an adapter."""
+    return _cascade(base, tmp_path / "adapted", lora=LORA)
 
 
 @pytest.mark.parametrize("family", CASES)
 def test_updates_are_merged(family, tmp_path):
     base = _base(tmp_path / "base", family)
-    source, ids, expected = _adapter(base, _cascade(base, tmp_path / "run"), LORA)
-    export._export_merged(source, tmp_path / "merged", None)
+    cascade, ids = _cascade(base, tmp_path / "run", lora=LORA), text_ids()
+    export.export(str(cascade), tmp_path / "merged", format="merged")
+    expected = _open_logits(cascade, ids)
     _close(_logits(tmp_path / "merged", ids), expected)
     assert (expected - _logits(base, ids)).abs().max() > 0.1
 
@@ -333,8 +304,8 @@ def test_peft_loads_the_adapter(family, layers, targets, tmp_path, recwarn):
 
     base = _base(tmp_path / "base", family)
     lora = {**LORA, "targets": targets}
-    source, ids, expected = _adapter(base, _cascade(base, tmp_path / "run", layers=layers), lora)
-    lines = export._export_adapter(source, tmp_path / "adapter", None)
+    cascade, ids = _cascade(base, tmp_path / "run", layers=layers, lora=lora), text_ids()
+    lines, expected = export.export(str(cascade), tmp_path / "adapter", format="peft"), _open_logits(cascade, ids)
     found = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "adapter"
     )
@@ -354,10 +325,9 @@ def test_peft_loads_the_adapter(family, layers, targets, tmp_path, recwarn):
     _close(eval(lines[2].removeprefix("load it: "), scope)(ids).logits, expected)
 
 
-def test_what_an_adapter_folder_holds(base, cascade, tmp_path):
+def test_what_an_adapter_folder_holds(base, adapted, tmp_path):
     """Read without PEFT: names and fields are its own."""
-    source, _, _ = _adapter(base, cascade, LORA)
-    export._export_adapter(source, tmp_path / "adapter", None)
+    export.export(str(adapted), tmp_path / "adapter", format="peft")
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "README.md",
     }  # fmt: skip
@@ -376,7 +346,7 @@ def test_what_an_adapter_folder_holds(base, cascade, tmp_path):
         "layers_pattern": "layers",
     }
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    stage = load_tensors(cascade / "stages/1/model.safetensors")[0]
+    stage = load_tensors(adapted / "stages/1/model.safetensors")[0]
     assert len(tensors) == len(stage) == 2 * LAYERS * len(LORA_TARGETS)
     name = "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
     assert torch.equal(tensors[name], stage["layers.1.self_attn.q_proj.lora_A.weight"])
@@ -387,8 +357,9 @@ def test_what_an_adapter_folder_holds(base, cascade, tmp_path):
     assert "| rank, alpha | 4, 6 |" in card
 
 
-def test_an_adapter_of_a_hub_model_names_it_with_its_revision(base, cascade, tmp_path):
-    source, _, _ = _adapter(base, cascade, {**LORA, "alpha": 6.5})
+def test_an_adapter_of_a_hub_model_names_it_with_its_revision(base, tmp_path):
+    cascade = _cascade(base, tmp_path / "run", lora={**LORA, "alpha": 6.5})
+    source = export.Source.find(str(cascade), "peft", None)
     source.base.__dict__.update(source="someone/model", revision="abc")
     source.config.base.update(source="someone/model", revision="abc")
     lines = export._export_adapter(source, tmp_path / "adapter", torch.bfloat16)
@@ -402,15 +373,82 @@ def test_an_adapter_of_a_hub_model_names_it_with_its_revision(base, cascade, tmp
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
-def test_an_adapter_trained_on_4_bit_says_so(base, cascade, tmp_path, monkeypatch):
-    source, _, _ = _adapter(base, cascade, LORA)
-    source.config.base["quantization"] = "nf4"
-    assert "note: it was trained on the base in 4 bit (nf4): load the base so" in export._export_adapter(
-        source, tmp_path / "adapter", None
-    )
+def _trained_on_4_bit(cascade: Path) -> None:
+    config = json.loads((cascade / "config.json").read_text())
+    config["base"]["quantization"] = "nf4"
+    (cascade / "config.json").write_text(json.dumps(config))
+
+
+def test_an_adapter_trained_on_4_bit(adapted, tmp_path, capsys, monkeypatch):
+    """It is written where nothing can be loaded in 4 bit."""
+    _trained_on_4_bit(adapted)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    code, out, err = _main(capsys, adapted, "--to", tmp_path / "adapter", "--format", "peft")
+    assert (code, err) == (0, "")
+    assert "note: it was trained on the base in 4 bit (nf4): load the base so" in out
     assert 'bnb_4bit_quant_type="nf4"' in (tmp_path / "adapter" / "README.md").read_text()
-    with pytest.raises(InputError, match="format: 'merged'; its stage was trained on a base in 4 bit"):
-        export._check(source.config, "merged")
+    code, _, err = _main(capsys, adapted, "--to", tmp_path / "merged")
+    assert code == 2
+    assert err.startswith("error: format: 'merged'; its stage was trained on a base in 4 bit (nf4): ")
+    assert "Use --format peft" in err
+    assert not (tmp_path / "merged").exists()
+
+
+@needs_peft
+def test_peft_on_4_bit_is_the_cascade_on_4_bit(base, adapted, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig
+
+    _trained_on_4_bit(adapted)
+    ids = text_ids()
+    expected = _open_logits(adapted, ids)
+    export.export(str(adapted), tmp_path / "adapter", format="peft")
+    in_4_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=in_4_bit)
+    _close(PeftModel.from_pretrained(plain, tmp_path / "adapter")(ids).logits, expected)
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    other = PeftModel.from_pretrained(whole, tmp_path / "adapter")(ids).logits
+    assert (other - expected).abs().max() > 0.01  # why nothing is merged into the base's own weights
+
+
+@needs_peft
+def test_a_trained_adapter_is_exported_both_ways(look_settings, tmp_path, capsys):
+    from peft import PeftModel
+
+    from cascade_fast.cascade import run_cascade
+
+    asked = {**look_settings, "adapter": "lora", "num_stages": 1, "accept": "always", "hard_ratio": 1.0, "lr": 3e-2}
+    with torch.enable_grad():
+        run = run_cascade(make_settings({**asked, "test_blocks": 12, "out": str(tmp_path / "run")})).path
+    ids = text_ids()
+    expected = _open_logits(run, ids)
+    plain = AutoModelForCausalLM.from_pretrained(look_settings["base"], dtype=torch.float32)
+    assert (plain(ids).logits - expected).abs().max() > 0.05  # it has learnt something
+    for form in ("merged", "peft"):
+        assert _main(capsys, run, "--to", tmp_path / form, "--format", form)[0] == 0
+        card = (tmp_path / form / "README.md").read_text()
+        assert "## Measured" in card  # every token entered in training, too
+    _close(_logits(tmp_path / "merged", ids), expected)
+    _close(PeftModel.from_pretrained(plain, tmp_path / "peft")(ids).logits, expected)
+
+
+@pytest.mark.parametrize("format", ["merged", "peft"])
+def test_a_whole_cascade_with_an_adapter(base, adapted, tmp_path, capsys, format):
+    """A merged model needs nothing else; an adapter has to name its base."""
+    CascadeForCausalLM.from_pretrained(adapted).save_pretrained(tmp_path / "whole", max_shard_size="40KB")
+    expected, ids = [export.export(str(adapted), tmp_path / "one", format=format)], text_ids()
+    expected = _open_logits(adapted, ids)
+    base.rename(tmp_path / "moved")
+    code, _, err = _main(capsys, tmp_path / "whole", "--to", tmp_path / "two", "--format", format)
+    if format == "peft":
+        assert (code, "If it lies elsewhere now, pass base_path" in err) == (2, True)
+        again = ["--to", tmp_path / "two", "--format", format, "--base-path", tmp_path / "moved"]
+        assert _main(capsys, tmp_path / "whole", *again)[0] == 0
+        one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+        assert all(torch.equal(one[name], two[name]) for name in one.keys() | two.keys())
+    else:
+        _close(_logits(tmp_path / "two", ids), expected)
 
 
 # --- what cannot be exported ------------------------------------------------------------------------------------------
@@ -477,7 +515,7 @@ def test_what_is_no_cascade(tmp_path, capsys, run):
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_are_not_those_of_the_configuration(base, cascade, tmp_path):
+def test_weights_that_are_not_those_of_the_configuration(cascade, adapted, tmp_path):
     path = cascade / "stages/1/model.safetensors"
     whole = load_tensors(path)[0]
     for wrong in (
@@ -488,8 +526,7 @@ def test_weights_that_are_not_those_of_the_configuration(base, cascade, tmp_path
         save_tensors(path, wrong)
         with pytest.raises(DamagedFile, match="stage 1 are not those of the layers"):
             export.export(str(cascade), tmp_path / "out", format="merged")
-    save_tensors(path, whole)
-    source, _, _ = _adapter(base, cascade, LORA)
+    path = adapted / "stages/1/model.safetensors"
     updates = load_tensors(path)[0]
     name = "layers.0.mlp.up_proj.lora_B.weight"
     for wrong, said in (
@@ -498,15 +535,15 @@ def test_weights_that_are_not_those_of_the_configuration(base, cascade, tmp_path
         ({**updates, "norm.weight": torch.ones(32)}, "stage 1 has model.norm.weight"),
     ):
         save_tensors(path, wrong)
-        for write in (export._export_merged, export._export_adapter):
+        for format in ("merged", "peft"):
             with pytest.raises(DamagedFile, match=said):
-                write(source, tmp_path / "out", None)
+                export.export(str(adapted), tmp_path / "out", format=format)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DamagedFile):
-        export._export_merged(source, tmp_path / "out", None)
+        export.export(str(adapted), tmp_path / "out", format="merged")
     path.unlink()
     with pytest.raises(DamagedFile, match="is missing"):
-        export._export_merged(source, tmp_path / "out", None)
+        export.export(str(adapted), tmp_path / "out", format="merged")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,7 +1,6 @@
 """The model card (``README.md``) of a cascade or of what is exported from one, made from its configuration and the
 license that its base states."""
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from cascade_fast.base.model import SMOLLM2, SMOLLM2_HUB_ID
 from cascade_fast.criteria import score_label
 from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.runtime.console import format_count, literal, markdown_table
+from cascade_fast.selection import EVERY_TOKEN
 from cascade_fast.stages.kind import get_kind
 
 _RECIPE = (
@@ -96,7 +96,7 @@ def _exported_card(
     relation: str,
 ) -> str:
     # Those of the run are of the cascade at its threshold; they are this model's where every token passes that.
-    measured = _measured(config) if math.inf in config.thresholds else []
+    measured = _measured(config) if config.thresholds[0] >= EVERY_TOKEN else []
     rows = [*_base_rows(config, license), *rows, ["layers a token", f"{config.num_hidden_layers}, as the base"]]
     parts = [
         _metadata(config, license, library=library, tags=("cascade",), relation=relation),
