@@ -35,10 +35,10 @@ CASES = {**FAMILIES, "llama-untied": (*FAMILIES["llama"][:2], {"tie_word_embeddi
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 
 
-def _base(folder: Path, family: str, dtype=torch.float32) -> Path:
-    """A random model of three layers, biases and norms too, with a tokenizer."""
+def _base(folder: Path, family: str, dtype=torch.float32, **more) -> Path:
+    """A random model of three layers, biases and norms too, with a tokenizer. ``more``: of its configuration."""
     config_class, model_class, changes = CASES[family]
-    fields = {**tiny_llama_config().to_dict(), **changes, "model_type": config_class.model_type}
+    fields = {**tiny_llama_config().to_dict(), **changes, **more, "model_type": config_class.model_type}
     if "sliding_window" in changes:
         fields["sliding_window"] = 64  # longer than the text: a second look has none
     model = model_class(config_class(**fields))
@@ -395,21 +395,24 @@ def test_an_adapter_trained_on_4_bit(adapted, tmp_path, capsys, monkeypatch):
 
 
 @needs_peft
-def test_peft_on_4_bit_is_the_cascade_on_4_bit(base, adapted, tmp_path):
+def test_peft_on_4_bit_is_the_cascade_on_4_bit(tmp_path):
     pytest.importorskip("bitsandbytes")
     from peft import PeftModel
     from transformers import BitsAndBytesConfig
 
+    # bitsandbytes' kernels for the CPU want rows of whole blocks of 64.
+    base = _base(tmp_path / "base", "llama", hidden_size=64, intermediate_size=128, head_dim=16)
+    adapted, ids = _cascade(base, tmp_path / "adapted", lora=LORA), text_ids()
     _trained_on_4_bit(adapted)
-    ids = text_ids()
     expected = _open_logits(adapted, ids)
     export.export(str(adapted), tmp_path / "adapter", format="peft")
     in_4_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=in_4_bit)
-    _close(PeftModel.from_pretrained(plain, tmp_path / "adapter")(ids).logits, expected)
+    found = PeftModel.from_pretrained(plain, tmp_path / "adapter")(ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)  # its products on the CPU are in bfloat16
     whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     other = PeftModel.from_pretrained(whole, tmp_path / "adapter")(ids).logits
-    assert (other - expected).abs().max() > 0.01  # why nothing is merged into the base's own weights
+    assert (other - expected).abs().max() > 5e-2  # why nothing is merged into the base's own weights
 
 
 @needs_peft

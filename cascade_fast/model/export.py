@@ -195,16 +195,24 @@ def merged_weights(
         DamagedFile: the stage's weights are not those.
         InputError: a value is beyond ``dtype``.
     """
+    copied: dict[str, Tensor] = {}
+    updates: dict[str, tuple[Tensor, Tensor]] = {}
     if lora is None:
-        theirs = {name_in_base(name, layers.start): tensor for name, tensor in stage.items()}
-        expected = {n: base[n].shape for n in base if _replaced(n, layers)}
-        if {name: tensor.shape for name, tensor in theirs.items()} != expected:
+        copied = {name_in_base(name, layers.start): tensor for name, tensor in stage.items()}
+        expected = {name: tensor.shape for name, tensor in base.items() if _replaced(name, layers)}
+        if {name: tensor.shape for name, tensor in copied.items()} != expected:
             raise DamagedFile("stages: the weights of stage 1 are not those of the layers that config.json names")
     else:
-        update = _updates(base, stage, layers, lora)
-        scale = lora["alpha"] / lora["rank"]
-        theirs = {name: base[name].float() + (b.float() @ a.float()) * scale for name, (a, b) in update.items()}
-    return {name: _rounded(name, theirs.get(name, tensor), dtype) for name, tensor in base.items()}
+        updates = _updates(base, stage, layers, lora)
+
+    def merged(name: str, tensor: Tensor) -> Tensor:  # one at a time: float32 may be twice the model
+        if name not in updates:
+            return copied.get(name, tensor)
+        a, b = updates[name]
+        assert lora is not None
+        return tensor.float() + (b.float() @ a.float()) * (lora["alpha"] / lora["rank"])
+
+    return {name: _rounded(name, merged(name, tensor), dtype) for name, tensor in base.items()}
 
 
 def _replaced(name: str, layers: range) -> bool:
@@ -219,7 +227,7 @@ def _updates(
     """``A`` (rank, in) and ``B`` (out, rank) of every weight of the base that is updated, by its name. Raises
     DamagedFile."""
     updated = re.compile(rf".*\.({'|'.join(map(re.escape, lora['targets']))})\.weight")
-    expected = {n: base[n].shape for n in base if _replaced(n, layers) and updated.fullmatch(n)}
+    expected = {n: t.shape for n, t in base.items() if _replaced(n, layers) and updated.fullmatch(n)}
     found = {name_in_base(name, layers.start): tensor for name, tensor in stage.items()}
     pairs = {}
     for name, (rows, columns) in expected.items():
