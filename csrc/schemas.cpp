@@ -9,7 +9,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
   m.def("scatter_rows(Tensor rows, Tensor index, Tensor into, bool add) -> Tensor");
   m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, bool grad) -> (Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)");
-  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inv_rms) -> (Tensor, Tensor)");
+  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inv_rms, bool weight_grad) -> (Tensor, Tensor)");
+  m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
+  m.def("silu_mul_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
+  m.def("rotate_rows(Tensor x, Tensor cos, Tensor sin, Tensor index, Tensor into) -> Tensor");
+  m.def("rotate_rows_backward(Tensor grad, Tensor cos, Tensor sin, Tensor index, int heads) -> Tensor");
+  m.def("masked_softmax_(Tensor(a!) scores, Tensor mask) -> ()");
+  m.def("softmax_backward_(Tensor(a!) grad, Tensor weights) -> ()");
   m.def(
       "adamw8bit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, "
       "Tensor(e!)[] absmax2, int[] steps, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");

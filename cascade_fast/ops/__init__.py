@@ -1,5 +1,5 @@
-"""Operators of the cascade: score tokens, select the hard ones, gather their rows, scatter results back; and a step
-of 8-bit AdamW.
+"""Operators of the cascade: score tokens, select the hard ones, gather their rows, scatter results back; parts of a
+decoder layer (``layers.py``); and a step of 8-bit AdamW.
 
 Every operator has one contract (``schema.py``), a plain torch body (``reference.py``) and faster bodies picked by
 ``backends.py``. ``backend`` is ``"auto"`` or a name of :data:`BACKENDS`; a name that cannot run is an error.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cascade_fast.ops import schema  # noqa: F401  (declares the operators)
 from cascade_fast.ops.backends import BACKENDS, OPS, SELECTION_OPS, choose, why_not
+from cascade_fast.ops.layers import masked_softmax_, rotate_rows, silu_mul, softmax_backward_
 
 __all__ = [
     "BACKENDS",
@@ -27,9 +28,13 @@ __all__ = [
     "cosine_score",
     "cross_entropy_",
     "gather_rows",
+    "masked_softmax_",
     "rms_norm",
+    "rotate_rows",
     "scatter_rows",
     "select_hard",
+    "silu_mul",
+    "softmax_backward_",
     "why_not",
 ]
 

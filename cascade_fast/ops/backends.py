@@ -24,6 +24,12 @@ CPU_OPS = (
     "cross_entropy_",
     "rms_norm",
     "rms_norm_backward",
+    "silu_mul",
+    "silu_mul_backward",
+    "rotate_rows",
+    "rotate_rows_backward",
+    "masked_softmax_",
+    "softmax_backward_",
     "adamw8bit",
 )
 OPS = SELECTION_OPS + CPU_OPS

@@ -93,13 +93,59 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> 
     return (x_ND * inv_rms_N1 * weight_D).to(dtype), inv_rms_N1.squeeze(-1)
 
 
-def rms_norm_backward(grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, inv_rms_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`rms_norm` in ``x`` and ``weight``, in their dtype."""
+def rms_norm_backward(
+    grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, inv_rms_N: Tensor, weight_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`rms_norm` in ``x`` and ``weight``, in their dtype; the second empty unless asked for."""
     inv_rms_N1, grad_ND = inv_rms_N.unsqueeze(-1), grad_ND.to(x_ND.dtype)
     unit_ND = x_ND * inv_rms_N1
     grad_unit_ND = grad_ND * weight_D
     grad_x_ND = inv_rms_N1 * (grad_unit_ND - unit_ND * (grad_unit_ND * unit_ND).mean(-1, keepdim=True))
-    return grad_x_ND, (grad_ND * unit_ND).sum(0)
+    return grad_x_ND, (grad_ND * unit_ND).sum(0) if weight_grad else weight_D.new_empty(0)
+
+
+def silu_mul(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """``silu(gate) * up`` in float32, rounded once."""
+    return (torch.nn.functional.silu(gate_NF.float()) * up_NF.float()).to(gate_NF.dtype)
+
+
+def silu_mul_backward(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`silu_mul` in the inputs' dtype."""
+    grad, gate, up = grad_NF.float(), gate_NF.float(), up_NF.float()
+    share = gate.sigmoid()
+    silu = gate * share
+    return (grad * up * (share + silu * (1.0 - share))).to(gate_NF.dtype), (grad * silu).to(up_NF.dtype)
+
+
+def rotate_rows(x_KHE: Tensor, cos_KF: Tensor, sin_KF: Tensor, index_Y: Tensor, into_PE: Tensor) -> Tensor:
+    """A copy of ``into`` with the rotated heads in rows ``index``."""
+    turned_KHE = _turned(x_KHE, cos_KF, sin_KF).to(into_PE.dtype)
+    return into_PE.index_copy(0, index_Y, turned_KHE.flatten(0, 1))
+
+
+def rotate_rows_backward(grad_PE: Tensor, cos_KF: Tensor, sin_KF: Tensor, index_Y: Tensor, heads: int) -> Tensor:
+    """Gradient of :func:`rotate_rows` in ``x``: the rows, rotated back."""
+    grad_KHE = grad_PE.index_select(0, index_Y).unflatten(0, (-1, heads))
+    return _turned(grad_KHE, cos_KF, -sin_KF).to(grad_PE.dtype)
+
+
+def _turned(x_KHE: Tensor, cos_KF: Tensor, sin_KF: Tensor) -> Tensor:
+    if cos_KF.numel() == 0:
+        return x_KHE
+    first, second = x_KHE.float().chunk(2, dim=-1)
+    cos_K1F, sin_K1F = cos_KF[:, None], sin_KF[:, None]
+    return torch.cat((first * cos_K1F - second * sin_K1F, second * cos_K1F + first * sin_K1F), dim=-1)
+
+
+def masked_softmax_(scores_BHQS: Tensor, mask_B1QS: Tensor) -> None:
+    """``softmax(scores + mask)`` in float32, rounded once, in the scores' place."""
+    scores_BHQS.copy_((scores_BHQS.float() + mask_B1QS.float()).softmax(dim=-1))
+
+
+def softmax_backward_(grad_RS: Tensor, weights_RS: Tensor) -> None:
+    """The gradient of the scores, in the place of the weights' ``grad``."""
+    grad, weights = grad_RS.float(), weights_RS.float()
+    grad_RS.copy_(weights * (grad - (grad * weights).sum(-1, keepdim=True)))
 
 
 # --- 8-bit AdamW -----------------------------------------------------------------------------------------------------

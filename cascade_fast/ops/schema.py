@@ -27,7 +27,8 @@ _LIB.define(
 )
 _LIB.define("rms_norm(Tensor x, Tensor weight, float eps, *, ScalarType dtype, str backend='auto') -> (Tensor, Tensor)")
 _LIB.define(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inv_rms, *, str backend='auto') -> (Tensor, Tensor)"
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inv_rms, bool weight_grad=True, *, "
+    "str backend='auto') -> (Tensor, Tensor)"
 )
 _LIB.define(
     "adamw8bit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, "
@@ -36,12 +37,12 @@ _LIB.define(
 )
 
 
-def _check(condition: bool, message: str) -> None:
+def check(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
 
-def _shape(t: Tensor) -> str:
+def shape_of(t: Tensor) -> str:
     return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
 
 
@@ -49,62 +50,62 @@ def _shape(t: Tensor) -> str:
 
 
 def _check_cosine_score(h_in: Tensor, h_out: Tensor) -> None:
-    _check(h_in.dim() == 2, f"h_in: {_shape(h_in)}; must have 2 dimensions (N, D)")
-    _check(h_in.shape == h_out.shape, f"h_out: {_shape(h_out)}; must have the shape of h_in, {tuple(h_in.shape)}")
-    _check(h_in.dtype in FLOAT_DTYPES, f"h_in: {_shape(h_in)}; must be float32, float16 or bfloat16")
-    _check(h_out.dtype == h_in.dtype, f"h_out: {_shape(h_out)}; must have the dtype of h_in, {h_in.dtype}")
-    _check(h_out.device == h_in.device, f"h_out: {_shape(h_out)}; must be on the device of h_in, {h_in.device}")
-    _check(h_in.shape[0] <= MAX_ROWS, f"h_in: {_shape(h_in)}; must have at most 2^31 - 1 rows")
+    check(h_in.dim() == 2, f"h_in: {shape_of(h_in)}; must have 2 dimensions (N, D)")
+    check(h_in.shape == h_out.shape, f"h_out: {shape_of(h_out)}; must have the shape of h_in, {tuple(h_in.shape)}")
+    check(h_in.dtype in FLOAT_DTYPES, f"h_in: {shape_of(h_in)}; must be float32, float16 or bfloat16")
+    check(h_out.dtype == h_in.dtype, f"h_out: {shape_of(h_out)}; must have the dtype of h_in, {h_in.dtype}")
+    check(h_out.device == h_in.device, f"h_out: {shape_of(h_out)}; must be on the device of h_in, {h_in.device}")
+    check(h_in.shape[0] <= MAX_ROWS, f"h_in: {shape_of(h_in)}; must have at most 2^31 - 1 rows")
 
 
 def _check_select_hard(scores: Tensor, k: int) -> None:
-    _check(scores.dim() == 2, f"scores: {_shape(scores)}; must have 2 dimensions (B, N)")
-    _check(scores.dtype == torch.float32, f"scores: {_shape(scores)}; must be float32")
-    _check(scores.shape[1] <= MAX_ROWS, f"scores: {_shape(scores)}; must have at most 2^31 - 1 scores in a row")
-    _check(0 <= k <= scores.shape[1], f"k: {k}; must be between 0 and the number of scores, {scores.shape[1]}")
+    check(scores.dim() == 2, f"scores: {shape_of(scores)}; must have 2 dimensions (B, N)")
+    check(scores.dtype == torch.float32, f"scores: {shape_of(scores)}; must be float32")
+    check(scores.shape[1] <= MAX_ROWS, f"scores: {shape_of(scores)}; must have at most 2^31 - 1 scores in a row")
+    check(0 <= k <= scores.shape[1], f"k: {k}; must be between 0 and the number of scores, {scores.shape[1]}")
 
 
 def _check_index(index: Tensor, rows: Tensor, name: str) -> None:
-    _check(index.dim() == 1, f"index: {_shape(index)}; must have 1 dimension (K,)")
-    _check(index.dtype == torch.int64, f"index: {_shape(index)}; must be int64")
-    _check(index.device == rows.device, f"index: {_shape(index)}; must be on the device of {name}, {rows.device}")
+    check(index.dim() == 1, f"index: {shape_of(index)}; must have 1 dimension (K,)")
+    check(index.dtype == torch.int64, f"index: {shape_of(index)}; must be int64")
+    check(index.device == rows.device, f"index: {shape_of(index)}; must be on the device of {name}, {rows.device}")
 
 
 def _check_gather_rows(hidden: Tensor, index: Tensor, carried: list[Tensor]) -> None:
-    _check(hidden.dim() == 2, f"hidden: {_shape(hidden)}; must have 2 dimensions (N, D)")
-    _check(hidden.dtype in FLOAT_DTYPES, f"hidden: {_shape(hidden)}; must be float32, float16 or bfloat16")
+    check(hidden.dim() == 2, f"hidden: {shape_of(hidden)}; must have 2 dimensions (N, D)")
+    check(hidden.dtype in FLOAT_DTYPES, f"hidden: {shape_of(hidden)}; must be float32, float16 or bfloat16")
     _check_index(index, hidden, "hidden")
     for i, array in enumerate(carried):
-        _check(array.shape == hidden.shape[:1], f"carried[{i}]: {_shape(array)}; must have shape ({hidden.shape[0]},)")
-        _check(array.device == hidden.device, f"carried[{i}]: {_shape(array)}; must be on {hidden.device}")
+        check(array.shape == hidden.shape[:1], f"carried[{i}]: {shape_of(array)}; must have shape ({hidden.shape[0]},)")
+        check(array.device == hidden.device, f"carried[{i}]: {shape_of(array)}; must be on {hidden.device}")
 
 
 def _check_scatter_rows(rows: Tensor, index: Tensor, into: Tensor) -> None:
-    _check(into.dim() == 2, f"into: {_shape(into)}; must have 2 dimensions (N, D)")
-    _check(into.dtype in FLOAT_DTYPES, f"into: {_shape(into)}; must be float32, float16 or bfloat16")
+    check(into.dim() == 2, f"into: {shape_of(into)}; must have 2 dimensions (N, D)")
+    check(into.dtype in FLOAT_DTYPES, f"into: {shape_of(into)}; must be float32, float16 or bfloat16")
     _check_index(index, into, "into")
     wanted = (index.shape[0], into.shape[1])
-    _check(tuple(rows.shape) == wanted, f"rows: {_shape(rows)}; must have shape {wanted}, (K, D) of index and into")
-    _check(rows.dtype == into.dtype, f"rows: {_shape(rows)}; must have the dtype of into, {into.dtype}")
-    _check(rows.device == into.device, f"rows: {_shape(rows)}; must be on the device of into, {into.device}")
+    check(tuple(rows.shape) == wanted, f"rows: {shape_of(rows)}; must have shape {wanted}, (K, D) of index and into")
+    check(rows.dtype == into.dtype, f"rows: {shape_of(rows)}; must have the dtype of into, {into.dtype}")
+    check(rows.device == into.device, f"rows: {shape_of(rows)}; must be on the device of into, {into.device}")
 
 
 def _check_cross_entropy(logits: Tensor, labels: Tensor) -> None:
-    _check(logits.dim() == 2, f"logits: {_shape(logits)}; must have 2 dimensions (C, V)")
-    _check(logits.dtype in FLOAT_DTYPES, f"logits: {_shape(logits)}; must be float32, float16 or bfloat16")
-    _check(logits.is_contiguous(), f"logits: strides {tuple(logits.stride())}; must be contiguous")
-    _check(labels.shape == logits.shape[:1], f"labels: {_shape(labels)}; must have shape ({logits.shape[0]},)")
-    _check(labels.dtype == torch.int64, f"labels: {_shape(labels)}; must be int64")
-    _check(labels.device == logits.device, f"labels: {_shape(labels)}; must be on the device of logits")
+    check(logits.dim() == 2, f"logits: {shape_of(logits)}; must have 2 dimensions (C, V)")
+    check(logits.dtype in FLOAT_DTYPES, f"logits: {shape_of(logits)}; must be float32, float16 or bfloat16")
+    check(logits.is_contiguous(), f"logits: strides {tuple(logits.stride())}; must be contiguous")
+    check(labels.shape == logits.shape[:1], f"labels: {shape_of(labels)}; must have shape ({logits.shape[0]},)")
+    check(labels.dtype == torch.int64, f"labels: {shape_of(labels)}; must be int64")
+    check(labels.device == logits.device, f"labels: {shape_of(labels)}; must be on the device of logits")
 
 
 def _check_rms_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
-    _check(x.dim() == 2, f"x: {_shape(x)}; must have 2 dimensions (N, D)")
-    _check(x.dtype == torch.float32, f"x: {_shape(x)}; must be float32")
-    _check(weight.shape == x.shape[1:], f"weight: {_shape(weight)}; must have shape ({x.shape[1]},)")
-    _check(weight.dtype == torch.float32, f"weight: {_shape(weight)}; must be float32")
-    _check(weight.device == x.device, f"weight: {_shape(weight)}; must be on the device of x, {x.device}")
-    _check(dtype in FLOAT_DTYPES, f"dtype: {dtype}; must be float32, float16 or bfloat16")
+    check(x.dim() == 2, f"x: {shape_of(x)}; must have 2 dimensions (N, D)")
+    check(x.dtype == torch.float32, f"x: {shape_of(x)}; must be float32")
+    check(weight.shape == x.shape[1:], f"weight: {shape_of(weight)}; must have shape ({x.shape[1]},)")
+    check(weight.dtype == torch.float32, f"weight: {shape_of(weight)}; must be float32")
+    check(weight.device == x.device, f"weight: {shape_of(weight)}; must be on the device of x, {x.device}")
+    check(dtype in FLOAT_DTYPES, f"dtype: {dtype}; must be float32, float16 or bfloat16")
 
 
 def _check_adamw8bit(
@@ -125,33 +126,33 @@ def _check_adamw8bit(
         "steps": steps,
     }
     for name, values in lists.items():
-        _check(
+        check(
             len(values) == len(params), f"{name}: {len(values)} of them; must be one for each of {len(params)} params"
         )
     for i, param in enumerate(params):
         first, second, scale1, scale2 = state1[i], state2[i], absmax1[i], absmax2[i]
         blocks = -(-param.numel() // reference.BLOCK) if first.dtype == torch.uint8 else 0
-        _check(param.dtype == torch.float32, f"params[{i}]: {_shape(param)}; must be float32")
-        _check(param.is_contiguous(), f"params[{i}]: {_shape(param)}, strides {param.stride()}; must be contiguous")
-        _check(grads[i].shape == param.shape, f"grads[{i}]: {_shape(grads[i])}; must have shape {tuple(param.shape)}")
-        _check(grads[i].dtype in FLOAT_DTYPES, f"grads[{i}]: {_shape(grads[i])}; must be float32, float16 or bfloat16")
-        _check(grads[i].device == param.device, f"grads[{i}]: {_shape(grads[i])}; must be on {param.device}")
+        check(param.dtype == torch.float32, f"params[{i}]: {shape_of(param)}; must be float32")
+        check(param.is_contiguous(), f"params[{i}]: {shape_of(param)}, strides {param.stride()}; must be contiguous")
+        check(grads[i].shape == param.shape, f"grads[{i}]: {shape_of(grads[i])}; must have shape {tuple(param.shape)}")
+        check(grads[i].dtype in FLOAT_DTYPES, f"grads[{i}]: {shape_of(grads[i])}; must be float32, float16 or bfloat16")
+        check(grads[i].device == param.device, f"grads[{i}]: {shape_of(grads[i])}; must be on {param.device}")
         for name, state in (("state1", first), ("state2", second)):
             good = state.shape == param.shape and state.dtype in (torch.uint8, torch.float32)
             good = good and state.dtype == first.dtype and state.device == param.device and state.is_contiguous()
-            _check(
+            check(
                 good,
-                f"{name}[{i}]: {_shape(state)}; must be uint8 or float32 like state1, contiguous, in the shape "
-                f"and on the device of params[{i}], {_shape(param)}",
+                f"{name}[{i}]: {shape_of(state)}; must be uint8 or float32 like state1, contiguous, in the shape "
+                f"and on the device of params[{i}], {shape_of(param)}",
             )
         for name, scale in (("absmax1", scale1), ("absmax2", scale2)):
             good = scale.shape == (blocks,) and scale.dtype == torch.float32 and scale.device == param.device
-            _check(
+            check(
                 good and scale.is_contiguous(),
-                f"{name}[{i}]: {_shape(scale)}; must be contiguous float32 of shape "
+                f"{name}[{i}]: {shape_of(scale)}; must be contiguous float32 of shape "
                 f"({blocks},), one for each block of 256 of a uint8 state",
             )
-        _check(steps[i] >= 1, f"steps[{i}]: {steps[i]}; must be 1 for the first step, or more")
+        check(steps[i] >= 1, f"steps[{i}]: {steps[i]}; must be 1 for the first step, or more")
 
 
 # --- fakes: shapes and dtypes of the results -------------------------------------------------------------------------
@@ -196,8 +197,8 @@ def _(x, weight, eps, *, dtype, backend="auto"):
 
 
 @torch.library.register_fake("cascade_fast::rms_norm_backward", lib=_LIB)
-def _(grad, x, weight, inv_rms, *, backend="auto"):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+def _(grad, x, weight, inv_rms, weight_grad=True, *, backend="auto"):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape if weight_grad else 0)
 
 
 @torch.library.register_fake("cascade_fast::adamw8bit", lib=_LIB)
@@ -245,9 +246,9 @@ def _rms_norm(
 
 
 def _rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, inv_rms: Tensor, *, backend: str = "auto"
+    grad: Tensor, x: Tensor, weight: Tensor, inv_rms: Tensor, weight_grad: bool = True, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    return backends.body("rms_norm_backward", x.device, backend)(grad, x, weight, inv_rms)
+    return backends.body("rms_norm_backward", x.device, backend)(grad, x, weight, inv_rms, weight_grad)
 
 
 def _adamw8bit(
@@ -344,8 +345,11 @@ def _rms_norm_setup(ctx, inputs, keyword_only_inputs, output):
 
 def _rms_norm_backward_of(ctx, grad_ND, _inv_rms_grad):
     x_ND, weight_D, inv_rms_N = ctx.saved_tensors
-    grads = torch.ops.cascade_fast.rms_norm_backward(grad_ND, x_ND, weight_D, inv_rms_N, backend=ctx.backend)
-    return *grads, None
+    wanted = ctx.needs_input_grad[1]
+    grad_x_ND, grad_weight_D = torch.ops.cascade_fast.rms_norm_backward(
+        grad_ND, x_ND, weight_D, inv_rms_N, wanted, backend=ctx.backend
+    )
+    return grad_x_ND, grad_weight_D if wanted else None, None
 
 
 torch.library.register_autograd(

@@ -9,10 +9,14 @@ H heads, G key/value heads, E head size, F = E / 2.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from cascade_fast import ops
+from cascade_fast.stages.tokens import SequencePack
 
 SCORE_BYTES = 8 * 2**20  # most scores that one product on the CPU makes: beyond, it goes by blocks of queries
 
@@ -51,6 +55,151 @@ def rotate(x_KHE: Tensor, cos_K1F: Tensor, sin_K1F: Tensor, dtype: torch.dtype) 
         cos_K1F, sin_K1F: ``(K, 1, E / 2)`` float32, of each token's angles.
     """
     return _Rotate.apply(x_KHE, cos_K1F, sin_K1F, dtype)
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What attention needs of a pack in every layer, made once. What moves are rows of one head, E numbers each.
+
+    Attributes:
+        kv_L2PE: keys and values of all tokens, ``P = B * G * S`` rows, in the dtype that attention computes in; where
+            every token has its own, zeros, all of them one row in memory.
+        kv_BGSE: the shape of one layer's keys.
+        row_X: rows among P of the hard tokens' own, ``X = K * G``.
+        slot_Y: rows among ``B * H * Q`` of their queries, ``Y = K * H``.
+        queries: Q.
+        key_angles, query_angles: cosine and sine ``(K, E / 2)``, float32; the query's divided by ``sqrt(E)``.
+        at_once: whether, on the CPU, all scores of a layer are made at once.
+        mask_B1QS: see :func:`grouped_attention`; on the CPU, where all of it is used at once, what is to be added.
+    """
+
+    kv_L2PE: Tensor
+    kv_BGSE: tuple[int, int, int, int]
+    row_X: Tensor
+    slot_Y: Tensor
+    queries: int
+    key_angles: tuple[Tensor, Tensor]
+    query_angles: tuple[Tensor, Tensor]
+    mask_B1QS: Tensor
+    at_once: bool
+
+    @classmethod
+    def from_pack(
+        cls, pack: SequencePack, heads: int, kv_shape: tuple[int, int, int, int], cos_KE: Tensor, sin_KE: Tensor
+    ) -> "AttentionInputs":
+        (sequences, seq_len), device = pack.shape, pack.row_K.device
+        (layers, _, groups, size), queries = kv_shape, pack.queries
+        computes = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+        if pack.kv_BSL2GE is None:
+            rows = sequences * groups * seq_len
+            kv_L2PE = pack.hidden_KD.new_zeros(1, size, dtype=computes).expand(layers, 2, rows, size)
+        else:
+            kv_L2BGSE = pack.kv_BSL2GE.permute(2, 3, 0, 4, 1, 5).to(computes)
+            kv_L2PE = kv_L2BGSE.reshape(*kv_L2BGSE.shape[:2], -1, size)
+        sequence_K = pack.row_K // seq_len
+        group_G, head_H = torch.arange(groups, device=device), torch.arange(heads, device=device)
+        row_KG = ((sequence_K * groups)[:, None] + group_G) * seq_len + (pack.row_K % seq_len)[:, None]
+        slot_KH = ((sequence_K * heads)[:, None] + head_H) * queries + (pack.slot_K % queries)[:, None]
+        cos_KF, sin_KF = (angle_KE[:, : size // 2].float() for angle_KE in (cos_KE, sin_KE))
+        mask_B1QS = pack.mask()
+        at_once = device.type == "cpu" and queries_at_once((sequences, heads), seq_len, computes.itemsize) >= queries
+        if at_once:
+            mask_B1QS = additive(mask_B1QS, computes)
+        return cls(
+            kv_L2PE=kv_L2PE,
+            kv_BGSE=(sequences, groups, seq_len, size),
+            row_X=row_KG.flatten(),
+            slot_Y=slot_KH.flatten(),
+            queries=queries,
+            key_angles=(cos_KF.contiguous(), sin_KF.contiguous()),
+            query_angles=(cos_KF * size**-0.5, sin_KF * size**-0.5),
+            mask_B1QS=mask_B1QS,
+            at_once=at_once,
+        )
+
+
+class _Attend(torch.autograd.Function):
+    """:func:`attend` on the CPU, forward and backward written out: beside the products one pass over memory each
+    for rotating and placing, for the softmax and for taking back. Kept are queries, keys, values and weights."""
+
+    @staticmethod
+    def forward(ctx, query_KHE: Tensor, key_KGE: Tensor, value_KGE: Tensor, inputs: AttentionInputs, layer: int):
+        sequences, groups, seq_len, size = inputs.kv_BGSE
+        heads, rows = query_KHE.shape[1], sequences * query_KHE.shape[1] * inputs.queries
+        as_it_is = query_KHE.new_empty(0, dtype=torch.float32)
+        room_PE = query_KHE.new_zeros(1, size).expand(rows, size)
+        query_PE = ops.rotate_rows(query_KHE, *inputs.query_angles, inputs.slot_Y, room_PE)
+        key_PE = ops.rotate_rows(key_KGE, *inputs.key_angles, inputs.row_X, inputs.kv_L2PE[layer, 0])
+        value_PE = ops.rotate_rows(value_KGE, as_it_is, as_it_is, inputs.row_X, inputs.kv_L2PE[layer, 1])
+        # The H / G heads of a group are (H / G) * Q queries of its one key head.
+        query = query_PE.view(sequences * groups, -1, size)
+        key, value = (of_PE.view(-1, seq_len, size) for of_PE in (key_PE, value_PE))
+        weights = torch.bmm(query, key.transpose(1, 2))
+        ops.masked_softmax_(weights.view(sequences, heads, inputs.queries, seq_len), inputs.mask_B1QS)
+        attended_YE, _ = ops.gather_rows(torch.bmm(weights, value).view(rows, size), inputs.slot_Y)
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.inputs = inputs
+        ctx.mark_non_differentiable(key_PE, value_PE)
+        return attended_YE.view(query_KHE.shape), key_PE, value_PE
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_KHE: Tensor, _key_grad, _value_grad):
+        query, key, value, weights = ctx.saved_tensors
+        inputs: AttentionInputs = ctx.inputs
+        (_, heads, size), rows = grad_KHE.shape, query.shape[0] * query.shape[1]
+        as_it_is = grad_KHE.new_empty(0, dtype=torch.float32)
+        room_PE = grad_KHE.new_zeros(1, size).expand(rows, size)
+        grad = ops.rotate_rows(grad_KHE, as_it_is, as_it_is, inputs.slot_Y, room_PE).view(query.shape)
+        grad_value = torch.bmm(weights.transpose(1, 2), grad)
+        grad_scores = torch.bmm(grad, value.transpose(1, 2))
+        ops.softmax_backward_(grad_scores, weights)
+        grad_query = torch.bmm(grad_scores, key)
+        grad_key = torch.bmm(grad_scores.transpose(1, 2), query)
+
+        def back(grad_of: Tensor, angles: tuple[Tensor, Tensor], index: Tensor, count: int) -> Tensor:
+            return torch.ops.cascade_fast.rotate_rows_backward(grad_of.view(-1, size), *angles, index, count)
+
+        return (
+            back(grad_query, inputs.query_angles, inputs.slot_Y, heads),
+            back(grad_key, inputs.key_angles, inputs.row_X, inputs.kv_BGSE[1]),
+            back(grad_value, (as_it_is, as_it_is), inputs.row_X, inputs.kv_BGSE[1]),
+            None,
+            None,
+        )
+
+
+def attend(
+    query_KHE: Tensor, key_KGE: Tensor, value_KGE: Tensor, inputs: AttentionInputs, layer: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotary positions, the tokens' own keys and values laid over those that are there, attention to all of them.
+
+    Args:
+        query_KHE, key_KGE, value_KGE: of one dtype, that of ``inputs.kv_L2PE``.
+
+    Returns:
+        What the tokens have attended to ``(K, H, E)``, and all keys (rotated) and values, each ``(P, E)``, through
+        which no gradient flows back.
+    """
+    if inputs.at_once and not torch.compiler.is_compiling():
+        return _Attend.apply(query_KHE, key_KGE, value_KGE, inputs, layer)
+    dtype = query_KHE.dtype
+    (cos_KF, sin_KF), (key_cos_KF, key_sin_KF) = inputs.query_angles, inputs.key_angles
+    query_KHE = rotate(query_KHE, cos_KF[:, None], sin_KF[:, None], dtype)
+    key_KGE = rotate(key_KGE, key_cos_KF[:, None], key_sin_KF[:, None], dtype)
+    (sequences, _, _, size), heads = inputs.kv_BGSE, query_KHE.shape[1]
+    room_PE = query_KHE.new_zeros(sequences * heads * inputs.queries, size)
+    query_PE = ops.scatter_rows(query_KHE.flatten(0, 1), inputs.slot_Y, room_PE)
+    key_PE = ops.scatter_rows(key_KGE.flatten(0, 1), inputs.row_X, inputs.kv_L2PE[layer, 0])
+    value_PE = ops.scatter_rows(value_KGE.flatten(0, 1), inputs.row_X, inputs.kv_L2PE[layer, 1])
+    attended_BHQE = grouped_attention(
+        query_PE.view(sequences, heads, inputs.queries, size),
+        key_PE.view(inputs.kv_BGSE),
+        value_PE.view(inputs.kv_BGSE),
+        inputs.mask_B1QS,
+    )
+    attended_YE, _ = ops.gather_rows(attended_BHQE.flatten(0, 2), inputs.slot_Y)
+    return attended_YE.view(query_KHE.shape), key_PE.detach(), value_PE.detach()
 
 
 def additive(mask_B1QS: Tensor, dtype: torch.dtype) -> Tensor:

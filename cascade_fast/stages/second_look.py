@@ -26,7 +26,7 @@ from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import RunSettings
-from cascade_fast.stages.attention import additive, grouped_attention, queries_at_once, rotate
+from cascade_fast.stages.attention import AttentionInputs, attend
 from cascade_fast.stages.kind import StageKind
 from cascade_fast.stages.lora import LentLinear, LentNorm, LoraShape, fill_frozen, initialise, lend, project
 from cascade_fast.stages.second_look_sizes import SecondLookCounts, SecondLookMemory
@@ -92,68 +92,6 @@ class SecondLookConfig(StageConfig):
         )
 
 
-@dataclass(frozen=True)
-class AttentionInputs:
-    """What attention needs of a pack in every layer, made once. What moves are rows of one head, E numbers each.
-
-    Attributes:
-        kv_L2PE: keys and values of all tokens, ``P = B * G * S`` rows, in the dtype that attention computes in; where
-            every token has its own, zeros, all of them one row in memory.
-        kv_BGSE: the shape of one layer's keys.
-        row_X: rows among P of the hard tokens' own, ``X = K * G``.
-        slot_Y: rows among ``B * H * Q`` of their queries, ``Y = K * H``.
-        queries: Q.
-        key_angles, query_angles: cosine and sine ``(K, 1, E / 2)``, float32; the query's divided by ``sqrt(E)``.
-        mask_B1QS: see :func:`grouped_attention`; on the CPU, where all of it is used at once, what is to be added.
-    """
-
-    kv_L2PE: Tensor
-    kv_BGSE: tuple[int, int, int, int]
-    row_X: Tensor
-    slot_Y: Tensor
-    queries: int
-    key_angles: tuple[Tensor, Tensor]
-    query_angles: tuple[Tensor, Tensor]
-    mask_B1QS: Tensor
-
-    @classmethod
-    def from_pack(
-        cls, pack: SequencePack, config: SecondLookConfig, cos_KE: Tensor, sin_KE: Tensor
-    ) -> "AttentionInputs":
-        (sequences, seq_len), device = pack.shape, pack.row_K.device
-        groups, heads, size, queries = config.kv_heads, config.heads, config.head_dim, pack.queries
-        computes = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-        if pack.kv_BSL2GE is None:
-            rows = sequences * groups * seq_len
-            kv_L2PE = pack.hidden_KD.new_zeros(1, size, dtype=computes).expand(config.layers, 2, rows, size)
-        else:
-            kv_L2BGSE = pack.kv_BSL2GE.permute(2, 3, 0, 4, 1, 5).to(computes)
-            kv_L2PE = kv_L2BGSE.reshape(*kv_L2BGSE.shape[:2], -1, size)
-        sequence_K = pack.row_K // seq_len
-        group_G, head_H = torch.arange(groups, device=device), torch.arange(heads, device=device)
-        row_KG = ((sequence_K * groups)[:, None] + group_G) * seq_len + (pack.row_K % seq_len)[:, None]
-        slot_KH = ((sequence_K * heads)[:, None] + head_H) * queries + (pack.slot_K % queries)[:, None]
-        cos_K1F, sin_K1F = (angle_KE[:, None, : size // 2].float() for angle_KE in (cos_KE, sin_KE))
-        mask_B1QS = pack.mask()
-        if device.type == "cpu" and queries_at_once((sequences, heads), seq_len, computes.itemsize) >= queries:
-            mask_B1QS = additive(mask_B1QS, computes)
-        return cls(
-            kv_L2PE=kv_L2PE,
-            kv_BGSE=(sequences, groups, seq_len, size),
-            row_X=row_KG.flatten(),
-            slot_Y=slot_KH.flatten(),
-            queries=queries,
-            key_angles=(cos_K1F, sin_K1F),
-            query_angles=(cos_K1F * size**-0.5, sin_K1F * size**-0.5),
-            mask_B1QS=mask_B1QS,
-        )
-
-    def laid_over(self, own_KGE: Tensor, layer: int, which: int) -> Tensor:
-        """``(B, G, S, E)``: the tokens' own keys (0) or values (1) over those that were there."""
-        there_PE = self.kv_L2PE[layer, which]
-        return ops.scatter_rows(own_KGE.flatten(0, 1), self.row_X, there_PE).view(self.kv_BGSE)
-
-
 class SecondLookAttention(nn.Module):
     def __init__(self, config: SecondLookConfig) -> None:
         super().__init__()
@@ -168,28 +106,20 @@ class SecondLookAttention(nn.Module):
             self.q_norm = config.norm(config.head_dim)
             self.k_norm = config.norm(config.head_dim)
 
-    def forward(self, x_KD: Tensor, inputs: AttentionInputs, layer: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What attention adds ``(K, D)``, and the tokens' own keys and values, each ``(K, G, E)``."""
+    def forward(self, x_KD: Tensor, inputs: AttentionInputs, layer: int, left: list[Tensor] | None) -> Tensor:
+        """What attention adds, ``(K, D)``. ``left``, if given, gets the tokens' keys and values ``(K, 2, G, E)``."""
         query, key, value = project(x_KD, (self.q_proj, self.k_proj, self.v_proj))
         query_KHE = query.unflatten(-1, (self.heads, self.head_dim))
         key_KGE = key.unflatten(-1, (self.kv_heads, self.head_dim))
-        dtype = inputs.kv_L2PE.dtype
-        value_KGE = value.unflatten(-1, (self.kv_heads, self.head_dim)).to(dtype)
+        value_KGE = value.unflatten(-1, (self.kv_heads, self.head_dim))
         if self.query_key_norm:
             query_KHE, key_KGE = self.q_norm(query_KHE), self.k_norm(key_KGE)
-        query_KHE = rotate(query_KHE, *inputs.query_angles, dtype)
-        key_KGE = rotate(key_KGE, *inputs.key_angles, dtype)
-        sequences = inputs.kv_BGSE[0]
-        room_YE = query_KHE.new_zeros(sequences * self.heads * inputs.queries, self.head_dim)
-        query_YE = ops.scatter_rows(query_KHE.flatten(0, 1), inputs.slot_Y, room_YE)
-        attended_BHQE = grouped_attention(
-            query_YE.view(sequences, self.heads, inputs.queries, self.head_dim),
-            inputs.laid_over(key_KGE, layer, 0),
-            inputs.laid_over(value_KGE, layer, 1),
-            inputs.mask_B1QS,
-        )
-        attended_YE, _ = ops.gather_rows(attended_BHQE.flatten(0, 2), inputs.slot_Y)
-        return project(attended_YE.view(x_KD.shape[0], -1), (self.o_proj,))[0], (key_KGE, value_KGE)
+        dtype = inputs.kv_L2PE.dtype
+        attended_KHE, *there = attend(query_KHE.to(dtype), key_KGE.to(dtype), value_KGE.to(dtype), inputs, layer)
+        if left is not None:
+            own = [ops.gather_rows(of_PE, inputs.row_X)[0].view(key_KGE.shape) for of_PE in there]
+            left.append(torch.stack(own, dim=1))
+        return project(attended_KHE.flatten(1), (self.o_proj,))[0]
 
 
 class SecondLookLayer(nn.Module):
@@ -200,10 +130,9 @@ class SecondLookLayer(nn.Module):
         self.post_attention_layernorm = config.norm(config.hidden_size)
         self.mlp = GatedMLP(config)
 
-    def forward(self, x_KD: Tensor, inputs: AttentionInputs, layer: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        added_KD, own = self.self_attn(self.input_layernorm(x_KD), inputs, layer)
-        x_KD = x_KD + added_KD
-        return x_KD + self.mlp(self.post_attention_layernorm(x_KD)), own
+    def forward(self, x_KD: Tensor, inputs: AttentionInputs, layer: int, left: list[Tensor] | None) -> Tensor:
+        x_KD = x_KD + self.self_attn(self.input_layernorm(x_KD), inputs, layer, left)
+        return x_KD + self.mlp(self.post_attention_layernorm(x_KD))
 
 
 class SecondLookStage(Stage):
@@ -242,11 +171,9 @@ class SecondLookStage(Stage):
         logits. ``left``, if given, gets the tokens' keys and values ``(K, 2, G, E)`` of every layer."""
         x_KD = pack.hidden_KD.float()
         cos_1KE, sin_1KE = self.rotary(x_KD, pack.position_K[None])
-        inputs = AttentionInputs.from_pack(pack, self.config, cos_1KE[0], sin_1KE[0])
+        inputs = AttentionInputs.from_pack(pack, self.config.heads, self.config.kv_shape, cos_1KE[0], sin_1KE[0])
         for number, layer in enumerate(self.layers):
-            x_KD, own = layer(x_KD, inputs, number)
-            if left is not None:
-                left.append(torch.stack(own, dim=1))
+            x_KD = layer(x_KD, inputs, number, left)
         return x_KD, self.norm(x_KD)
 
     @torch.no_grad()

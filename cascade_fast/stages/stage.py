@@ -10,9 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from cascade_fast import ops
 from cascade_fast.base.model import attention_shape
 from cascade_fast.stages.lora import project
 from cascade_fast.stages.rms_norm import RMSNorm
@@ -92,10 +94,12 @@ class GatedMLP(nn.Module):
         self.gate_proj = config.linear("gate_proj", size, inner, bias=bias)
         self.up_proj = config.linear("up_proj", size, inner, bias=bias)
         self.down_proj = config.linear("down_proj", inner, size, bias=bias)
-        self.activation = ACT2FN[config.activation]
+        self.activation, self.silu = ACT2FN[config.activation], config.activation == "silu"
 
     def forward(self, x_KD: Tensor) -> Tensor:
         gate_KF, up_KF = project(x_KD, (self.gate_proj, self.up_proj))
+        if self.silu and gate_KF.device.type == "cpu" and not torch.compiler.is_compiling():
+            return project(ops.silu_mul(gate_KF, up_KF), (self.down_proj,))[0]
         return project(self.activation(gate_KF) * up_KF, (self.down_proj,))[0]
 
 

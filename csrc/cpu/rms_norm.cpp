@@ -4,7 +4,7 @@
 // Sums go into kLanes partial sums, because the compiler may not reorder additions by itself.
 //
 // Shape legend: N rows, D hidden size, P parts of kRowsPerPart rows.
-#include "targets.h"
+#include "scalars.h"
 
 #include <cmath>
 #include <cstring>
@@ -14,27 +14,6 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr int64_t kRowsPerPart = 32;  // rows whose share of a weight's gradient is summed first: the same for any threads
-
-CASCADE_INLINE float widen(float x) { return x; }
-CASCADE_INLINE float widen(Half x) { return static_cast<float>(x); }
-CASCADE_INLINE float widen(BFloat16 x) {
-  uint16_t half;
-  std::memcpy(&half, static_cast<const void*>(&x), sizeof(half));
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof(wide));
-  return wide;
-}
-
-CASCADE_INLINE void narrow(float x, float* to) { *to = x; }
-CASCADE_INLINE void narrow(float x, Half* to) { *to = static_cast<Half>(x); }
-CASCADE_INLINE void narrow(float x, BFloat16* to) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const auto half = static_cast<uint16_t>((x != x ? bits | 0x400000u : rounded) >> 16);
-  std::memcpy(static_cast<void*>(to), &half, sizeof(half));
-}
 
 CASCADE_INLINE float sum(const float (&lanes)[kLanes]) {
   float total = 0.0f;
@@ -78,7 +57,7 @@ struct NormGradRows {
   const float* weight_D;
   const float* inv_rms_N;
   float* grad_x_ND;
-  float* grad_weight_PD;  // a row for each part of kRowsPerPart rows
+  float* grad_weight_PD;  // a row for each part of kRowsPerPart rows; null: nobody asks
   int64_t n, d;
 
   template <class V, class T>
@@ -90,8 +69,8 @@ void NormGradRows::run(int64_t begin, int64_t end) const {
   const int64_t d = this->d, whole = d / kLanes * kLanes;  // a copy of d: no store below can change it
   const float* __restrict weight = weight_D;
   for (int64_t part = begin; part < end; ++part) {
-    float* __restrict grad_weight = grad_weight_PD + part * d;
-    std::memset(grad_weight, 0, d * sizeof(float));
+    float* __restrict grad_weight = grad_weight_PD == nullptr ? nullptr : grad_weight_PD + part * d;
+    if (grad_weight != nullptr) std::memset(grad_weight, 0, d * sizeof(float));
     const int64_t last = std::min(n, (part + 1) * kRowsPerPart);
     for (int64_t row = part * kRowsPerPart; row < last; ++row) {
       const T* __restrict grad = static_cast<const T*>(grad_ND) + row * d;
@@ -104,11 +83,9 @@ void NormGradRows::run(int64_t begin, int64_t end) const {
       }
       for (int64_t i = whole; i < d; ++i) products[i - whole] += widen(grad[i]) * weight[i] * x[i];
       const float share = sum(products) * inv_rms * inv_rms / static_cast<float>(d);
-      for (int64_t i = 0; i < d; ++i) {
-        const float g = widen(grad[i]);
-        grad_weight[i] += g * x[i] * inv_rms;
-        grad_x[i] = inv_rms * (g * weight[i] - x[i] * share);
-      }
+      for (int64_t i = 0; i < d; ++i) grad_x[i] = inv_rms * (widen(grad[i]) * weight[i] - x[i] * share);
+      if (grad_weight == nullptr) continue;
+      for (int64_t i = 0; i < d; ++i) grad_weight[i] += widen(grad[i]) * x[i] * inv_rms;
     }
   }
 }
@@ -129,18 +106,19 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight_D, dou
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight_D, const Tensor& inv_rms_N) {
+    const Tensor& grad, const Tensor& x, const Tensor& weight_D, const Tensor& inv_rms_N, bool weight_grad) {
   const Tensor grad_ND = torch::stable::contiguous(grad), x_ND = torch::stable::contiguous(x);
   const Tensor w_D = torch::stable::contiguous(weight_D);
   const int64_t n = x_ND.size(0), d = x_ND.size(1), parts = ceil_div(n, kRowsPerPart);
   const Tensor grad_x_ND = torch::stable::new_empty(x_ND, {n, d});
-  const Tensor grad_weight_PD = torch::stable::new_empty(x_ND, {std::max<int64_t>(parts, 1), d});
+  const Tensor grad_weight_PD = torch::stable::new_empty(x_ND, {weight_grad ? std::max<int64_t>(parts, 1) : 0, d});
   const NormGradRows rows{grad_ND.const_data_ptr(), x_ND.const_data_ptr<float>(), w_D.const_data_ptr<float>(),
                           inv_rms_N.const_data_ptr<float>(), grad_x_ND.mutable_data_ptr<float>(),
-                          grad_weight_PD.mutable_data_ptr<float>(), n, d};
+                          weight_grad ? grad_weight_PD.mutable_data_ptr<float>() : nullptr, n, d};
   const auto run = run_for_this_cpu<NormGradRows>(grad_ND.scalar_type());
   parallel_blocks(parts, 1, [&](int64_t begin, int64_t end) { run(rows, begin, end); });
-  const Tensor grad_weight_D = torch::stable::new_empty(x_ND, {d});
+  const Tensor grad_weight_D = torch::stable::new_empty(x_ND, {weight_grad ? d : 0});
+  if (!weight_grad) return {grad_x_ND, grad_weight_D};
   float* total = grad_weight_D.mutable_data_ptr<float>();
   std::memset(total, 0, d * sizeof(float));
   for (int64_t part = 0; part < parts; ++part) {

@@ -1,0 +1,247 @@
+"""Operators of a decoder layer: the gated MLP's product, rotary positions, the softmax of attention.
+
+Stated as in ``schema.py``; on the CPU the extension has faster bodies.
+
+Shape legend: N tokens, F intermediate size, K tokens, H heads, E head size, P rows of one head, Y = K * H, B sequences,
+Q queries, S keys.
+"""
+
+import torch
+from torch import Tensor
+
+from cascade_fast.ops import backends
+from cascade_fast.ops.schema import FLOAT_DTYPES, check, shape_of
+
+_LIB = torch.library.Library("cascade_fast", "FRAGMENT")
+_LIB.define("silu_mul(Tensor gate, Tensor up, *, str backend='auto') -> Tensor")
+_LIB.define("silu_mul_backward(Tensor grad, Tensor gate, Tensor up, *, str backend='auto') -> (Tensor, Tensor)")
+_LIB.define("rotate_rows(Tensor x, Tensor cos, Tensor sin, Tensor index, Tensor into, *, str backend='auto') -> Tensor")
+_LIB.define(
+    "rotate_rows_backward(Tensor grad, Tensor cos, Tensor sin, Tensor index, SymInt heads, *, str backend='auto') "
+    "-> Tensor"
+)
+_LIB.define("masked_softmax_(Tensor(a!) scores, Tensor mask, *, str backend='auto') -> ()")
+_LIB.define("softmax_backward_(Tensor(a!) grad, Tensor weights, *, str backend='auto') -> ()")
+
+
+def silu_mul(gate_NF: Tensor, up_NF: Tensor, *, backend: str = "auto") -> Tensor:
+    """``silu(gate) * up``, the product of a gated MLP (arXiv 2002.05202), in float32, rounded once.
+
+    Args:
+        gate_NF, up_NF: ``(N, F)``, one dtype of float32, float16, bfloat16; any strides.
+
+    Returns:
+        ``(N, F)`` of their dtype. Differentiable in both.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match; names the argument.
+    """
+    return torch.ops.cascade_fast.silu_mul(gate_NF, up_NF, backend=backend)
+
+
+def rotate_rows(
+    x_KHE: Tensor, cos_KF: Tensor, sin_KF: Tensor, index_Y: Tensor, into_PE: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """A copy of ``into`` in whose rows ``index`` the heads of ``x`` stand, turned by their rotary angles
+    (arXiv 2104.09864, halves as Llama has them), in float32, rounded once.
+
+    Args:
+        x_KHE: ``(K, H, E)`` float32, float16 or bfloat16, E even.
+        cos_KF, sin_KF: ``(K, E / 2)`` float32; both empty: nothing is turned.
+        index_Y: ``(K * H,)`` int64 in ``[0, P)``, no index twice.
+        into_PE: ``(P, E)`` of the dtype of ``x``; not modified. Not read where every row is replaced.
+
+    Returns:
+        ``(P, E)``, contiguous. Differentiable in ``x``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match; names the argument.
+        IndexError: on the CPU, an index outside ``[0, P)``.
+    """
+    return torch.ops.cascade_fast.rotate_rows(x_KHE, cos_KF, sin_KF, index_Y, into_PE, backend=backend)
+
+
+def masked_softmax_(scores_BHQS: Tensor, mask_B1QS: Tensor, *, backend: str = "auto") -> None:
+    """``softmax(scores + mask)`` over the last dimension, in float32, rounded once, in the scores' place.
+
+    Args:
+        scores_BHQS: ``(B, H, Q, S)`` float32, float16 or bfloat16, contiguous; overwritten. Not differentiable.
+        mask_B1QS: ``(B, 1, Q, S)`` of the scores' dtype, contiguous; not all of a row -inf.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match; names the argument.
+    """
+    torch.ops.cascade_fast.masked_softmax_(scores_BHQS, mask_B1QS, backend=backend)
+
+
+def softmax_backward_(grad: Tensor, weights: Tensor, *, backend: str = "auto") -> None:
+    """``weights * (grad - sum(grad * weights))`` over the last dimension, the gradient of a softmax's inputs, in
+    float32, rounded once, in the place of ``grad``.
+
+    Args:
+        grad, weights: one shape and dtype of float32, float16, bfloat16, contiguous; ``grad`` is overwritten.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match; names the argument.
+    """
+    torch.ops.cascade_fast.softmax_backward_(grad, weights, backend=backend)
+
+
+# --- argument rules ---------------------------------------------------------------------------------------------------
+
+
+def _check_alike(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    check(t.shape == other.shape, f"{name}: {shape_of(t)}; must have the shape of {other_name}, {tuple(other.shape)}")
+    check(t.dtype == other.dtype, f"{name}: {shape_of(t)}; must have the dtype of {other_name}, {other.dtype}")
+    check(t.device == other.device, f"{name}: {shape_of(t)}; must be on the device of {other_name}, {other.device}")
+
+
+def _check_float(name: str, t: Tensor) -> None:
+    check(t.dtype in FLOAT_DTYPES, f"{name}: {shape_of(t)}; must be float32, float16 or bfloat16")
+
+
+def _check_silu_mul(gate: Tensor, up: Tensor) -> None:
+    check(gate.dim() == 2, f"gate: {shape_of(gate)}; must have 2 dimensions (N, F)")
+    _check_float("gate", gate)
+    _check_alike("up", up, "gate", gate)
+
+
+def _check_rotate_rows(x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, into: Tensor) -> None:
+    check(x.dim() == 3, f"x: {shape_of(x)}; must have 3 dimensions (K, H, E)")
+    _check_float("x", x)
+    k, heads, size = x.shape
+    check(size % 2 == 0, f"x: {shape_of(x)}; must have heads of an even size")
+    check(into.dim() == 2 and into.shape[1] == size, f"into: {shape_of(into)}; must have shape (P, {size})")
+    check(into.dtype == x.dtype, f"into: {shape_of(into)}; must have the dtype of x, {x.dtype}")
+    for name, angles in (("cos", cos), ("sin", sin)):
+        good = angles.numel() == 0 or tuple(angles.shape) == (k, size // 2)
+        check(good, f"{name}: {shape_of(angles)}; must have shape ({k}, {size // 2}), or be empty")
+        check(angles.dtype == torch.float32, f"{name}: {shape_of(angles)}; must be float32")
+    check(cos.shape == sin.shape, f"sin: {shape_of(sin)}; must have the shape of cos, {tuple(cos.shape)}")
+    check(index.dtype == torch.int64, f"index: {shape_of(index)}; must be int64")
+    check(tuple(index.shape) == (k * heads,), f"index: {shape_of(index)}; must have shape ({k * heads},)")
+    for name, t in (("cos", cos), ("sin", sin), ("index", index), ("into", into)):
+        check(t.device == x.device, f"{name}: {shape_of(t)}; must be on the device of x, {x.device}")
+
+
+def _check_masked_softmax(scores: Tensor, mask: Tensor) -> None:
+    check(scores.dim() == 4, f"scores: {shape_of(scores)}; must have 4 dimensions (B, H, Q, S)")
+    _check_float("scores", scores)
+    wanted = (scores.shape[0], 1, *scores.shape[2:])
+    check(tuple(mask.shape) == wanted, f"mask: {shape_of(mask)}; must have shape {wanted}")
+    check(mask.dtype == scores.dtype, f"mask: {shape_of(mask)}; must have the dtype of scores, {scores.dtype}")
+    check(mask.device == scores.device, f"mask: {shape_of(mask)}; must be on the device of scores")
+    for name, t in (("scores", scores), ("mask", mask)):
+        check(t.is_contiguous(), f"{name}: strides {tuple(t.stride())}; must be contiguous")
+
+
+def _check_softmax_backward(grad: Tensor, weights: Tensor) -> None:
+    check(grad.dim() >= 1, f"grad: {shape_of(grad)}; must have a dimension")
+    _check_float("grad", grad)
+    _check_alike("weights", weights, "grad", grad)
+    for name, t in (("grad", grad), ("weights", weights)):
+        check(t.is_contiguous(), f"{name}: strides {tuple(t.stride())}; must be contiguous")
+
+
+# --- fakes ------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("cascade_fast::silu_mul", lib=_LIB)
+def _(gate, up, *, backend="auto"):
+    _check_silu_mul(gate, up)
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("cascade_fast::silu_mul_backward", lib=_LIB)
+def _(grad, gate, up, *, backend="auto"):
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+@torch.library.register_fake("cascade_fast::rotate_rows", lib=_LIB)
+def _(x, cos, sin, index, into, *, backend="auto"):
+    _check_rotate_rows(x, cos, sin, index, into)
+    return into.new_empty(into.shape)
+
+
+@torch.library.register_fake("cascade_fast::rotate_rows_backward", lib=_LIB)
+def _(grad, cos, sin, index, heads, *, backend="auto"):
+    return grad.new_empty(index.shape[0] // heads, heads, grad.shape[1])
+
+
+@torch.library.register_fake("cascade_fast::masked_softmax_", lib=_LIB)
+def _(scores, mask, *, backend="auto"):
+    _check_masked_softmax(scores, mask)
+
+
+@torch.library.register_fake("cascade_fast::softmax_backward_", lib=_LIB)
+def _(grad, weights, *, backend="auto"):
+    _check_softmax_backward(grad, weights)
+
+
+# --- bodies -----------------------------------------------------------------------------------------------------------
+
+
+def _silu_mul(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
+    _check_silu_mul(gate, up)
+    return backends.body("silu_mul", gate.device, backend)(gate, up)
+
+
+def _silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    return backends.body("silu_mul_backward", gate.device, backend)(grad, gate, up)
+
+
+def _rotate_rows(x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, into: Tensor, *, backend: str = "auto") -> Tensor:
+    _check_rotate_rows(x, cos, sin, index, into)
+    return backends.body("rotate_rows", x.device, backend)(x, cos, sin, index, into)
+
+
+def _rotate_rows_backward(
+    grad: Tensor, cos: Tensor, sin: Tensor, index: Tensor, heads: int, *, backend: str = "auto"
+) -> Tensor:
+    return backends.body("rotate_rows_backward", grad.device, backend)(grad, cos, sin, index, heads)
+
+
+def _masked_softmax_(scores: Tensor, mask: Tensor, *, backend: str = "auto") -> None:
+    _check_masked_softmax(scores, mask)
+    backends.body("masked_softmax_", scores.device, backend)(scores, mask)
+
+
+def _softmax_backward_(grad: Tensor, weights: Tensor, *, backend: str = "auto") -> None:
+    _check_softmax_backward(grad, weights)
+    backends.body("softmax_backward_", grad.device, backend)(grad, weights)
+
+
+for _body in (
+    _silu_mul, _silu_mul_backward, _rotate_rows, _rotate_rows_backward, _masked_softmax_, _softmax_backward_,
+):  # fmt: skip
+    _LIB.impl(_body.__name__[1:], _body, "CompositeExplicitAutograd")
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _silu_mul_setup(ctx, inputs, keyword_only_inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.backend = keyword_only_inputs["backend"]
+
+
+def _silu_mul_grads(ctx, grad_NF):
+    return torch.ops.cascade_fast.silu_mul_backward(grad_NF, *ctx.saved_tensors, backend=ctx.backend)
+
+
+def _rotate_rows_setup(ctx, inputs, keyword_only_inputs, output):
+    x, cos, sin, index, _into = inputs
+    ctx.save_for_backward(cos, sin, index)
+    ctx.heads, ctx.backend = x.shape[1], keyword_only_inputs["backend"]
+
+
+def _rotate_rows_grads(ctx, grad_PE):
+    cos, sin, index = ctx.saved_tensors
+    grad = torch.ops.cascade_fast.rotate_rows_backward(grad_PE, cos, sin, index, ctx.heads, backend=ctx.backend)
+    return grad, None, None, None, None
+
+
+torch.library.register_autograd("cascade_fast::silu_mul", _silu_mul_grads, setup_context=_silu_mul_setup, lib=_LIB)
+torch.library.register_autograd(
+    "cascade_fast::rotate_rows", _rotate_rows_grads, setup_context=_rotate_rows_setup, lib=_LIB
+)
