@@ -4,7 +4,7 @@ A training run leaves its stages so, and ``save_pretrained(..., self_contained=F
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ from cascade_fast.stages.exits import ExitStage
 FILES = ["*.json", "*.jinja", "stages/*"]  # what is read of such a folder on the hub
 
 
-def local_folder(name: Any, **hub: Any) -> Path:
-    """The folder of that name, or a snapshot of the hub's repository."""
+def local_folder(name: Any, *, more: Sequence[str] = (), **hub: Any) -> Path:
+    """The folder of that name, or a snapshot of the hub's repository. ``more``: patterns of files beyond ``FILES``."""
     if os.path.isdir(name):
         return Path(name)
     import huggingface_hub
 
-    return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=FILES, **hub))
+    return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=[*FILES, *more], **hub))
 
 
 def check_safetensors(where: str, name: Any) -> None:

@@ -244,6 +244,43 @@ def _tensors_checksum(tensors: dict[str, Tensor], text: str) -> str:
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
+def check_new_folder(where: str, path: Path) -> None:
+    """Raises InputError where ``path`` is something else than nothing or an empty folder. ``where`` begins the
+    message."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise InputError(f"{where}; {str(there)!r} is a file")
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{where}; exists and is not empty: name another folder, or remove it first")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, size: float | None = None) -> Iterator[Path]:
+    """A folder that is there whole or not at all: the work within fills a temporary one beside ``path``, which then
+    takes its place, flushed to disk first.
+
+    Raises:
+        DiskFull: there is nothing at ``path`` then. ``size``: bytes needed, for the message.
+    """
+    path = path.resolve()  # a link to an empty folder stays a link
+    with room_for(path, size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process of that number that was killed
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in (p for p in temporary.rglob("*") if p.is_file()):
+                set_mode(file)
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+            if path.is_dir():
+                path.rmdir()  # fails where it is not empty any more
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def is_temporary(path: Path) -> bool:
     """Whether a process that was killed may have left this behind while it wrote."""
     return _TEMPORARY.fullmatch(path.name) is not None
