@@ -17,7 +17,7 @@ import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -47,7 +47,7 @@ from cascade_fast.runtime.files import (
     write_json,
 )
 from cascade_fast.selection import check_finite
-from cascade_fast.settings import SPLITS, RunSettings
+from cascade_fast.settings import GENERAL, RunSettings
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 KEEP_PASSES = 4  # base passes kept in the cache folder; the oldest are removed
@@ -117,7 +117,7 @@ def _stored_pass(
     meta = _meta(base, sequences, settings, needs, compute)
     folder = pass_folder(base, sequences, settings, needs, compute, cache)
     with _locked(cache, folder.name):  # another run on the same text waits, and then finds the pass
-        found = _open(folder, meta["fingerprint"])
+        found = _open(folder, meta["fingerprint"], sequences.read)
         if found is not None:
             folder.touch()  # recently used: pruned last
             return found
@@ -179,16 +179,14 @@ def _read_all(
     folder: Path,
     meta: dict[str, Any],
 ) -> BasePass:
-    """Runs the base over every split."""
+    """Runs the base over every split, and over other text."""
     stores = {}
-    with Progress("base pass", sum(of.tokens for of in sequences.splits.values())) as progress:
+    with Progress("base pass", sum(of.tokens for of in sequences.read.values())) as progress:
         with working("loading the base"):
             model = base.load(compute.device, compute.dtype)
-        for split in SPLITS:
+        for split, of in sequences.read.items():
             with_loss = split != "train" or _stored_criterion(settings).needs_logits
-            stores[split] = _run_split(
-                model, sequences.splits[split], folder / split, settings, needs, meta, progress, with_loss
-            )
+            stores[split] = _run_split(model, of, folder / split, settings, needs, meta, progress, with_loss)
         tensors = {"head": model.lm_head.weight, "norm": model.model.norm.weight}
         for number, layer in enumerate(_last_layers(model, needs)):
             tensors |= {f"layers.{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
@@ -224,6 +222,8 @@ def _meta(
     }
     if criterion.code is not None:
         meta["criterion_code"] = criterion.code
+    if sequences.general is not None:
+        meta[GENERAL] = hashlib.sha256(sequences.general.digest()).hexdigest()
     return {**meta, "fingerprint": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
 
 
@@ -245,14 +245,14 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def _open(folder: Path, fingerprint: str) -> BasePass | None:
+def _open(folder: Path, fingerprint: str, splits: Iterable[str]) -> BasePass | None:
     """A finished pass, every file of it checked; None if there is none, or, after a line that says why, if it is
     damaged."""
     if not (folder / RECORD).is_file():
         return None
     try:
         record = read_json(folder / RECORD, needs=("parameters", "seconds"))
-        stores = {split: HiddenStore.open(folder / split, fingerprint=fingerprint) for split in SPLITS}
+        stores = {split: HiddenStore.open(folder / split, fingerprint=fingerprint) for split in splits}
         tensors, _ = load_tensors(folder / HEAD)
     except InputError as error:
         say(f"base pass: {error}; what is damaged is made anew")

@@ -91,6 +91,11 @@ class StageKind(ABC):
         """
         return StageTokens(stores[-1], index_K)
 
+    def mergeable(self, stages: Sequence[StageConfig]) -> bool:
+        """Whether base and ``stages`` make one plain model where every token goes through the stage: its layers, norm
+        and head then take the place of the base's last layers, norm and head."""
+        return False
+
     # --- what it takes ------------------------------------------------------------------------------------------------
 
     def counts(self, config: StageConfig) -> StageCounts:

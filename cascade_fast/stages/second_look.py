@@ -320,6 +320,9 @@ class SecondLook(StageKind):
     ) -> SequenceTokens:
         return SequenceTokens(stores, index_K, recompute)
 
+    def mergeable(self, stages: Sequence[StageConfig]) -> bool:
+        return len(stages) == 1
+
     def counts(self, config: StageConfig) -> SecondLookCounts:
         return SecondLookCounts(config)
 
