@@ -115,7 +115,7 @@ def test_the_default_is_the_manual_where_that_is_not_trained_on(tiny_settings, t
     assert torch.equal(found.ids_M, named.ids_M)  # the same whatever else is asked
     assert _general(without, dataset="pydoc") is None
     assert _general(without, general_dataset="none") is None
-    assert _general(without, dataset="pydoc", general_dataset=str(tiny_data)).tokens == 64 * 32
+    assert 64 * 32 <= _general(without, dataset="pydoc", general_dataset=str(tiny_data)).tokens < 65 * 32
 
 
 def test_nothing_of_the_training_text_s_columns_and_templates_applies(settings, other):
@@ -123,8 +123,9 @@ def test_nothing_of_the_training_text_s_columns_and_templates_applies(settings, 
     table = {"prompt_template": "{question}", "completion_template": "{answer}", "encoding": "cp1252"}
     assert torch.equal(_general(settings, **table).ids_M, plain.ids_M)
     assert torch.equal(_general(settings, text_columns=["q", "a"]).ids_M, plain.ids_M)
-    read = "\n".join(byte_tokenizer().decode(plain.ids(number)) for number in range(len(plain)))
-    assert json.loads(other.read_text().splitlines()[0])["text"][:30] in read
+    given = [json.loads(line)["text"] for line in other.read_text().splitlines()]
+    read = {byte_tokenizer().decode(plain.ids(number)) for number in range(len(plain))}
+    assert len([text for text in given if text[:33] in read]) > 20
 
 
 def test_a_short_text_is_read_whole(settings, other, tmp_path):
