@@ -56,7 +56,7 @@ def settings(tiny_base, tiny_data, other, tmp_path_factory):
         "base": str(tiny_base), "dataset": str(tiny_data), "general_dataset": str(other), "seq_len": 32,
         "train_blocks": 40, "val_blocks": 12, "test_blocks": 12, "layers_per_stage": 2, "num_stages": 1, "epochs": 2,
         "batch_tokens": 64, "lr": 3e-3, "warmup_steps": 2, "dtype": "float32", "store_dtype": "float32",
-        "device": "cpu", "stage_kind": "second-look", "accept": "always", "seed": 7,
+        "device": "cpu", "stage_kind": "second-look", "kv": "store", "accept": "always", "seed": 7,
         "cache_dir": str(tmp_path_factory.mktemp("cache")),
     }  # fmt: skip
 
@@ -202,7 +202,7 @@ def test_the_rises_are_those_of_transformers(run, settings, tiny_base):
 
 @pytest.mark.parametrize("kind", ["append", "second-look"])
 def test_with_closed_thresholds_nothing_rises(run, settings, tmp_path, kind):
-    asked = make_settings({**settings, "stage_kind": kind})
+    asked = make_settings({**settings, "stage_kind": kind, "kv": "auto"})
     base = find_base(asked)
     sequences = dataclasses.replace(load_sequences(asked, base.tokenizer()), general=_general(settings))
     passed = base_pass(base, sequences, asked, base_needs(asked), FLOAT32, tmp_path)
@@ -217,6 +217,21 @@ def test_with_closed_thresholds_nothing_rises(run, settings, tmp_path, kind):
     assert abs(opened.rise) > 1e-3
     assert opened.merged_rise == (opened.rise if kind == "second-look" else None)
     assert (merged is None) == (kind == "append")
+
+
+def test_a_loss_that_is_not_finite_costs_its_number_alone(settings, tmp_path, capsys):
+    """As of float16, on tokens that the stage was not trained on; JSON has no NaN."""
+    asked = make_settings(settings)
+    base = find_base(asked)
+    sequences = dataclasses.replace(load_sequences(asked, base.tokenizer()), general=_general(settings))
+    passed = base_pass(base, sequences, asked, base_needs(asked), FLOAT32, tmp_path)
+    stage, how = copied_stage(base, passed), {"criterion": get_criterion("entropy"), "compute": FLOAT32}
+    with torch.no_grad():
+        stage.norm.weight.fill_(torch.nan)
+    closed = measure_outcome(asked, [ExitStage(stage, -math.inf)], passed.stores, 3, **how)
+    assert (closed[0].rise, closed[0].merged_rise, closed[1]) == (0.0, None, None)
+    assert measure_outcome(asked, [ExitStage(stage, math.inf)], passed.stores, 3, **how) == (None, None)
+    assert "note: on other text a loss is not finite" in capsys.readouterr().out
 
 
 def test_nothing_else_of_a_run_changes(run, settings, tmp_path):

@@ -31,9 +31,10 @@ def load_general(settings: RunSettings, tokenizer: Any) -> Sequences | None:
     asked: dict[str, Any] = {name: defaults[name] for name in OF_ONE_DATASET}
     asked |= {f"{split}_{unit}": None for split in SPLITS for unit in UNITS}
     asked |= {"dataset": named, "shuffle": "on", "streaming": "off" if named == "pydoc" else settings.streaming}
+    reading = dataclasses.replace(settings, **asked)
     try:
-        texts = load_token_texts(dataclasses.replace(settings, **asked), tokenizer).texts
-        return one_split(texts, dataclasses.replace(settings, **asked), tokens=settings.expected_tokens(GENERAL))
+        texts = load_token_texts(reading, tokenizer).texts
+        return one_split(texts, reading, tokens=settings.expected_tokens(GENERAL))
     except ImportError as error:  # a Python that comes without pydoc_data
         if settings.general_dataset is None:
             return None

@@ -1,14 +1,14 @@
 """Whether the base's keys and values are stored by the base pass or recomputed for every batch."""
 
-from cascade_fast.settings import READ
+from cascade_fast.settings import SPLITS
 from cascade_fast.stages.counts import StageMemory
 
 DISK_BYTES_PER_SECOND = 500e6  # assumed: a cloud host's solid-state disk
 
 
 def kv_disk_bytes(memory: StageMemory) -> float:
-    """Of the base's keys and values on disk, all that is read."""
-    tokens = sum(memory.settings.expected_tokens(split) for split in READ)
+    """Of the base's keys and values on disk, all splits. Not of other text, which decides nothing about a run."""
+    tokens = sum(memory.settings.expected_tokens(split) for split in SPLITS)
     return float(tokens * memory.kv_numbers * memory.stored)
 
 

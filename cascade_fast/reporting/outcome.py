@@ -23,8 +23,12 @@ def merged_table(results: RunResults) -> Table | None:
 
 
 def merge_advice(results: RunResults, run: str) -> str | None:
-    """A sentence and the command that merges ``run``, where that is the better choice."""
-    if not results.better_merged or results.settings["criterion"] not in model_criteria():
+    """A sentence and the command that merges ``run``, where that is the better choice. None where the run does not load
+    as a model, or its base is in 4 bit: the stage goes with those weights, not with the 16-bit ones it would be merged
+    into."""
+    settings = results.settings
+    loads = settings["criterion"] in model_criteria() and settings.get("base_quantization", "none") == "none"
+    if not results.better_merged or not loads:
         return None
     return (
         "Merged into a plain model it is at least as good on validation, with fewer layers a token: "
