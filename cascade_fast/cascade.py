@@ -4,6 +4,7 @@ The algorithm is :meth:`CascadeRun.train`; what surrounds it stands below it, wh
 ``training/messages.py`` and ``runtime/run_folder.py``.
 """
 
+import dataclasses
 import functools
 import time
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from cascade_fast.base.base_pass import BasePass, base_pass
+from cascade_fast.base.general_text import load_general
 from cascade_fast.base.hidden_store import HiddenStore, StoreError
 from cascade_fast.base.model import BaseModel, cache_folder, check_cache
 from cascade_fast.base.sequences import Sequences
@@ -41,7 +43,7 @@ from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.runtime.run_folder import RunFolder, write_results
 from cascade_fast.runtime.trackers import Trackers, check_trackers
 from cascade_fast.selection import select_below
-from cascade_fast.settings import RunSettings
+from cascade_fast.settings import GENERAL, SPLITS, RunSettings
 from cascade_fast.stages.exits import (
     TOKENS_AT_ONCE,
     ExitEvaluation,
@@ -51,6 +53,7 @@ from cascade_fast.stages.exits import (
     hardest_of_store,
 )
 from cascade_fast.stages.kind import StageKind, base_needs, find_base_for_stages, get_kind
+from cascade_fast.stages.outcome import measure_outcome
 from cascade_fast.stages.stage import Stage
 from cascade_fast.stages.tokens import Recompute, StageTokens
 from cascade_fast.training.messages import say_base_pass, say_stage, say_start, say_summary
@@ -321,9 +324,12 @@ class CascadeRun:
         )
 
     def results(self, started: float, plan: MemoryPlan) -> RunResults:
-        """What came of the run: reads the test split, for the only time."""
+        """What came of the run: reads the test split and other text, for the only time."""
         final, passed = self.evaluated, self.base_pass
-        tokens = SplitTokens(**{split: len(store.labelled_index()) for split, store in passed.stores.items()})
+        tokens = SplitTokens(**{split: len(passed.stores[split].labelled_index()) for split in SPLITS})
+        general, merged = measure_outcome(
+            self.settings, self.stages, passed.stores, self.base.layers, recompute=self.recompute, **self._how
+        )
         return RunResults(
             base=BaseRecord(
                 name=self.base.name,
@@ -347,6 +353,8 @@ class CascadeRun:
                 base_pass_reused=passed.reused,
                 seconds=time.monotonic() - started,
                 peak_rss_bytes=peak_rss_bytes(),
+                general=general,
+                merged=merged,
             ),
             compute=compute_ledger(
                 self.settings,
@@ -355,6 +363,7 @@ class CascadeRun:
                 base_pass_seconds=passed.seconds,
                 stages=self.records,
                 rate=matmul_rate(self.compute),
+                general=len(passed.stores.get(GENERAL, ())),
             ),
             memory=Memory(
                 planned=PlannedMemory(**plan.to_dict()), measured_peak_bytes=self.compute.peak_memory_bytes()
@@ -388,6 +397,7 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     check_prompts(settings, base, tokenizer)
     with working("reading the text and making tokens of it"):
         sequences = load_sequences(settings, tokenizer)
+        sequences = dataclasses.replace(sequences, general=load_general(settings, tokenizer))
     settings = sequences.settle(settings)
     release_memory()  # of tokenization
     record = RunRecord(

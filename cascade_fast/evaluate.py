@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cascade_fast.command_line import add_model_arguments, add_run_argument, run_command
 from cascade_fast.input_checks import InputError
-from cascade_fast.settings import LOSS_ON, SPLITS
+from cascade_fast.settings import LOSS_ON, READ
 
 # Settings of training that say how --dataset is read.
 TEXT_FLAGS = (
@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_run_argument(parser)
     text = parser.add_argument_group("text")
-    text.add_argument("--split", default="val", choices=SPLITS, help="part of the run's own text")
+    text.add_argument("--split", default="val", choices=READ, help="part of the run's own text, or its general text")
     text.add_argument("--dataset", metavar="TEXT", help="another text instead, all of it; as --dataset of training")
     text.add_argument("--text-columns", metavar="TEXT", nargs="+", help="of --dataset; as in training")
     for name in ("text", "prompt", "completion"):

@@ -180,6 +180,34 @@ class SplitTokens(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class General(Record):
+    """Of other text than that of training, ``dataset``: what training did to the loss there.
+
+    Attributes:
+        tokens: that are measured.
+        base_loss: mean of the base, in nats.
+        rise: mean loss of what was trained, less the base's; above 0 it has become worse.
+        merged_rise: the same of the merged model (see :class:`Merged`).
+    """
+
+    dataset: str
+    tokens: int
+    base_loss: float
+    rise: float
+    merged_rise: float | None = field(default=None, metadata=LATER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged(Record):
+    """Of the plain model that base and stage make where every token goes through the stage: the base's layers before
+    the stage, then the stage's. ``layers_per_token``: all of them."""
+
+    all_token_val_ppl: float
+    all_token_test_ppl: float | None
+    layers_per_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Final(Record):
     """What came of a run, and what it took. Test numbers are None where there is no test split."""
 
@@ -190,6 +218,7 @@ class Final(Record):
     base_pass_reused: bool
     seconds: float
     peak_rss_bytes: int
+    general: General | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +227,7 @@ class CascadeFinal(Final):
     stages_kept: int
     stages_asked: int
     total_parameters: int
+    merged: Merged | None = field(default=None, metadata=LATER)  # None where there is no such model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +298,18 @@ class RunResults(Record):
     def epochs(self) -> list[Epoch]:
         """Of every stage."""
         return [epoch for stage in self.stages for epoch in stage.epochs]
+
+    @property
+    def layers_per_token(self) -> float:
+        """Of validation: the base's, and a stage's for each stage that a token goes through."""
+        entered = sum(number * share for number, share in enumerate(self.final.exit_share.values()))
+        return float(self.base.layers + self.settings["layers_per_stage"] * entered)
+
+    @property
+    def better_merged(self) -> bool:
+        """Whether the merged model is at least as good on validation; it never has more layers."""
+        merged, final = self.final.merged, self.final
+        return merged is not None and merged.all_token_val_ppl <= final.all_token_val_ppl
 
 
 @dataclass(frozen=True, kw_only=True)

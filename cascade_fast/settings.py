@@ -35,12 +35,10 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 LOSS_ON = ("assistant", "all")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 SPLITS = ("train", "val", "test")
-
-
+GENERAL = "general"  # other text than that of training, as a part of what the base pass reads
+READ = (*SPLITS, GENERAL)
 # What a run takes where nothing is said, as blocks of ``seq_len`` tokens; fewer where the text has fewer.
-DEFAULT_BLOCKS = {"train": 320, "val": 64}
-
-
+DEFAULT_BLOCKS = {"train": 320, "val": 64, GENERAL: 64}
 ADAPTERS = ("none", "lora")
 # What LoRA may change: every linear layer of a decoder layer, by the names of transformers' Llama.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -105,6 +103,12 @@ class RunSettings:
         "pydoc",
         "data",
         "hub id; json, jsonl, csv, parquet or txt file, or a folder of them; or pydoc (CPython's reference text)",
+    )
+    general_dataset: str | None = _setting(
+        None,
+        "data",
+        "text that is not trained on, read once at the end: did training make the model worse at it? As --dataset, or "
+        "none (default: pydoc, if that is not --dataset)",
     )
     text_columns: tuple[str, ...] = _setting(
         (), "data", "columns joined by newlines to make a text (default: text, or instruction input output)", nargs="+"
@@ -354,9 +358,18 @@ class RunSettings:
         size: int | None = getattr(self, f"{split}_{self.unit}")
         return size
 
+    @property
+    def general_text(self) -> str | None:
+        """The dataset that is read beside that of training; None: none."""
+        default = "none" if self.dataset == "pydoc" else "pydoc"
+        named = default if self.general_dataset is None else self.general_dataset
+        return None if named == "none" else named
+
     def expected_tokens(self, split: str) -> int:
-        """Tokens of a split, where the text has as many as asked. Of settled settings (see
+        """Tokens of one of ``READ``, where the text has as many as asked. Of settled settings (see
         ``SplitSequences.settle``): what it has."""
+        if split == GENERAL:
+            return DEFAULT_BLOCKS[GENERAL] * self.seq_len if self.general_text else 0
         size = self.size(split)
         if size is None:
             if split == "test":

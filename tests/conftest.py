@@ -158,6 +158,7 @@ def _settings(base: Path, data: Path) -> dict:
     return {
         "base": str(base),
         "dataset": str(data),
+        "general_dataset": "none",
         "seq_len": 32,
         "train_blocks": 40,
         "val_blocks": 12,

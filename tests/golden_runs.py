@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 SMALL = {
     "seq_len": 32, "train_blocks": 40, "val_blocks": 12, "test_blocks": 12, "layers_per_stage": 2, "num_stages": 2,
     "epochs": 2, "batch_tokens": 64, "lr": 3e-3, "accept": "always", "dtype": "float32",
+    "general_dataset": "none",
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
     "append": {},

@@ -16,8 +16,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_fast.base.cache_name import with_cache
+from cascade_fast.base.fill_store import BaseNeeds, fill_store, last_layers
 from cascade_fast.base.hidden_store import HiddenStore, StoreError
 from cascade_fast.base.model import BaseModel, attention_shape
 from cascade_fast.base.sequences import NO_LABEL, Sequences
@@ -46,43 +45,17 @@ from cascade_fast.runtime.files import (
     save_tensors,
     write_json,
 )
-from cascade_fast.selection import check_finite
-from cascade_fast.settings import SPLITS, RunSettings
+from cascade_fast.settings import GENERAL, RunSettings
 
-TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 KEEP_PASSES = 4  # base passes kept in the cache folder; the oldest are removed
-FLOAT16_MAX = 65504.0
-SAVE_PROGRESS_SECONDS = 5.0
 HEAD = "head.safetensors"
+NUMBERS = ("parameters", "seconds", "all_enter")  # of a pass, beside its files
 RECORD = "base_pass.json"  # written last: a folder with this file is complete
 # The modules that decide what is stored, beside operators and kernels: a pass is reused by the same code only.
 CODE = (
-    "base/base_pass", "base/cache_name", "base/hidden_store", "base/model", "base/sequences", "criteria", "losses",
-    "selection",
+    "base/base_pass", "base/cache_name", "base/fill_store", "base/hidden_store", "base/model", "base/sequences",
+    "criteria", "losses", "selection",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class BaseNeeds:
-    """What the base pass keeps for stages of a kind, beside scores and losses.
-
-    Attributes:
-        reads: the hidden state that the stages start from: ``residual`` (the residual stream) or ``last_hidden`` (after
-            the final norm).
-        last_layers: how many of the base's last layers the stages copy: their weights are kept, and the residual
-            stream before them; 0: none, and the residual stream before the final norm.
-        keys_and_values: whether those of these layers are kept, too.
-        context: whether tokens without a label are kept, for others to attend to.
-        all_enter: whether every token with a label enters the first stage, whatever its score. Where every token has
-            one, nobody then reads the base's keys and values, and the layers from those that the stages copy on are not
-            run over training text at all.
-    """
-
-    reads: str
-    last_layers: int = 0
-    keys_and_values: bool = False
-    context: bool = False
-    all_enter: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,14 +105,15 @@ def _stored_pass(
     meta = _meta(base, sequences, settings, needs, compute)
     folder = pass_folder(base, sequences, settings, needs, compute, cache)
     with _locked(cache, folder.name):  # another run on the same text waits, and then finds the pass
-        found = _open(folder, meta["fingerprint"], all_enter=_all_enter(needs, sequences))
+        found = _open(folder, meta["fingerprint"], sequences.read)
         if found is not None:
             folder.touch()  # recently used: pruned last
             return found
         clear_temporaries(folder)
         passed = _read_all(base, sequences, settings, needs, compute, folder, meta)
         release_memory()  # of the base, which nobody needs any more
-        write_json(folder / RECORD, {**meta, "parameters": passed.parameters, "seconds": passed.seconds})
+        numbers = {name: getattr(passed, name) for name in NUMBERS}
+        write_json(folder / RECORD, {**meta, **numbers})
         _prune(cache, keep=folder.name)
     return passed
 
@@ -172,7 +146,7 @@ def _locked(cache: Path, name: str) -> Iterator[None]:
 
 def _all_enter(needs: BaseNeeds, sequences: SplitSequences) -> bool:
     """Whether every token of every split enters the first stage: see :class:`BaseNeeds`."""
-    return needs.all_enter and all(of.labels == of.tokens for of in sequences.splits.values())
+    return needs.all_enter and all(of.labels == of.tokens for of in sequences.read.values())
 
 
 def _stored_criterion(settings: RunSettings) -> Criterion:
@@ -199,22 +173,20 @@ def _read_all(
     folder: Path,
     meta: dict[str, Any],
 ) -> BasePass:
-    """Runs the base over every split."""
+    """Runs the base over every split, and over other text."""
     stores = {}
-    with Progress("base pass", sum(of.tokens for of in sequences.splits.values())) as progress:
+    with Progress("base pass", sum(of.tokens for of in sequences.read.values())) as progress:
         with working("loading the base"):
             model = base.load(compute.device, compute.dtype)
         all_enter = _all_enter(needs, sequences)
         needs = dataclasses.replace(needs, all_enter=all_enter, keys_and_values=needs.keys_and_values and not all_enter)
-        for split in SPLITS:
+        for split, of in sequences.read.items():
             entry_only = all_enter and split == "train"
             with_loss = not entry_only and (split != "train" or _stored_criterion(settings).needs_logits)
             of_split = dataclasses.replace(needs, all_enter=entry_only)
-            stores[split] = _run_split(
-                model, sequences.splits[split], folder / split, settings, of_split, meta, progress, with_loss
-            )
+            stores[split] = _run_split(model, of, folder / split, settings, of_split, meta, progress, with_loss)
         tensors = {"head": model.lm_head.weight, "norm": model.model.norm.weight}
-        for number, layer in enumerate(_last_layers(model, needs)):
+        for number, layer in enumerate(last_layers(model, needs)):
             tensors |= {f"layers.{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
         save_tensors(folder / HEAD, tensors)
         parameters = model.num_parameters()  # numel() of a 4-bit weight counts bytes, not numbers
@@ -257,6 +229,8 @@ def _meta(
     }
     if criterion.code is not None:
         meta["criterion_code"] = criterion.code
+    if sequences.general is not None:
+        meta[GENERAL] = hashlib.sha256(sequences.general.digest()).hexdigest()
     return {**meta, "fingerprint": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
 
 
@@ -278,25 +252,22 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def _open(folder: Path, fingerprint: str, *, all_enter: bool) -> BasePass | None:
+def _open(folder: Path, fingerprint: str, splits: Iterable[str]) -> BasePass | None:
     """A finished pass, every file of it checked; None if there is none, or, after a line that says why, if it is
     damaged."""
     if not (folder / RECORD).is_file():
         return None
     try:
-        record = read_json(folder / RECORD, needs=("parameters", "seconds"))
-        stores = {split: HiddenStore.open(folder / split, fingerprint=fingerprint) for split in SPLITS}
+        record = read_json(folder / RECORD, needs=NUMBERS)
+        stores = {split: HiddenStore.open(folder / split, fingerprint=fingerprint) for split in splits}
         tensors, _ = load_tensors(folder / HEAD)
     except InputError as error:
         say(f"base pass: {error}; what is damaged is made anew")
         (folder / RECORD).unlink()
         return None
-    return _base_pass(stores, tensors, record["parameters"], record["seconds"], reused=True, all_enter=all_enter)
-
-
-def _last_layers(model: Any, needs: BaseNeeds) -> list[Any]:
-    """The base's layers that the stages copy."""
-    return list(model.model.layers[len(model.model.layers) - needs.last_layers :])
+    return _base_pass(
+        stores, tensors, record["parameters"], record["seconds"], reused=True, all_enter=record["all_enter"]
+    )
 
 
 def _prune(cache: Path, keep: str) -> None:
@@ -368,118 +339,3 @@ def _resume_or_create(
     return HiddenStore.create(
         folder, tokens, base_config.hidden_size, dtype, with_loss=with_loss, meta=meta, kv_shape=kv_shape
     )
-
-
-@contextlib.contextmanager
-def _first_layers(model: Any, count: int) -> Iterator[None]:
-    """The base with its first ``count`` layers alone."""
-    layers = model.model.layers
-    model.model.layers = layers[:count]
-    try:
-        yield
-    finally:
-        model.model.layers = layers
-
-
-@torch.inference_mode()
-def fill_store(
-    model: Any, sequences: Sequences, store: HiddenStore, needs: BaseNeeds, criterion: Criterion, progress: Progress
-) -> bool:
-    """Runs the sequences that the store does not have yet; False as soon as a hidden state does not fit its dtype.
-
-    With ``needs.all_enter`` only the layers before those that the stages copy are run, and tokens get no score.
-    """
-    from transformers import DynamicCache
-
-    device = model.device
-    residual: dict[str, Tensor] = {}
-    copied = _last_layers(model, needs)
-    begins = copied[0] if copied and not needs.all_enter else model.model.norm
-    hook = begins.register_forward_pre_hook(lambda _module, args: residual.update(hidden=args[0]))
-    last_saved, rows = time.monotonic(), 0
-    layers = len(model.model.layers) - (len(copied) if needs.all_enter else 0)
-    with contextlib.ExitStack() as ends:
-        ends.callback(hook.remove)
-        ends.enter_context(_first_layers(model, layers))
-        for some in sequences.batches(TOKENS_AT_ONCE.get(device.type, 2048)):
-            padded = sequences.padded(some)
-            kept = _Kept(padded.real_BS if needs.context else padded.labelled_BS, padded.labelled_BS, device)
-            rows += kept.rows
-            read = int(padded.real_BS.sum())
-            if rows <= store.rows:  # read before the pass was interrupted
-                progress.restart(progress.done + read)
-                continue
-            embedded_BSD = model.model.embed_tokens(padded.input_BS.to(device))
-            # One without a configuration keeps every key, whatever the sliding window.
-            cache = DynamicCache() if "kv" in store else None
-            output = model.model(inputs_embeds=embedded_BSD, use_cache=cache is not None, **with_cache(cache))
-            last_BSD = output.last_hidden_state
-            wide = {"hidden": kept(residual["hidden"] if needs.reads == "residual" else last_BSD)}
-            if "kv" in store:
-                wide["kv"] = kept.of_rows(_keys_and_values(cache, len(copied)))
-            if store.hidden.dtype == torch.float16 and any(t.abs().max() > FLOAT16_MAX for t in wide.values()):
-                return False
-            tokens = TokensAtExit(kept(embedded_BSD, labelled=True), kept(last_BSD, labelled=True))
-            label_N = padded.label_BS.flatten()[kept.row_N]
-            if needs.all_enter:
-                score_J, loss_J = torch.full((int((label_N != NO_LABEL).sum()),), torch.nan), None
-            elif "loss" in store:
-                label_J = label_N[label_N != NO_LABEL].to(device)
-                score_J, loss_J = criterion.score_with_losses(
-                    tokens, tokens.after_ND, model.lm_head.weight, label_J, dtype=model.dtype
-                )
-            else:
-                score_J, loss_J = criterion.score(tokens), None
-            sequence_N = some.start + kept.row_N // padded.input_BS.shape[1]
-            position_N = kept.row_N % padded.input_BS.shape[1]
-            if not needs.all_enter:
-                check_finite(score_J, *(of_N[label_N != NO_LABEL] for of_N in (sequence_N, position_N)))
-            arrays = {name: tensor.to("cpu", store.hidden.dtype) for name, tensor in wide.items()}
-            arrays |= {"label": label_N, "sequence": sequence_N, "position": position_N, "score": kept.spread(score_J)}
-            if loss_J is not None:
-                arrays["loss"] = kept.spread(loss_J)
-            store.append(arrays)
-            progress.advance(read)
-            if time.monotonic() - last_saved > SAVE_PROGRESS_SECONDS:
-                store.save_progress()
-                last_saved = time.monotonic()
-    return True
-
-
-class _Kept:
-    """Which of a batch's ``B * S`` places are kept, and which of them have a label. All of them: nothing is gathered.
-
-    Attributes:
-        row_N: places that are kept, int64 on the CPU.
-    """
-
-    def __init__(self, kept_BS: Tensor, labelled_BS: Tensor, device: torch.device) -> None:
-        self.row_N = kept_BS.flatten().nonzero().squeeze(1)
-        self.labelled_N = labelled_BS.flatten()[self.row_N]
-        self._all, self._all_labelled = bool(kept_BS.all()), bool(self.labelled_N.all())
-        self._row_N = None if self._all else self.row_N.to(device)
-        self._row_J = self._row_N if self._all_labelled else self.row_N[self.labelled_N].to(device)
-
-    @property
-    def rows(self) -> int:
-        return len(self.row_N)
-
-    def __call__(self, of_BSD: Tensor, *, labelled: bool = False) -> Tensor:
-        """``(N, D)``, or of those with a label ``(J, D)``."""
-        return self.of_rows(of_BSD.flatten(0, 1), labelled=labelled)
-
-    def of_rows(self, of_BS: Tensor, *, labelled: bool = False) -> Tensor:
-        index = self._row_J if labelled else self._row_N
-        return of_BS if index is None else of_BS[index]
-
-    def spread(self, of_J: Tensor) -> Tensor:
-        """``(N,)`` on the CPU: NaN where there is no label."""
-        if self._all_labelled:
-            return of_J.cpu()
-        return of_J.new_full((self.rows,), torch.nan, device="cpu").masked_scatter_(self.labelled_N, of_J.cpu())
-
-
-def _keys_and_values(cache: Any, layers: int) -> Tensor:
-    """``(N, L, 2, G, E)`` of the last ``layers`` layers of transformers' cache."""
-    kv_L2BGSE = torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers[-layers:]])
-    return kv_L2BGSE.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)

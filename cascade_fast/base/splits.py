@@ -20,7 +20,7 @@ import numpy as np
 
 from cascade_fast.base.sequences import Sequences, TokenText
 from cascade_fast.input_checks import ALL, InputError, shown
-from cascade_fast.settings import DEFAULT_BLOCKS, SPLITS, RunSettings
+from cascade_fast.settings import DEFAULT_BLOCKS, GENERAL, SPLITS, RunSettings
 
 FEW_TEXTS = 10
 WARN_SHARE = 0.5
@@ -76,13 +76,20 @@ class Usage:
 @dataclass(frozen=True)
 class SplitSequences:
     """The sequences of each split. ``source`` names the texts for reports; ``notes`` are lines for the user;
-    ``chats``: whether they are conversations in a chat template."""
+    ``chats``: whether they are conversations in a chat template; ``general``: other text, if any, that the base pass
+    reads too."""
 
     splits: dict[str, Sequences]
     source: str
     usage: Usage
     notes: tuple[str, ...] = ()
     chats: bool = False
+    general: Sequences | None = None
+
+    @property
+    def read(self) -> dict[str, Sequences]:
+        """What the base pass reads: the splits, and other text."""
+        return self.splits if self.general is None else {**self.splits, GENERAL: self.general}
 
     def settle(self, settings: RunSettings) -> RunSettings:
         """``settings`` with the size that each split has come to: they make the same splits again."""
@@ -269,20 +276,23 @@ def split_texts(texts: Iterable[TokenText], settings: RunSettings, *, few: bool 
     return SplitSequences(splits, settings.dataset, usage, tuple(notes))
 
 
-def one_split(texts: Iterable[TokenText], settings: RunSettings, limit: int | None = None) -> Sequences:
-    """All sequences of ``texts``, or the first ``limit``. No splits.
+def one_split(
+    texts: Iterable[TokenText], settings: RunSettings, limit: int | None = None, *, tokens: int | None = None
+) -> Sequences:
+    """All sequences of ``texts``, the first ``limit``, or as many as hold ``tokens`` tokens. No splits.
 
     Raises:
         InputError: there is none.
     """
-    reader, pieces = _Reader(texts, settings), list[_Piece]()
-    for kept in reader:
-        pieces += kept
-        if limit is not None and len(pieces) >= limit:
+    reader, pieces, held = _Reader(texts, settings), list[_Piece](), 0
+    for piece in chain.from_iterable(reader):
+        pieces.append(piece)
+        held += piece.length
+        if len(pieces) == limit or (tokens is not None and held >= tokens):
             break
     if not pieces:
         raise _nothing(settings, reader)
-    return _sequences(pieces[:limit])
+    return _sequences(pieces)
 
 
 def _sequences(pieces: list[_Piece]) -> Sequences:

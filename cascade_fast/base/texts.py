@@ -25,6 +25,8 @@ from cascade_fast.input_checks import InputError, shown, template_parts
 from cascade_fast.settings import RunSettings
 
 T = TypeVar("T")
+# What these settings name is in one dataset; they are not carried over to another.
+OF_ONE_DATASET = ("text_columns", "text_template", "prompt_template", "completion_template", "encoding", "streaming")
 _DEFAULT_COLUMNS = (("text",), ("instruction", "input", "output"))
 _TEXTS_AT_ONCE = 64
 _PART_CHARACTERS = 2**17  # of a long text

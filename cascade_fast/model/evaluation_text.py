@@ -2,14 +2,12 @@
 
 from typing import Any
 
+from cascade_fast.base.general_text import load_general
 from cascade_fast.base.sequences import Sequences
-from cascade_fast.base.texts import all_sequences, load_sequences
+from cascade_fast.base.texts import OF_ONE_DATASET, all_sequences, load_sequences
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.configuration import CascadeConfig
-from cascade_fast.settings import RESUME_MAY_CHANGE, make_settings, saved_settings
-
-# What these settings name is in one dataset; they are not carried over to another.
-OF_ONE_DATASET = ("text_columns", "text_template", "prompt_template", "completion_template", "encoding", "streaming")
+from cascade_fast.settings import GENERAL, RESUME_MAY_CHANGE, make_settings, saved_settings
 
 
 def evaluation_text(
@@ -25,7 +23,8 @@ def evaluation_text(
     """Sequences of tokens, at least one, and what they are.
 
     Args:
-        split: ``train``, ``val`` or ``test`` of the text that the cascade was trained on.
+        split: ``train``, ``val`` or ``test`` of the text that the cascade was trained on; ``general``: the other text
+            that its run has read at the end.
         dataset: another text instead, all of it; as the setting of training.
         seq_len: tokens of a sequence at most; None: that of training.
         limit: the first so many sequences only.
@@ -46,10 +45,13 @@ def evaluation_text(
     asked, longest = make_settings(settings), config.max_position_embeddings
     if asked.seq_len > longest:
         raise InputError(f"seq_len: {asked.seq_len}; the base has {longest} positions")
-    if dataset is None:
-        found, source = load_sequences(asked, tokenizer).splits[split], f"{asked.dataset}, {split}"
-    else:
+    found: Sequences | None
+    if dataset is not None:
         found, source = all_sequences(asked, tokenizer, limit), asked.dataset
-    if len(found) == 0:
+    elif split == GENERAL:
+        found, source = load_general(asked, tokenizer), f"{asked.general_text}, other text"
+    else:
+        found, source = load_sequences(asked, tokenizer).splits[split], f"{asked.dataset}, {split}"
+    if not found:
         raise InputError(f"split: {split!r}; the run has no such text")
     return found.first(limit), source

@@ -26,9 +26,11 @@ from cascade_fast.losses import chunk_tokens, perplexity
 from cascade_fast.model.modeling import CascadeForCausalLM
 from cascade_fast.runtime.console import Progress
 from cascade_fast.selection import select_hardest
+from cascade_fast.stages.kind import get_kind
 
 BOOTSTRAP_SAMPLES = 2000
 CONFIDENCE = 0.95
+MERGED = "merged"  # the name of a row
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,14 @@ def measure(
     *,
     batch_tokens: int = 1024,
     count_flops: bool = False,
+    context_enters: bool = False,
     name: str = "evaluating",
 ) -> Measured:
     """Runs ``sequences`` through the cascade with these thresholds, each token with a label at its own exit.
 
     Sequences of about one length run together, padded on the right: under the causal mask no token sees padding, and
-    without a label it enters no stage. Where FLOPs are counted, only sequences of one length run together, as torch's
-    counter would count padding.
+    without a label it enters no stage, unless ``context_enters``. Where FLOPs are counted, only sequences of one length
+    run together, as torch's counter would count padding.
 
     Counting FLOPs slows the forward passes: take times from a run without it.
     """
@@ -103,7 +106,8 @@ def measure(
             padded = sequences.padded(some)
             labelled_BS = padded.labelled_BS
             input_BS, label_BS = padded.input_BS.to(model.device), padded.label_BS.to(model.device)
-            labels = {} if bool(labelled_BS.all()) else {"shift_labels": label_BS}
+            every = context_enters or bool(labelled_BS.all())
+            labels = {} if every else {"shift_labels": label_BS}
             _wait(model.device)
             started = time.perf_counter()
             output = model(input_BS, **labels, thresholds=thresholds, output_exits=True, use_cache=False)
@@ -213,25 +217,35 @@ def evaluate_cascade(
 
     Returns:
         ``rows``: see :meth:`Measured.row`, and the perplexity's difference to the base with its interval.
+        Where the cascade is one plain model with an open threshold (see :meth:`StageKind.mergeable`), ``rows`` ends
+        with that model, ``merged``: what it costs is what the base costs, which has as many layers of the same shape.
         ``exits``: for each exit but the last, tokens and perplexity of those that left there, and of those that went
         on: had they left there, and where they did leave.
     """
     trained, stages = model.config.thresholds, len(model.stages)
-    all_measured, rows = [], []
+    all_measured, rows = list[Measured](), list[dict[str, Any]]()
+
+    def add_row(name: str, measured: Measured, **costs: Any) -> None:
+        base = (*all_measured, measured)[0]
+        low, high = bootstrap_difference(measured.loss_N, base.loss_N, base.sequence_N)
+        row = {"name": name, **measured.row(stages), **costs, "difference": measured.perplexity - base.perplexity}
+        row |= {"difference_low": low, "difference_high": high}
+        rows.append({name: None if value != value else value for name, value in row.items()})  # NaN is no JSON
+
     for used in range(stages + 1):
-        name = cascade_name(used)
         thresholds = [*trained[:used], *[-math.inf] * (stages - used)]
-        how: dict[str, Any] = {"batch_tokens": batch_tokens, "name": name}
-        measured = measure(model, sequences, thresholds, **how)
-        row = {"name": name, **measured.row(stages)}
+        how: dict[str, Any] = {"batch_tokens": batch_tokens, "name": cascade_name(used)}
+        measured, costs = measure(model, sequences, thresholds, **how), {}
         if count_flops:
             counted = measure(model, sequences, thresholds, **how, count_flops=True)
-            row["flops_per_token"] = counted.row(stages)["flops_per_token"]
+            costs["flops_per_token"] = counted.row(stages)["flops_per_token"]
+        add_row(cascade_name(used), measured, **costs)
         all_measured.append(measured)
-        base = all_measured[0]
-        low, high = bootstrap_difference(measured.loss_N, base.loss_N, base.sequence_N)
-        row |= {"difference": measured.perplexity - base.perplexity, "difference_low": low, "difference_high": high}
-        rows.append({name: None if value != value else value for name, value in row.items()})  # NaN is no JSON
+    if get_kind(model.config.kind).mergeable([model.config.stage_config(n + 1) for n in range(stages)]):
+        how = {"batch_tokens": batch_tokens, "name": MERGED, "context_enters": True}
+        of_base = {name: rows[0][name] for name in ("layers_per_token", "flops_per_token")}
+        untimed = {"seconds": None, "tokens_per_second": None}  # what ran is the base and then the stage
+        add_row(MERGED, measure(model, sequences, [math.inf], **how), **of_base, **untimed)
     return {"rows": rows, "exits": _exits(all_measured)}
 
 

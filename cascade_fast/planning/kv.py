@@ -7,7 +7,7 @@ DISK_BYTES_PER_SECOND = 500e6  # assumed: a cloud host's solid-state disk
 
 
 def kv_disk_bytes(memory: StageMemory) -> float:
-    """Of the base's keys and values on disk, all splits."""
+    """Of the base's keys and values on disk, all splits. Not of other text, which decides nothing about a run."""
     tokens = sum(memory.settings.expected_tokens(split) for split in SPLITS)
     return float(tokens * memory.kv_numbers * memory.stored)
 

@@ -59,6 +59,7 @@ def compute_ledger(
     base_pass_seconds: float,
     stages: list[StageRecord],
     rate: float,
+    general: int = 0,
 ) -> Ledger:
     """``compute`` of ``results.json``.
 
@@ -66,10 +67,11 @@ def compute_ledger(
         base_pass_seconds: of the base pass, also where an earlier run has made it.
         stages: their records, in order.
         rate: see :func:`matmul_rate`.
+        general: tokens of other text in the base pass.
     """
-    every = sum(settings.expected_tokens(split) for split in SPLITS)  # with those that are only read
+    every = sum(settings.expected_tokens(split) for split in SPLITS) + general  # with those that are only read
     shape = Shape.from_settings(settings, base_config)
-    with_logits = tokens_with_logits(settings, tokens.total, tokens.train)
+    with_logits = tokens_with_logits(settings, tokens.total + general, tokens.train)
     flops = base_flops(shape, settings.seq_len, with_logits=False) + 2 * shape.counts.head * with_logits / max(every, 1)
     done = [stage.compute for stage in stages if stage.compute is not None]
     total_flops, seconds = sum(line.flops for line in done), sum(line.seconds for line in done)

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from cascade_fast.base.base_pass import TOKENS_AT_ONCE as BASE_TOKENS
+from cascade_fast.base.fill_store import TOKENS_AT_ONCE as BASE_TOKENS
 from cascade_fast.losses import chunk_tokens
 from cascade_fast.planning.counts import Shape, base_weight_bytes, optimizer_bytes, saved_activation_bytes
 from cascade_fast.selection import hard_count
-from cascade_fast.settings import RunSettings
+from cascade_fast.settings import READ, RunSettings
 from cascade_fast.stages.exits import TOKENS_AT_ONCE as EVAL_TOKENS
 
 GIB = 2**30
@@ -284,7 +284,7 @@ def _store_bytes(settings: RunSettings, shape: Shape, width: int) -> tuple[float
     handed_on = 2 if width == 2 and stored == 2 else 4
     numbers = shape.kind.memory(settings, shape.stage, width).kv_numbers  # keys and values of a token
     kept = numbers if shape.kind.needs(settings).keys_and_values else 0
-    base = (train_val + settings.expected_tokens("test")) * ((size + kept) * stored + TOKEN_BYTES)
+    base = sum(map(settings.expected_tokens, READ)) * ((size + kept) * stored + TOKEN_BYTES)
     later, tokens = 0.0, train_val
     # Those of two stages back are removed, unless tokens attend to what they left.
     for _ in range(settings.num_stages - 1 if shape.kind.attends else min(settings.num_stages - 1, 2)):

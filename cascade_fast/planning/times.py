@@ -15,7 +15,7 @@ from cascade_fast.planning.devices import Device
 from cascade_fast.planning.kv import recompute_flops
 from cascade_fast.planning.memory import base_tokens_at_once
 from cascade_fast.selection import hard_count
-from cascade_fast.settings import SPLITS, RunSettings
+from cascade_fast.settings import READ, RunSettings
 
 # Kernels in eager mode, counted with TorchDispatchMode: of a base layer's forward about 30 (queries, keys and rotary
 # embedding more than a stage's); of a chunk of logits about 10.
@@ -41,10 +41,10 @@ class Time:
 
 
 def base_pass_time(settings: RunSettings, base_config: Any, device: Device) -> Time:
-    """The base over every sequence of every split; logits where the loss or the criterion needs them."""
+    """The base over every sequence; logits where the loss or the criterion needs them."""
     shape, width = Shape.from_settings(settings, base_config), device.dtype.itemsize
     s, layers, seq = shape.stage, base_config.num_hidden_layers, settings.seq_len
-    tokens = sum(settings.expected_tokens(split) for split in SPLITS)
+    tokens = sum(settings.expected_tokens(split) for split in READ)
     with_logits = tokens_with_logits(settings, tokens, settings.expected_tokens("train"))
     at_once = base_tokens_at_once(settings, device.on_cpu)
     passes = math.ceil(tokens / at_once)

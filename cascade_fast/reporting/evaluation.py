@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
 from cascade_fast.base.sequences import Sequences
-from cascade_fast.model.measuring import evaluate_cascade
+from cascade_fast.model.measuring import MERGED, evaluate_cascade
 from cascade_fast.model.modeling import CascadeForCausalLM
 from cascade_fast.runtime.compute import dtype_name
 from cascade_fast.runtime.console import say, say_table
@@ -66,11 +66,13 @@ def say_tables(results: dict[str, Any]) -> None:
                 *(f"{share:.1%}" for share in row["exit_share"]),
                 f"{row['layers_per_token']:.2f}",
                 "" if row["flops_per_token"] is None else f"{row['flops_per_token'] / 1e9:.3f}",
-                f"{row['seconds']:.2f}",
+                "" if row["seconds"] is None else f"{row['seconds']:.2f}",
             ]
             for row in rows
         ],
     )
+    if rows[-1]["name"] == MERGED:
+        say("merged: the plain model of base and stage, every token in the stage; as large as the base")
     if results["exits"]:
         say_table(
             "\nperplexity of easy tokens, which leave, and of hard ones: had they left here, and where they do",

@@ -9,6 +9,7 @@ from cascade_fast.presets import SECOND_LOOK_PRESET
 from cascade_fast.records import Epoch, Ledger, RunRecord, RunResults, StageRecord, training_size
 from cascade_fast.reporting.heat_map import read_heat_map
 from cascade_fast.reporting.html import HEAT_MAP, MACHINE, SETTINGS, render_page
+from cascade_fast.reporting.outcome import general_table, general_title, merge_advice, merged_table
 from cascade_fast.reporting.plots import write_plots
 from cascade_fast.reporting.samples import make_samples, read_samples
 from cascade_fast.runtime.console import epoch_line, format_count, literal, markdown_table, say
@@ -86,6 +87,8 @@ def render_report(
     parts = [
         f"# CASCADE: preset {results.settings['preset']}, hard ratio {results.settings['hard_ratio']}",
         _summary(results),
+        *_merged(results),
+        *_general(results),
         *_samples(samples),
         f"## {HEAT_MAP}",
         "[report.html](report.html) shows some validation text token by token, coloured by exit, score or change of "
@@ -147,6 +150,33 @@ def _summary(results: RunResults) -> str:
         f"peak memory {final.peak_rss_bytes / 2**30:.2f} GiB.\n\n{table}\n\n"
         "Validation chose epochs and stages; test was measured once, at the end."
     )
+
+
+def _merged(results: RunResults) -> list[str]:
+    """A section; nothing where the cascade is no plain model."""
+    table, stages = merged_table(results), results.settings["layers_per_stage"]
+    if table is None:
+        return []
+    return [
+        "## Merged",
+        f"With every token in the stage, its {stages} layers take the place of the base's last {stages}: a plain "
+        "model, as large as the base.",
+        markdown_table(*table),
+        merge_advice(results, "RUN") or "",
+    ]
+
+
+def _general(results: RunResults) -> list[str]:
+    """A section; nothing where no other text was read."""
+    table, general = general_table(results.final), results.final.general
+    if table is None or general is None:
+        return []
+    title = general_title(general)
+    return [
+        f"## {title[0].upper()}{literal(title[1:])}",
+        "Not trained on, and read once, at the end. A rise above 0: training has made the model worse there.",
+        markdown_table(*table),
+    ]
 
 
 def _samples(samples: list[dict[str, Any]]) -> list[str]:

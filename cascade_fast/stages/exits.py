@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from cascade_fast.base.hidden_store import HiddenStore
+from cascade_fast.base.sequences import NO_LABEL
 from cascade_fast.criteria import Criterion, Places, TokensAtExit
 from cascade_fast.input_checks import one_line
-from cascade_fast.losses import perplexity
+from cascade_fast.losses import perplexity, token_losses
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.files import DamagedFile, load_tensors, save_tensors
 from cascade_fast.selection import EVERY_TOKEN, Selection, check_finite, select_below, select_hardest
@@ -187,6 +188,26 @@ def evaluate_exits(
     labelled_J = store.labelled_index()
     results = (loss_N, exit_N, score_NP, store["loss"], store["sequence"], store["position"])
     return ExitEvaluation(*(of_N[labelled_J] for of_N in results))
+
+
+@torch.inference_mode()
+def merged_losses(stage: Stage, store: HiddenStore, *, compute: Compute, recompute: Recompute | None = None) -> Tensor:
+    """Cross-entropy of every token with a label ``(J,)``, float32 on the CPU, in the plain model that the base and a
+    mergeable ``stage`` make (see :meth:`StageKind.mergeable`).
+
+    Every token of a base pass's store goes through the stage, those without a label, too: no token attends to what the
+    base has left. Where all have a label that is :func:`evaluate_exits` with an open threshold.
+    """
+    kind, losses = get_kind(stage.config.kind), []
+    for first, end in _whole_sequences(store):
+        tokens = kind.tokens([store.part(slice(first, end))], torch.arange(end - first), recompute)
+        inputs, label_K = tokens.batch(torch.arange(tokens.units), compute.device)
+        with compute.autocast():
+            normed_KD = stage.run(inputs.to(compute.device)).normed_KD
+        labelled_J = (label_K != NO_LABEL).nonzero().squeeze(1)
+        loss_J, _ = token_losses(normed_KD[labelled_J], stage.head, label_K[labelled_J], dtype=compute.dtype)
+        losses.append(loss_J.cpu())
+    return torch.cat(losses)
 
 
 def _whole_sequences(store: HiddenStore) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from cascade_fast.base.base_pass import BaseNeeds, BasePass
+from cascade_fast.base.base_pass import BasePass
+from cascade_fast.base.fill_store import BaseNeeds
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.model import BaseModel, find_base
 from cascade_fast.input_checks import InputError, shown
@@ -96,6 +97,11 @@ class StageKind(ABC):
             recompute: see :meth:`recompute`.
         """
         return StageTokens(stores[-1], index_K)
+
+    def mergeable(self, stages: Sequence[StageConfig]) -> bool:
+        """Whether base and ``stages`` make one plain model where every token goes through the stage: its layers, norm
+        and head then take the place of the base's last layers, norm and head."""
+        return False
 
     # --- what it takes ------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from cascade_fast import ops
-from cascade_fast.base.base_pass import BaseNeeds, BasePass
+from cascade_fast.base.base_pass import BasePass
+from cascade_fast.base.fill_store import BaseNeeds
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute
@@ -314,6 +315,9 @@ class SecondLook(StageKind):
         self, stores: Sequence[HiddenStore], index_K: Tensor, recompute: Recompute | None = None
     ) -> SequenceTokens:
         return SequenceTokens(stores, index_K, recompute)
+
+    def mergeable(self, stages: Sequence[StageConfig]) -> bool:
+        return len(stages) == 1
 
     def counts(self, config: StageConfig) -> SecondLookCounts:
         return SecondLookCounts(config)

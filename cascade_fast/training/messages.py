@@ -10,6 +10,7 @@ from cascade_fast.base.model import BaseModel
 from cascade_fast.base.splits import SplitSequences
 from cascade_fast.criteria import model_criteria
 from cascade_fast.records import RunResults, StageRecord
+from cascade_fast.reporting.outcome import general_table, general_title, merge_advice, merged_table
 from cascade_fast.reporting.report import advice
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.console import format_count, say, say_table
@@ -34,6 +35,8 @@ def say_start(
     say(f"data {sequences.source}: {sizes} tokens in {count:,} sequences of at most {settings.seq_len}{labelled}")
     for line in (*sequences.usage.lines(), *sequences.notes):
         say(f"  {line}")
+    if sequences.general is not None:
+        say(f"other text {settings.general_text}: {sequences.general.tokens:,} tokens, read once, at the end")
     say(f"computing on {compute.device} in {compute.dtype_name} ({compute.reason})")
     served = sorted({ops.choose(op, compute.device) for op in ops.SELECTION_OPS})
     say(f"selection operators: {', '.join(served)}")
@@ -73,6 +76,14 @@ def say_summary(results: RunResults, folder: RunFolder) -> None:
     if final.base_test_ppl is not None:
         rows.append(["test", _number(final.base_test_ppl), _number(final.all_token_test_ppl)])
     say_table("all-token perplexity", ["split", "base", "cascade"], rows)
+    merged, other = merged_table(results), general_table(final)
+    if merged is not None:
+        say_table("merged: the plain model of base and stage, every token in the stage", *merged)
+    advised = merge_advice(results, shlex.quote(str(folder.path)))
+    if advised is not None:
+        say(advised.replace("`", ""))
+    if other is not None and final.general is not None:
+        say_table(f"{general_title(final.general)}: a rise above 0 is worse", *other)
     say(
         f"{final.stages_kept} stage(s) kept, {format_count(final.total_parameters)} parameters, "
         f"{final.seconds:.1f} s, peak memory {memory.measured_peak_bytes / 2**30:.2f} GiB"
