@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import common
 from benchmarks.naive_loop import BATCH_TOKENS, naive_losses, naive_stage
 from benchmarks.workload import BLOCKS, CPU, LAYERS, SEQ_LEN, TOKENS, base_config, steps_of, trainer
-from cascade_fast.base import base_pass as ours_pass
+from cascade_fast.base import fill_store as ours_pass
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.criteria import get_criterion
 from cascade_fast.losses import linear_cross_entropy

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cascade_fast import ops
+from cascade_fast.runtime.compute import PADDED_TO, padded_rows
 
 LARGEST_LOSS = 700.0  # nats; exp(710) is no float
 CHUNK_BYTES = 48 * 2**20  # of logits: 512 tokens of a vocabulary of 49,152 in 16 bit
@@ -35,13 +36,17 @@ def chunk_tokens(vocab_size: int, dtype: torch.dtype) -> int:
 def _logit_chunks(hidden_ND: Tensor, head_VD: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """``(rows, hidden_CD, logits_CV)`` chunk by chunk, in the head's dtype; all chunks use the same memory."""
     n, vocab_size = hidden_ND.shape[0], head_VD.shape[0]
-    chunks = max(1, math.ceil(n / chunk_tokens(vocab_size, head_VD.dtype)))
+    # A quarter too many go at once all the same: two halves would take longer.
+    chunks = max(1, math.ceil(n / chunk_tokens(vocab_size, head_VD.dtype) - 0.25))
     step = max(1, math.ceil(n / chunks))  # chunks of about one size: a last one of two rows would cost as much as many
-    room_CV = head_VD.new_empty(min(step, n), vocab_size)
+    sizes = head_VD.dtype != torch.float32 and head_VD.device.type == "cpu"  # see padded_rows
+    room_CV = head_VD.new_empty(min(step, n) + (-min(step, n) % PADDED_TO if sizes else 0), vocab_size)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         hidden_CD = hidden_ND[rows].to(head_VD.dtype)
-        yield rows, hidden_CD, torch.mm(hidden_CD, head_VD.T, out=room_CV[: hidden_CD.shape[0]])
+        padded_CD = padded_rows(hidden_CD) if sizes else hidden_CD
+        logits_CV = torch.mm(padded_CD, head_VD.T, out=room_CV[: padded_CD.shape[0]])
+        yield rows, hidden_CD, logits_CV[: hidden_CD.shape[0]]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -60,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # small probabilities below the smallest number.
             grad_CV = logits_CV
             if grad_hidden_ND is not None:
-                grad_hidden_ND[rows] = grad_CV @ head_VD
+                grad_hidden_ND[rows] = _times_head(grad_CV, head_VD)
             if grad_weight_VD is not None:
                 _add_product(grad_weight_VD, grad_CV.T, hidden_CD, first=rows.start == 0)
         ctx.grads = grad_hidden_ND, grad_weight_VD
@@ -78,6 +83,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight_VD = grad_weight_VD.mul_(scale)
         ctx.grads = None
         return grad_hidden_ND, grad_weight_VD, None, None
+
+
+def _times_head(grad_CV: Tensor, head_VD: Tensor) -> Tensor:
+    """``grad @ head``, with the rows of the memory behind ``grad`` that :func:`_logit_chunks` has padded it by."""
+    count = grad_CV.shape[0]
+    if head_VD.dtype == torch.float32 or head_VD.device.type != "cpu" or count % PADDED_TO == 0:
+        return grad_CV @ head_VD
+    padded_CV = grad_CV.as_strided((count + -count % PADDED_TO, grad_CV.shape[1]), grad_CV.stride())
+    return (padded_CV @ head_VD)[:count]
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:

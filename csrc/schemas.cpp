@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
   m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
   m.def("silu_mul_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
   m.def("rotate_rows(Tensor x, Tensor cos, Tensor sin, Tensor index, Tensor into) -> Tensor");
-  m.def("rotate_rows_backward(Tensor grad, Tensor cos, Tensor sin, Tensor index, int heads) -> Tensor");
+  m.def("rotate_rows_backward(Tensor grad, Tensor cos, Tensor sin, Tensor index, int heads, int tokens) -> Tensor");
   m.def("masked_softmax_(Tensor(a!) scores, Tensor mask) -> ()");
   m.def("softmax_backward_(Tensor(a!) grad, Tensor weights) -> ()");
   m.def(

@@ -17,8 +17,8 @@ _LIB.define("silu_mul(Tensor gate, Tensor up, *, str backend='auto') -> Tensor")
 _LIB.define("silu_mul_backward(Tensor grad, Tensor gate, Tensor up, *, str backend='auto') -> (Tensor, Tensor)")
 _LIB.define("rotate_rows(Tensor x, Tensor cos, Tensor sin, Tensor index, Tensor into, *, str backend='auto') -> Tensor")
 _LIB.define(
-    "rotate_rows_backward(Tensor grad, Tensor cos, Tensor sin, Tensor index, SymInt heads, *, str backend='auto') "
-    "-> Tensor"
+    "rotate_rows_backward(Tensor grad, Tensor cos, Tensor sin, Tensor index, SymInt heads, SymInt tokens, "
+    "*, str backend='auto') -> Tensor"
 )
 _LIB.define("masked_softmax_(Tensor(a!) scores, Tensor mask, *, str backend='auto') -> ()")
 _LIB.define("softmax_backward_(Tensor(a!) grad, Tensor weights, *, str backend='auto') -> ()")
@@ -46,7 +46,7 @@ def rotate_rows(
     (arXiv 2104.09864, halves as Llama has them), in float32, rounded once.
 
     Args:
-        x_KHE: ``(K, H, E)`` float32, float16 or bfloat16, E even.
+        x_KHE: ``(K or more, H, E)`` float32, float16 or bfloat16, E even. What is beyond K tokens is placed nowhere.
         cos_KF, sin_KF: ``(K, E / 2)`` float32; both empty: nothing is turned.
         index_Y: ``(K * H,)`` int64 in ``[0, P)``, no index twice.
         into_PE: ``(P, E)`` of the dtype of ``x``; not modified. Not read where every row is replaced.
@@ -91,56 +91,64 @@ def softmax_backward_(grad: Tensor, weights: Tensor, *, backend: str = "auto") -
 
 
 def _check_alike(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
-    check(t.shape == other.shape, f"{name}: {shape_of(t)}; must have the shape of {other_name}, {tuple(other.shape)}")
-    check(t.dtype == other.dtype, f"{name}: {shape_of(t)}; must have the dtype of {other_name}, {other.dtype}")
-    check(t.device == other.device, f"{name}: {shape_of(t)}; must be on the device of {other_name}, {other.device}")
+    check(
+        t.shape == other.shape,
+        lambda: f"{name}: {shape_of(t)}; must have the shape of {other_name}, {tuple(other.shape)}",
+    )
+    check(t.dtype == other.dtype, lambda: f"{name}: {shape_of(t)}; must have the dtype of {other_name}, {other.dtype}")
+    check(
+        t.device == other.device,
+        lambda: f"{name}: {shape_of(t)}; must be on the device of {other_name}, {other.device}",
+    )
 
 
 def _check_float(name: str, t: Tensor) -> None:
-    check(t.dtype in FLOAT_DTYPES, f"{name}: {shape_of(t)}; must be float32, float16 or bfloat16")
+    check(t.dtype in FLOAT_DTYPES, lambda: f"{name}: {shape_of(t)}; must be float32, float16 or bfloat16")
 
 
 def _check_silu_mul(gate: Tensor, up: Tensor) -> None:
-    check(gate.dim() == 2, f"gate: {shape_of(gate)}; must have 2 dimensions (N, F)")
+    check(gate.dim() == 2, lambda: f"gate: {shape_of(gate)}; must have 2 dimensions (N, F)")
     _check_float("gate", gate)
     _check_alike("up", up, "gate", gate)
 
 
 def _check_rotate_rows(x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, into: Tensor) -> None:
-    check(x.dim() == 3, f"x: {shape_of(x)}; must have 3 dimensions (K, H, E)")
+    check(x.dim() == 3, lambda: f"x: {shape_of(x)}; must have 3 dimensions (K, H, E)")
     _check_float("x", x)
-    k, heads, size = x.shape
-    check(size % 2 == 0, f"x: {shape_of(x)}; must have heads of an even size")
-    check(into.dim() == 2 and into.shape[1] == size, f"into: {shape_of(into)}; must have shape (P, {size})")
-    check(into.dtype == x.dtype, f"into: {shape_of(into)}; must have the dtype of x, {x.dtype}")
+    rows, heads, size = x.shape
+    check(index.dtype == torch.int64, lambda: f"index: {shape_of(index)}; must be int64")
+    good = index.dim() == 1 and index.shape[0] <= rows * heads and index.shape[0] % max(heads, 1) == 0
+    check(good, lambda: f"index: {shape_of(index)}; must have {heads} entries for each of at most {rows} tokens")
+    k = index.shape[0] // max(heads, 1)
+    check(size % 2 == 0, lambda: f"x: {shape_of(x)}; must have heads of an even size")
+    check(into.dim() == 2 and into.shape[1] == size, lambda: f"into: {shape_of(into)}; must have shape (P, {size})")
+    check(into.dtype == x.dtype, lambda: f"into: {shape_of(into)}; must have the dtype of x, {x.dtype}")
     for name, angles in (("cos", cos), ("sin", sin)):
         good = angles.numel() == 0 or tuple(angles.shape) == (k, size // 2)
-        check(good, f"{name}: {shape_of(angles)}; must have shape ({k}, {size // 2}), or be empty")
-        check(angles.dtype == torch.float32, f"{name}: {shape_of(angles)}; must be float32")
-    check(cos.shape == sin.shape, f"sin: {shape_of(sin)}; must have the shape of cos, {tuple(cos.shape)}")
-    check(index.dtype == torch.int64, f"index: {shape_of(index)}; must be int64")
-    check(tuple(index.shape) == (k * heads,), f"index: {shape_of(index)}; must have shape ({k * heads},)")
+        check(good, lambda: f"{name}: {shape_of(angles)}; must have shape ({k}, {size // 2}), or be empty")
+        check(angles.dtype == torch.float32, lambda: f"{name}: {shape_of(angles)}; must be float32")
+    check(cos.shape == sin.shape, lambda: f"sin: {shape_of(sin)}; must have the shape of cos, {tuple(cos.shape)}")
     for name, t in (("cos", cos), ("sin", sin), ("index", index), ("into", into)):
-        check(t.device == x.device, f"{name}: {shape_of(t)}; must be on the device of x, {x.device}")
+        check(t.device == x.device, lambda: f"{name}: {shape_of(t)}; must be on the device of x, {x.device}")
 
 
 def _check_masked_softmax(scores: Tensor, mask: Tensor) -> None:
-    check(scores.dim() == 4, f"scores: {shape_of(scores)}; must have 4 dimensions (B, H, Q, S)")
+    check(scores.dim() == 4, lambda: f"scores: {shape_of(scores)}; must have 4 dimensions (B, H, Q, S)")
     _check_float("scores", scores)
     wanted = (scores.shape[0], 1, *scores.shape[2:])
-    check(tuple(mask.shape) == wanted, f"mask: {shape_of(mask)}; must have shape {wanted}")
-    check(mask.dtype == scores.dtype, f"mask: {shape_of(mask)}; must have the dtype of scores, {scores.dtype}")
-    check(mask.device == scores.device, f"mask: {shape_of(mask)}; must be on the device of scores")
+    check(tuple(mask.shape) == wanted, lambda: f"mask: {shape_of(mask)}; must have shape {wanted}")
+    check(mask.dtype == scores.dtype, lambda: f"mask: {shape_of(mask)}; must have the dtype of scores, {scores.dtype}")
+    check(mask.device == scores.device, lambda: f"mask: {shape_of(mask)}; must be on the device of scores")
     for name, t in (("scores", scores), ("mask", mask)):
-        check(t.is_contiguous(), f"{name}: strides {tuple(t.stride())}; must be contiguous")
+        check(t.is_contiguous(), lambda: f"{name}: strides {tuple(t.stride())}; must be contiguous")
 
 
 def _check_softmax_backward(grad: Tensor, weights: Tensor) -> None:
-    check(grad.dim() >= 1, f"grad: {shape_of(grad)}; must have a dimension")
+    check(grad.dim() >= 1, lambda: f"grad: {shape_of(grad)}; must have a dimension")
     _check_float("grad", grad)
     _check_alike("weights", weights, "grad", grad)
     for name, t in (("grad", grad), ("weights", weights)):
-        check(t.is_contiguous(), f"{name}: strides {tuple(t.stride())}; must be contiguous")
+        check(t.is_contiguous(), lambda: f"{name}: strides {tuple(t.stride())}; must be contiguous")
 
 
 # --- fakes ------------------------------------------------------------------------------------------------------------
@@ -164,8 +172,8 @@ def _(x, cos, sin, index, into, *, backend="auto"):
 
 
 @torch.library.register_fake("cascade_fast::rotate_rows_backward", lib=_LIB)
-def _(grad, cos, sin, index, heads, *, backend="auto"):
-    return grad.new_empty(index.shape[0] // heads, heads, grad.shape[1])
+def _(grad, cos, sin, index, heads, tokens, *, backend="auto"):
+    return grad.new_empty(tokens, heads, grad.shape[1])
 
 
 @torch.library.register_fake("cascade_fast::masked_softmax_", lib=_LIB)
@@ -196,9 +204,9 @@ def _rotate_rows(x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, into: Tenso
 
 
 def _rotate_rows_backward(
-    grad: Tensor, cos: Tensor, sin: Tensor, index: Tensor, heads: int, *, backend: str = "auto"
+    grad: Tensor, cos: Tensor, sin: Tensor, index: Tensor, heads: int, tokens: int, *, backend: str = "auto"
 ) -> Tensor:
-    return backends.body("rotate_rows_backward", grad.device, backend)(grad, cos, sin, index, heads)
+    return backends.body("rotate_rows_backward", grad.device, backend)(grad, cos, sin, index, heads, tokens)
 
 
 def _masked_softmax_(scores: Tensor, mask: Tensor, *, backend: str = "auto") -> None:
@@ -232,12 +240,13 @@ def _silu_mul_grads(ctx, grad_NF):
 def _rotate_rows_setup(ctx, inputs, keyword_only_inputs, output):
     x, cos, sin, index, _into = inputs
     ctx.save_for_backward(cos, sin, index)
-    ctx.heads, ctx.backend = x.shape[1], keyword_only_inputs["backend"]
+    ctx.shape, ctx.backend = x.shape, keyword_only_inputs["backend"]
 
 
 def _rotate_rows_grads(ctx, grad_PE):
     cos, sin, index = ctx.saved_tensors
-    grad = torch.ops.cascade_fast.rotate_rows_backward(grad_PE, cos, sin, index, ctx.heads, backend=ctx.backend)
+    tokens, heads, _ = ctx.shape
+    grad = torch.ops.cascade_fast.rotate_rows_backward(grad_PE, cos, sin, index, heads, tokens, backend=ctx.backend)
     return grad, None, None, None, None
 
 

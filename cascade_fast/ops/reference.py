@@ -119,14 +119,18 @@ def silu_mul_backward(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[
 
 def rotate_rows(x_KHE: Tensor, cos_KF: Tensor, sin_KF: Tensor, index_Y: Tensor, into_PE: Tensor) -> Tensor:
     """A copy of ``into`` with the rotated heads in rows ``index``."""
-    turned_KHE = _turned(x_KHE, cos_KF, sin_KF).to(into_PE.dtype)
+    turned_KHE = _turned(x_KHE[: len(index_Y) // x_KHE.shape[1]], cos_KF, sin_KF).to(into_PE.dtype)
     return into_PE.index_copy(0, index_Y, turned_KHE.flatten(0, 1))
 
 
-def rotate_rows_backward(grad_PE: Tensor, cos_KF: Tensor, sin_KF: Tensor, index_Y: Tensor, heads: int) -> Tensor:
-    """Gradient of :func:`rotate_rows` in ``x``: the rows, rotated back."""
+def rotate_rows_backward(
+    grad_PE: Tensor, cos_KF: Tensor, sin_KF: Tensor, index_Y: Tensor, heads: int, tokens: int
+) -> Tensor:
+    """Gradient of :func:`rotate_rows` in ``x``: the rows, rotated back; zero of the tokens that are not placed."""
     grad_KHE = grad_PE.index_select(0, index_Y).unflatten(0, (-1, heads))
-    return _turned(grad_KHE, cos_KF, -sin_KF).to(grad_PE.dtype)
+    out_KHE = grad_PE.new_zeros(tokens, heads, grad_PE.shape[1])
+    out_KHE[: len(grad_KHE)] = _turned(grad_KHE, cos_KF, -sin_KF)
+    return out_KHE
 
 
 def _turned(x_KHE: Tensor, cos_KF: Tensor, sin_KF: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ and reaches the backward pass.
 Shape legend: N rows (tokens), B independent selections, D hidden size, K selected rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,9 +37,9 @@ _LIB.define(
 )
 
 
-def check(condition: bool, message: str) -> None:
+def check(condition: bool, message: Callable[[], str]) -> None:
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message())
 
 
 def shape_of(t: Tensor) -> str:
@@ -50,62 +50,76 @@ def shape_of(t: Tensor) -> str:
 
 
 def _check_cosine_score(h_in: Tensor, h_out: Tensor) -> None:
-    check(h_in.dim() == 2, f"h_in: {shape_of(h_in)}; must have 2 dimensions (N, D)")
-    check(h_in.shape == h_out.shape, f"h_out: {shape_of(h_out)}; must have the shape of h_in, {tuple(h_in.shape)}")
-    check(h_in.dtype in FLOAT_DTYPES, f"h_in: {shape_of(h_in)}; must be float32, float16 or bfloat16")
-    check(h_out.dtype == h_in.dtype, f"h_out: {shape_of(h_out)}; must have the dtype of h_in, {h_in.dtype}")
-    check(h_out.device == h_in.device, f"h_out: {shape_of(h_out)}; must be on the device of h_in, {h_in.device}")
-    check(h_in.shape[0] <= MAX_ROWS, f"h_in: {shape_of(h_in)}; must have at most 2^31 - 1 rows")
+    check(h_in.dim() == 2, lambda: f"h_in: {shape_of(h_in)}; must have 2 dimensions (N, D)")
+    check(
+        h_in.shape == h_out.shape, lambda: f"h_out: {shape_of(h_out)}; must have the shape of h_in, {tuple(h_in.shape)}"
+    )
+    check(h_in.dtype in FLOAT_DTYPES, lambda: f"h_in: {shape_of(h_in)}; must be float32, float16 or bfloat16")
+    check(h_out.dtype == h_in.dtype, lambda: f"h_out: {shape_of(h_out)}; must have the dtype of h_in, {h_in.dtype}")
+    check(
+        h_out.device == h_in.device, lambda: f"h_out: {shape_of(h_out)}; must be on the device of h_in, {h_in.device}"
+    )
+    check(h_in.shape[0] <= MAX_ROWS, lambda: f"h_in: {shape_of(h_in)}; must have at most 2^31 - 1 rows")
 
 
 def _check_select_hard(scores: Tensor, k: int) -> None:
-    check(scores.dim() == 2, f"scores: {shape_of(scores)}; must have 2 dimensions (B, N)")
-    check(scores.dtype == torch.float32, f"scores: {shape_of(scores)}; must be float32")
-    check(scores.shape[1] <= MAX_ROWS, f"scores: {shape_of(scores)}; must have at most 2^31 - 1 scores in a row")
-    check(0 <= k <= scores.shape[1], f"k: {k}; must be between 0 and the number of scores, {scores.shape[1]}")
+    check(scores.dim() == 2, lambda: f"scores: {shape_of(scores)}; must have 2 dimensions (B, N)")
+    check(scores.dtype == torch.float32, lambda: f"scores: {shape_of(scores)}; must be float32")
+    check(
+        scores.shape[1] <= MAX_ROWS, lambda: f"scores: {shape_of(scores)}; must have at most 2^31 - 1 scores in a row"
+    )
+    check(0 <= k <= scores.shape[1], lambda: f"k: {k}; must be between 0 and the number of scores, {scores.shape[1]}")
 
 
 def _check_index(index: Tensor, rows: Tensor, name: str) -> None:
-    check(index.dim() == 1, f"index: {shape_of(index)}; must have 1 dimension (K,)")
-    check(index.dtype == torch.int64, f"index: {shape_of(index)}; must be int64")
-    check(index.device == rows.device, f"index: {shape_of(index)}; must be on the device of {name}, {rows.device}")
+    check(index.dim() == 1, lambda: f"index: {shape_of(index)}; must have 1 dimension (K,)")
+    check(index.dtype == torch.int64, lambda: f"index: {shape_of(index)}; must be int64")
+    check(
+        index.device == rows.device, lambda: f"index: {shape_of(index)}; must be on the device of {name}, {rows.device}"
+    )
 
 
 def _check_gather_rows(hidden: Tensor, index: Tensor, carried: list[Tensor]) -> None:
-    check(hidden.dim() == 2, f"hidden: {shape_of(hidden)}; must have 2 dimensions (N, D)")
-    check(hidden.dtype in FLOAT_DTYPES, f"hidden: {shape_of(hidden)}; must be float32, float16 or bfloat16")
+    check(hidden.dim() == 2, lambda: f"hidden: {shape_of(hidden)}; must have 2 dimensions (N, D)")
+    check(hidden.dtype in FLOAT_DTYPES, lambda: f"hidden: {shape_of(hidden)}; must be float32, float16 or bfloat16")
     _check_index(index, hidden, "hidden")
     for i, array in enumerate(carried):
-        check(array.shape == hidden.shape[:1], f"carried[{i}]: {shape_of(array)}; must have shape ({hidden.shape[0]},)")
-        check(array.device == hidden.device, f"carried[{i}]: {shape_of(array)}; must be on {hidden.device}")
+        check(
+            array.shape == hidden.shape[:1],
+            lambda: f"carried[{i}]: {shape_of(array)}; must have shape ({hidden.shape[0]},)",
+        )
+        check(array.device == hidden.device, lambda: f"carried[{i}]: {shape_of(array)}; must be on {hidden.device}")
 
 
 def _check_scatter_rows(rows: Tensor, index: Tensor, into: Tensor) -> None:
-    check(into.dim() == 2, f"into: {shape_of(into)}; must have 2 dimensions (N, D)")
-    check(into.dtype in FLOAT_DTYPES, f"into: {shape_of(into)}; must be float32, float16 or bfloat16")
+    check(into.dim() == 2, lambda: f"into: {shape_of(into)}; must have 2 dimensions (N, D)")
+    check(into.dtype in FLOAT_DTYPES, lambda: f"into: {shape_of(into)}; must be float32, float16 or bfloat16")
     _check_index(index, into, "into")
     wanted = (index.shape[0], into.shape[1])
-    check(tuple(rows.shape) == wanted, f"rows: {shape_of(rows)}; must have shape {wanted}, (K, D) of index and into")
-    check(rows.dtype == into.dtype, f"rows: {shape_of(rows)}; must have the dtype of into, {into.dtype}")
-    check(rows.device == into.device, f"rows: {shape_of(rows)}; must be on the device of into, {into.device}")
+    check(
+        tuple(rows.shape) == wanted,
+        lambda: f"rows: {shape_of(rows)}; must have shape {wanted}, (K, D) of index and into",
+    )
+    check(rows.dtype == into.dtype, lambda: f"rows: {shape_of(rows)}; must have the dtype of into, {into.dtype}")
+    check(rows.device == into.device, lambda: f"rows: {shape_of(rows)}; must be on the device of into, {into.device}")
 
 
 def _check_cross_entropy(logits: Tensor, labels: Tensor) -> None:
-    check(logits.dim() == 2, f"logits: {shape_of(logits)}; must have 2 dimensions (C, V)")
-    check(logits.dtype in FLOAT_DTYPES, f"logits: {shape_of(logits)}; must be float32, float16 or bfloat16")
-    check(logits.is_contiguous(), f"logits: strides {tuple(logits.stride())}; must be contiguous")
-    check(labels.shape == logits.shape[:1], f"labels: {shape_of(labels)}; must have shape ({logits.shape[0]},)")
-    check(labels.dtype == torch.int64, f"labels: {shape_of(labels)}; must be int64")
-    check(labels.device == logits.device, f"labels: {shape_of(labels)}; must be on the device of logits")
+    check(logits.dim() == 2, lambda: f"logits: {shape_of(logits)}; must have 2 dimensions (C, V)")
+    check(logits.dtype in FLOAT_DTYPES, lambda: f"logits: {shape_of(logits)}; must be float32, float16 or bfloat16")
+    check(logits.is_contiguous(), lambda: f"logits: strides {tuple(logits.stride())}; must be contiguous")
+    check(labels.shape == logits.shape[:1], lambda: f"labels: {shape_of(labels)}; must have shape ({logits.shape[0]},)")
+    check(labels.dtype == torch.int64, lambda: f"labels: {shape_of(labels)}; must be int64")
+    check(labels.device == logits.device, lambda: f"labels: {shape_of(labels)}; must be on the device of logits")
 
 
 def _check_rms_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
-    check(x.dim() == 2, f"x: {shape_of(x)}; must have 2 dimensions (N, D)")
-    check(x.dtype == torch.float32, f"x: {shape_of(x)}; must be float32")
-    check(weight.shape == x.shape[1:], f"weight: {shape_of(weight)}; must have shape ({x.shape[1]},)")
-    check(weight.dtype == torch.float32, f"weight: {shape_of(weight)}; must be float32")
-    check(weight.device == x.device, f"weight: {shape_of(weight)}; must be on the device of x, {x.device}")
-    check(dtype in FLOAT_DTYPES, f"dtype: {dtype}; must be float32, float16 or bfloat16")
+    check(x.dim() == 2, lambda: f"x: {shape_of(x)}; must have 2 dimensions (N, D)")
+    check(x.dtype == torch.float32, lambda: f"x: {shape_of(x)}; must be float32")
+    check(weight.shape == x.shape[1:], lambda: f"weight: {shape_of(weight)}; must have shape ({x.shape[1]},)")
+    check(weight.dtype == torch.float32, lambda: f"weight: {shape_of(weight)}; must be float32")
+    check(weight.device == x.device, lambda: f"weight: {shape_of(weight)}; must be on the device of x, {x.device}")
+    check(dtype in FLOAT_DTYPES, lambda: f"dtype: {dtype}; must be float32, float16 or bfloat16")
 
 
 def _check_adamw8bit(
@@ -127,32 +141,46 @@ def _check_adamw8bit(
     }
     for name, values in lists.items():
         check(
-            len(values) == len(params), f"{name}: {len(values)} of them; must be one for each of {len(params)} params"
+            len(values) == len(params),
+            lambda: f"{name}: {len(values)} of them; must be one for each of {len(params)} params",
         )
     for i, param in enumerate(params):
         first, second, scale1, scale2 = state1[i], state2[i], absmax1[i], absmax2[i]
         blocks = -(-param.numel() // reference.BLOCK) if first.dtype == torch.uint8 else 0
-        check(param.dtype == torch.float32, f"params[{i}]: {shape_of(param)}; must be float32")
-        check(param.is_contiguous(), f"params[{i}]: {shape_of(param)}, strides {param.stride()}; must be contiguous")
-        check(grads[i].shape == param.shape, f"grads[{i}]: {shape_of(grads[i])}; must have shape {tuple(param.shape)}")
-        check(grads[i].dtype in FLOAT_DTYPES, f"grads[{i}]: {shape_of(grads[i])}; must be float32, float16 or bfloat16")
-        check(grads[i].device == param.device, f"grads[{i}]: {shape_of(grads[i])}; must be on {param.device}")
+        check(param.dtype == torch.float32, lambda: f"params[{i}]: {shape_of(param)}; must be float32")
+        check(
+            param.is_contiguous(),
+            lambda: f"params[{i}]: {shape_of(param)}, strides {param.stride()}; must be contiguous",
+        )
+        check(
+            grads[i].shape == param.shape,
+            lambda: f"grads[{i}]: {shape_of(grads[i])}; must have shape {tuple(param.shape)}",
+        )
+        check(
+            grads[i].dtype in FLOAT_DTYPES,
+            lambda: f"grads[{i}]: {shape_of(grads[i])}; must be float32, float16 or bfloat16",
+        )
+        check(grads[i].device == param.device, lambda: f"grads[{i}]: {shape_of(grads[i])}; must be on {param.device}")
         for name, state in (("state1", first), ("state2", second)):
             good = state.shape == param.shape and state.dtype in (torch.uint8, torch.float32)
             good = good and state.dtype == first.dtype and state.device == param.device and state.is_contiguous()
             check(
                 good,
-                f"{name}[{i}]: {shape_of(state)}; must be uint8 or float32 like state1, contiguous, in the shape "
-                f"and on the device of params[{i}], {shape_of(param)}",
+                lambda: (
+                    f"{name}[{i}]: {shape_of(state)}; must be uint8 or float32 like state1, contiguous, in the shape "
+                    f"and on the device of params[{i}], {shape_of(param)}"
+                ),
             )
         for name, scale in (("absmax1", scale1), ("absmax2", scale2)):
             good = scale.shape == (blocks,) and scale.dtype == torch.float32 and scale.device == param.device
             check(
                 good and scale.is_contiguous(),
-                f"{name}[{i}]: {shape_of(scale)}; must be contiguous float32 of shape "
-                f"({blocks},), one for each block of 256 of a uint8 state",
+                lambda: (
+                    f"{name}[{i}]: {shape_of(scale)}; must be contiguous float32 of shape "
+                    f"({blocks},), one for each block of 256 of a uint8 state"
+                ),
             )
-        check(steps[i] >= 1, f"steps[{i}]: {steps[i]}; must be 1 for the first step, or more")
+        check(steps[i] >= 1, lambda: f"steps[{i}]: {steps[i]}; must be 1 for the first step, or more")
 
 
 # --- fakes: shapes and dtypes of the results -------------------------------------------------------------------------

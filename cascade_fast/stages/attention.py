@@ -118,6 +118,9 @@ class AttentionInputs:
         )
 
 
+taken_back = torch.ops.cascade_fast.rotate_rows_backward  # rows of one head, as (K, H, E)
+
+
 class _Attend(torch.autograd.Function):
     """:func:`attend` on the CPU, forward and backward written out: beside the products one pass over memory each
     for rotating and placing, for the softmax and for taking back. Kept are queries, keys, values and weights."""
@@ -136,18 +139,20 @@ class _Attend(torch.autograd.Function):
         key, value = (of_PE.view(-1, seq_len, size) for of_PE in (key_PE, value_PE))
         weights = torch.bmm(query, key.transpose(1, 2))
         ops.masked_softmax_(weights.view(sequences, heads, inputs.queries, seq_len), inputs.mask_B1QS)
-        attended_YE, _ = ops.gather_rows(torch.bmm(weights, value).view(rows, size), inputs.slot_Y)
+        attended_PE = torch.bmm(weights, value).view(rows, size)
         ctx.save_for_backward(query, key, value, weights)
         ctx.inputs = inputs
         ctx.mark_non_differentiable(key_PE, value_PE)
-        return attended_YE.view(query_KHE.shape), key_PE, value_PE
+        tokens = query_KHE.shape[0]
+        attended_KHE = taken_back(attended_PE, as_it_is, as_it_is, inputs.slot_Y, heads, tokens)
+        return attended_KHE, key_PE, value_PE
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_KHE: Tensor, _key_grad, _value_grad):
         query, key, value, weights = ctx.saved_tensors
         inputs: AttentionInputs = ctx.inputs
-        (_, heads, size), rows = grad_KHE.shape, query.shape[0] * query.shape[1]
+        (tokens, heads, size), rows = grad_KHE.shape, query.shape[0] * query.shape[1]
         as_it_is = grad_KHE.new_empty(0, dtype=torch.float32)
         room_PE = grad_KHE.new_zeros(1, size).expand(rows, size)
         grad = ops.rotate_rows(grad_KHE, as_it_is, as_it_is, inputs.slot_Y, room_PE).view(query.shape)
@@ -156,14 +161,11 @@ class _Attend(torch.autograd.Function):
         ops.softmax_backward_(grad_scores, weights)
         grad_query = torch.bmm(grad_scores, key)
         grad_key = torch.bmm(grad_scores.transpose(1, 2), query)
-
-        def back(grad_of: Tensor, angles: tuple[Tensor, Tensor], index: Tensor, count: int) -> Tensor:
-            return torch.ops.cascade_fast.rotate_rows_backward(grad_of.view(-1, size), *angles, index, count)
-
+        groups = inputs.kv_BGSE[1]
         return (
-            back(grad_query, inputs.query_angles, inputs.slot_Y, heads),
-            back(grad_key, inputs.key_angles, inputs.row_X, inputs.kv_BGSE[1]),
-            back(grad_value, (as_it_is, as_it_is), inputs.row_X, inputs.kv_BGSE[1]),
+            taken_back(grad_query.view(-1, size), *inputs.query_angles, inputs.slot_Y, heads, tokens),
+            taken_back(grad_key.view(-1, size), *inputs.key_angles, inputs.row_X, groups, tokens),
+            taken_back(grad_value.view(-1, size), as_it_is, as_it_is, inputs.row_X, groups, tokens),
             None,
             None,
         )
@@ -175,7 +177,8 @@ def attend(
     """Rotary positions, the tokens' own keys and values laid over those that are there, attention to all of them.
 
     Args:
-        query_KHE, key_KGE, value_KGE: of one dtype, that of ``inputs.kv_L2PE``.
+        query_KHE, key_KGE, value_KGE: of one dtype, that of ``inputs.kv_L2PE``; with ``inputs.at_once`` there may be
+            more of them than tokens, which stand nowhere.
 
     Returns:
         What the tokens have attended to ``(K, H, E)``, and all keys (rotated) and values, each ``(P, E)``, through

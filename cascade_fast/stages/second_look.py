@@ -25,7 +25,7 @@ from cascade_fast.base.base_pass import BasePass
 from cascade_fast.base.fill_store import BaseNeeds
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.input_checks import InputError
-from cascade_fast.runtime.compute import Compute
+from cascade_fast.runtime.compute import Compute, padded_rows
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.attention import AttentionInputs, attend
 from cascade_fast.stages.kind import StageKind
@@ -118,7 +118,7 @@ class SecondLookAttention(nn.Module):
         dtype = inputs.kv_L2PE.dtype
         attended_KHE, *there = attend(query_KHE.to(dtype), key_KGE.to(dtype), value_KGE.to(dtype), inputs, layer)
         if left is not None:
-            own = [ops.gather_rows(of_PE, inputs.row_X)[0].view(key_KGE.shape) for of_PE in there]
+            own = [ops.gather_rows(of_PE, inputs.row_X)[0].view(-1, *key_KGE.shape[1:]) for of_PE in there]
             left.append(torch.stack(own, dim=1))
         return project(attended_KHE.flatten(1), (self.o_proj,))[0]
 
@@ -173,8 +173,12 @@ class SecondLookStage(Stage):
         x_KD = pack.hidden_KD.float()
         cos_1KE, sin_1KE = self.rotary(x_KD, pack.position_K[None])
         inputs = AttentionInputs.from_pack(pack, self.config.heads, self.config.kv_shape, cos_1KE[0], sin_1KE[0])
+        tokens = x_KD.shape[0]
+        if inputs.at_once:
+            x_KD = padded_rows(x_KD)
         for number, layer in enumerate(self.layers):
             x_KD = layer(x_KD, inputs, number, left)
+        x_KD = x_KD[:tokens]
         return x_KD, self.norm(x_KD)
 
     @torch.no_grad()

@@ -74,9 +74,12 @@ Tensor rotate_rows(const Tensor& x, const Tensor& cos, const Tensor& sin, const 
 }
 
 Tensor rotate_rows_backward(
-    const Tensor& grad, const Tensor& cos, const Tensor& sin, const Tensor& index, int64_t heads) {
+    const Tensor& grad, const Tensor& cos, const Tensor& sin, const Tensor& index, int64_t heads, int64_t tokens) {
   const Tensor grad_PE = torch::stable::contiguous(grad);
-  const Tensor out_KHE = torch::stable::new_empty(grad_PE, {index.size(0) / heads, heads, grad.size(1)});
+  const Tensor out_KHE = torch::stable::new_empty(grad_PE, {tokens, heads, grad.size(1)});
+  const int64_t written = index.size(0) * grad.size(1) * static_cast<int64_t>(grad.element_size());
+  const int64_t all = out_KHE.numel() * static_cast<int64_t>(grad.element_size());
+  if (all > written) std::memset(static_cast<char*>(out_KHE.mutable_data_ptr()) + written, 0, all - written);
   rotate(out_KHE, grad_PE, cos, sin, index, heads, true);
   return out_KHE;
 }
