@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from cascade_fast.input_checks import InputError, check_type
 
 AnyRecord = TypeVar("AnyRecord", bound="Record")
-LATER = {"later": True}  # of a field that earlier versions, or another kind of run, do not have; None is not written
+# Of a field that earlier versions, or another kind of run, do not have; its default is not written.
+LATER = {"later": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         values = {f.name: (f, getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return {n: _plain(v) for n, (f, v) in values.items() if v is not None or not f.metadata.get("later")}
+        return {n: _plain(v) for n, (f, v) in values.items() if not f.metadata.get("later") or v != f.default}
 
     @classmethod
     def from_dict(cls: type[AnyRecord], given: Any, where: str = "") -> AnyRecord:
@@ -180,6 +181,34 @@ class SplitTokens(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class General(Record):
+    """Of other text than that of training, ``dataset``: what training did to the loss there.
+
+    Attributes:
+        tokens: that are measured.
+        base_loss: mean of the base, in nats.
+        rise: mean loss of what was trained, less the base's; above 0 it has become worse.
+        merged_rise: the same of the merged model (see :class:`Merged`).
+    """
+
+    dataset: str
+    tokens: int
+    base_loss: float
+    rise: float
+    merged_rise: float | None = field(default=None, metadata=LATER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged(Record):
+    """Of the plain model that base and stage make where every token goes through the stage: the base's layers before
+    the stage, then the stage's. ``layers_per_token``: all of them."""
+
+    all_token_val_ppl: float
+    all_token_test_ppl: float | None
+    layers_per_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Final(Record):
     """What came of a run, and what it took. Test numbers are None where there is no test split."""
 
@@ -190,6 +219,7 @@ class Final(Record):
     base_pass_reused: bool
     seconds: float
     peak_rss_bytes: int
+    general: General | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +228,7 @@ class CascadeFinal(Final):
     stages_kept: int
     stages_asked: int
     total_parameters: int
+    merged: Merged | None = field(default=None, metadata=LATER)  # None where there is no such model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,11 +300,29 @@ class RunResults(Record):
         """Of every stage."""
         return [epoch for stage in self.stages for epoch in stage.epochs]
 
+    @property
+    def layers_per_token(self) -> float:
+        """Of validation: the base's, and a stage's for each stage that a token goes through."""
+        entered = sum(number * share for number, share in enumerate(self.final.exit_share.values()))
+        return float(self.base.layers + self.settings["layers_per_stage"] * entered)
+
+    @property
+    def better_merged(self) -> bool:
+        """Whether the merged model is at least as good on validation; it never has more layers."""
+        merged, final = self.final.merged, self.final
+        return merged is not None and merged.all_token_val_ppl <= final.all_token_val_ppl
+
 
 @dataclass(frozen=True, kw_only=True)
-class FullFinetuneResults(Record):
-    """``results.json`` of a full fine-tune. Epoch 0 is the base."""
+class FinetuneResults(Record):
+    """``results.json`` of a fine-tune of the whole base. Epoch 0 is the base.
 
+    Attributes:
+        method: ``full`` or ``lora``.
+        trained_parameters: None: all of the base's.
+    """
+
+    method: str = field(default="full", metadata=LATER)
     base: BaseRecord
     tokens: SplitTokens
     settings: dict[str, Any]
@@ -281,12 +330,13 @@ class FullFinetuneResults(Record):
     epochs: list[Epoch]
     best_epoch: int
     stopped: str
+    trained_parameters: int | None = field(default=None, metadata=LATER)
     final: Final
 
 
-def any_results(given: dict[str, Any]) -> RunResults | FullFinetuneResults:
+def any_results(given: dict[str, Any]) -> RunResults | FinetuneResults:
     """``results.json`` of either. Raises InputError as :meth:`Record.from_dict`."""
-    return RunResults.from_dict(given) if "stages" in given else FullFinetuneResults.from_dict(given)
+    return RunResults.from_dict(given) if "stages" in given else FinetuneResults.from_dict(given)
 
 
 def training_size(settings: dict[str, Any]) -> tuple[str, int]:

@@ -354,6 +354,11 @@ class RunSettings:
         size: int | None = getattr(self, f"{split}_{self.unit}")
         return size
 
+    @property
+    def general_text(self) -> str | None:
+        """The dataset that is read beside that of training; None: none."""
+        return None
+
     def expected_tokens(self, split: str) -> int:
         """Tokens of a split, where the text has as many as asked. Of settled settings (see
         ``SplitSequences.settle``): what it has."""
