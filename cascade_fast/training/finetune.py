@@ -126,7 +126,7 @@ def finetune(settings: RunSettings, method: Method) -> Path:
             base_pass_reused=False,
             seconds=time.monotonic() - started,
             peak_rss_bytes=peak_rss_bytes(),
-            general=None if general is None else _general(settings, general, before, after),
+            general=_general(settings, len(tokens["general"]), before, after) if "general" in after else None,
         ),
     )
     (folder / BEST).unlink(missing_ok=True)
@@ -134,10 +134,10 @@ def finetune(settings: RunSettings, method: Method) -> Path:
     return folder
 
 
-def _general(settings: RunSettings, of: Sequences, before: dict[str, float], after: dict[str, float]) -> General:
-    """What training has done to other text. ``before``, ``after``: the losses."""
-    rise = after["general"] - before["general"]
-    return General(dataset=str(settings.general_text), tokens=of.labels, base_loss=before["general"], rise=rise)
+def _general(settings: RunSettings, tokens: int, before: dict[str, float], after: dict[str, float]) -> General:
+    """What training has done to other text, of so many ``tokens``. ``before``, ``after``: the losses."""
+    base_loss, rise = before["general"], after["general"] - before["general"]
+    return General(dataset=str(settings.general_text), tokens=tokens, base_loss=base_loss, rise=rise)
 
 
 class WholeSequences:
@@ -237,7 +237,7 @@ class Finetune(Trainer):
             for name, parameter in self._trained().items():
                 parameter.copy_(best[name])
 
-    def _trained(self) -> dict[str, nn.Parameter]:
+    def _trained(self) -> dict[str, Tensor]:
         """By their names; what is tied is there once."""
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
