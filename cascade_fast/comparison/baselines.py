@@ -34,11 +34,13 @@ def run_baselines(folder: Path, trainings: Sequence[Training]) -> Path:
     Raises:
         InputError: a method that cannot be trained here, or as :func:`train_all`; before any training.
     """
-    if any(t.method == "full" and t.settings.base_quantization != "none" for t in trainings):
-        raise InputError("base_quantization: must be none for the full fine-tune (or --skip full)")
-    if any(t.method == "lora" for t in trainings):
+    finetunes: dict[str, Callable[[RunSettings], object]] = {"lora": lora_finetune, "full": full_finetune}
+    for training in trainings:
+        method, quantization = training.method, training.settings.base_quantization
+        if method in finetunes and quantization != "none":
+            raise InputError(f"base_quantization: {quantization!r}; must be none for {method} (or --skip lora full)")
+    if any(training.method == "lora" for training in trainings):
         check_peft()
-    finetunes: dict[str, Callable[[RunSettings], object]] = {"full": full_finetune, "lora": lora_finetune}
     runs = [(t.method, t.settings, finetunes.get(t.method, cascade.run_cascade)) for t in trainings]
     rows = train_all(folder, "baselines", runs)
     report = _write_comparison(folder, rows)

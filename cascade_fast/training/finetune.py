@@ -40,9 +40,6 @@ class Method(Protocol):
     name: str  # in the results
     title: str  # in what is said
 
-    def check(self, settings: RunSettings) -> None:
-        """Raises InputError for what the method cannot do."""
-
     def dtype(self, compute: Compute) -> torch.dtype:
         """What the base is loaded in."""
 
@@ -61,7 +58,8 @@ def finetune(settings: RunSettings, method: Method) -> Path:
     started = time.monotonic()
     if settings.out is None:
         raise InputError(f"out: None; a {method.title} needs a folder")
-    method.check(settings)
+    if settings.base_quantization != "none":
+        raise InputError(f"base_quantization: {settings.base_quantization!r}; must be none for a {method.title}")
     folder = Path(settings.out)
     compute = Compute.choose(settings.device, settings.dtype)
     base = find_base(settings)

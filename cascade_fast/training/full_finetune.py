@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import RunSettings
 from cascade_fast.training.finetune import finetune
@@ -15,10 +14,6 @@ class FullMethod:
     """Trains all that the base has; see :class:`~cascade_fast.training.finetune.Method`."""
 
     name, title = "full", "full fine-tune"
-
-    def check(self, settings: RunSettings) -> None:
-        if settings.base_quantization != "none":
-            raise InputError(f"base_quantization: {settings.base_quantization!r}; must be none for a full fine-tune")
 
     def dtype(self, compute: Compute) -> torch.dtype:
         return torch.float32

@@ -4,6 +4,7 @@ The update of a weight is ``B @ A * alpha / rank``, with ``A`` random and ``B`` 
 2106.09685). As peft does it by default, the base is in the compute dtype and the updates are float32.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,6 @@ class LoraMethod:
 
     name, title = "lora", "LoRA fine-tune"
 
-    def check(self, settings: RunSettings) -> None:
-        check_peft()
-
     def dtype(self, compute: Compute) -> torch.dtype:
         return compute.dtype
 
@@ -39,7 +37,9 @@ class LoraMethod:
         )
         with torch.random.fork_rng(devices=[]):  # matrices are made on the CPU, wherever they go then
             torch.default_generator.manual_seed(settings.seed)
-            peft.get_peft_model(model, config)  # changes the model itself
+            with warnings.catch_warnings():  # of what peft asks transformers for
+                warnings.simplefilter("ignore", FutureWarning)
+                peft.get_peft_model(model, config)  # changes the model itself
 
 
 def check_peft() -> None:
@@ -51,5 +51,6 @@ def check_peft() -> None:
 
 
 def lora_finetune(settings: RunSettings) -> Path:
-    """See :func:`~cascade_fast.training.finetune.finetune`."""
+    """See :func:`~cascade_fast.training.finetune.finetune`. Raises InputError, too, where peft cannot be imported."""
+    check_peft()
     return finetune(settings, LoraMethod())
