@@ -63,9 +63,7 @@ def test_the_base_is_frozen_bit_for_bit(tiny_settings, tmp_path, dtype):
             assert parameter.dtype == torch.float32
             assert not torch.equal(parameter, before[name])
     assert len(frozen) == 2 + 3 * 9  # embeddings (and head), norms, linear layers
-    assert {id(p) for p in trainer.optimizer.state} == {
-        id(p) for n, p in model.named_parameters() if n not in frozen
-    }
+    assert {id(p) for p in trainer.optimizer.state} == {id(p) for n, p in model.named_parameters() if n not in frozen}
     assert sum(p.numel() for p in trainer.parameters) == 3 * 4 * LAYER
 
 

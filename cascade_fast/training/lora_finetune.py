@@ -47,7 +47,7 @@ def check_peft() -> None:
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise InputError(f"the method lora needs peft: pip install peft ({one_line(error)})") from None
+        raise InputError(f"the method lora needs peft: pip install peft, or --skip lora ({one_line(error)})") from None
 
 
 def lora_finetune(settings: RunSettings) -> Path:
