@@ -122,7 +122,7 @@ def _row(folder: Path, name: str, results: RunResults | FinetuneResults, peak_by
         parameters = base.parameters if results.trained_parameters is None else results.trained_parameters
         if results.method == "lora":
             variant = f"rank {settings['lora_rank']}, {variant}"
-    row = {"base_val_ppl": base.val_ppl, "base_test_ppl": final.base_test_ppl}
+    row = {"base_val_ppl": base.val_ppl, "base_test_ppl": final.base_test_ppl, "base_layers": base.layers}
     return {
         "name": name,
         "folder": folder.name,
@@ -176,5 +176,7 @@ def base_row(row: Row) -> Row:
         "trained_tokens": 0,
         "trained_layer_tokens": 0,
         "trained_parameters": 0,
+        "layers_per_token": float(row["base_layers"]),
         "merged": True,
+        "general_rise": None if row["general_rise"] is None else 0.0,
     }
