@@ -27,8 +27,8 @@ METHODS = {
 SHARED = (
     "seed", "max_minutes", "checkpoint_minutes", "cache_dir", "report_to", "sample_prompt", "base", "device", "dataset",
     "text_columns", "text_template", "prompt_template", "completion_template", "chat_template", "loss_on", "encoding",
-    "streaming", "shuffle", "shuffle_buffer", "seq_len", "train_tokens", "val_tokens", "test_tokens", "train_blocks",
-    "val_blocks", "test_blocks", "layers_per_stage",
+    "streaming", "shuffle", "shuffle_buffer", "general_dataset", "seq_len", "train_tokens", "val_tokens", "test_tokens",
+    "train_blocks", "val_blocks", "test_blocks", "layers_per_stage",
 )  # fmt: skip
 LORA_ALPHA = 32.0
 
