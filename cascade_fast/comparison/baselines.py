@@ -67,7 +67,7 @@ def _write_comparison(folder: Path, rows: list[Row]) -> Path:
     references = [name for name in (reference, BAR) if name in names]
     verdicts = [verdict(rows, "seconds", name) for name in dict.fromkeys(references)]
     said = winner(rows, BAR)
-    say(said)
+    say(said.replace("**", ""))  # of Markdown
     parts = [
         "# A cascade and what it is compared with",
         f"Base {settings['base']}, text {settings['dataset']}: {training_text(settings)} "
