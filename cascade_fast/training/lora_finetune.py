@@ -28,9 +28,10 @@ class LoraMethod:
     def prepare(self, model: Any, settings: RunSettings) -> None:
         import peft
 
+        alpha: Any = settings.lora_alpha  # peft says int, and divides it by the rank
         config = peft.LoraConfig(
             r=settings.lora_rank,
-            lora_alpha=settings.lora_alpha,
+            lora_alpha=alpha,
             lora_dropout=0.0,
             target_modules=list(settings.lora_targets or LORA_TARGETS),
             task_type="CAUSAL_LM",
