@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from cascade_fast.input_checks import InputError, check_type
 
 AnyRecord = TypeVar("AnyRecord", bound="Record")
-LATER = {"later": True}  # of a field that earlier versions, or another kind of run, do not have; None is not written
+# Of a field that earlier versions, or another kind of run, do not have; its default is not written.
+LATER = {"later": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         values = {f.name: (f, getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return {n: _plain(v) for n, (f, v) in values.items() if v is not None or not f.metadata.get("later")}
+        return {n: _plain(v) for n, (f, v) in values.items() if not f.metadata.get("later") or v != f.default}
 
     @classmethod
     def from_dict(cls: type[AnyRecord], given: Any, where: str = "") -> AnyRecord:
@@ -313,9 +314,15 @@ class RunResults(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullFinetuneResults(Record):
-    """``results.json`` of a full fine-tune. Epoch 0 is the base."""
+class FinetuneResults(Record):
+    """``results.json`` of a fine-tune of the whole base. Epoch 0 is the base.
 
+    Attributes:
+        method: ``full`` or ``lora``.
+        trained_parameters: None: all of the base's.
+    """
+
+    method: str = field(default="full", metadata=LATER)
     base: BaseRecord
     tokens: SplitTokens
     settings: dict[str, Any]
@@ -323,12 +330,13 @@ class FullFinetuneResults(Record):
     epochs: list[Epoch]
     best_epoch: int
     stopped: str
+    trained_parameters: int | None = field(default=None, metadata=LATER)
     final: Final
 
 
-def any_results(given: dict[str, Any]) -> RunResults | FullFinetuneResults:
+def any_results(given: dict[str, Any]) -> RunResults | FinetuneResults:
     """``results.json`` of either. Raises InputError as :meth:`Record.from_dict`."""
-    return RunResults.from_dict(given) if "stages" in given else FullFinetuneResults.from_dict(given)
+    return RunResults.from_dict(given) if "stages" in given else FinetuneResults.from_dict(given)
 
 
 def training_size(settings: dict[str, Any]) -> tuple[str, int]:

@@ -87,9 +87,9 @@ def make(folder: Path, runs: dict[str, dict[str, Any]] = RUNS) -> dict[str, Any]
         )
     for name, asked in PLANS.items():
         found["plan"][name] = _compared(json.loads(_printed(lambda asked=asked: plan.main([*asked, "--json"]))))
-    full = flags(folder, base, data, folder / "full", {"full_lr": 1e-3})
+    full = flags(folder, base, data, folder / "full", {"full_lrs": 1e-3})
     assert baselines.main([*full, "--only", "full"]) == 0
-    found["full fine-tune"] = _compared(json.loads((folder / "full" / "full-2" / "results.json").read_text()))
+    found["full fine-tune"] = _compared(json.loads((folder / "full" / "full-lr0.001-2" / "results.json").read_text()))
     return found
 
 

@@ -1,6 +1,7 @@
 """The two commands that compare runs, and the criterion ``random``."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from cascade_fast import baselines, cascade, sweep
 from cascade_fast.comparison.grid import make_grid
-from cascade_fast.comparison.methods import METHODS
+from cascade_fast.comparison.methods import METHODS, Grid, choose_methods, plan_trainings
 from cascade_fast.criteria import random_scores
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.configuration import CascadeConfig
+from cascade_fast.runtime.compute import Compute, peak_rss_bytes
 from cascade_fast.selection import hard_count
 from cascade_fast.settings import make_settings
 
@@ -87,7 +89,7 @@ def test_a_run_on_random_tokens(tiny_settings, tmp_path, monkeypatch, kind):
 
 def test_baselines_trains_every_method_and_goes_on(flags, tmp_path, capsys):
     out = tmp_path / "compared"
-    command = [*flags, "--out", str(out), "--full-lr", "1e-3"]
+    command = [*flags, "--out", str(out), "--full-lrs", "1e-3", "--lora-ranks", "4", "--lora-lrs", "2e-3"]
     assert baselines.main([*command, "--only", "cascade", "--epochs-list", "1", "2"]) == 0
     rows = json.loads((out / "comparison.json").read_text())["rows"]
     assert [r["epochs"] for r in rows] == [None, 1, 2]
@@ -95,7 +97,8 @@ def test_baselines_trains_every_method_and_goes_on(flags, tmp_path, capsys):
     kept = (out / "cascade-1" / "results.json").stat().st_mtime_ns
     assert baselines.main([*command, "--epochs-list", "1"]) == 0, capsys.readouterr().err
     assert (out / "cascade-1" / "results.json").stat().st_mtime_ns == kept
-    runs = {*(f"{method}-1" for method in METHODS), "cascade-2"}
+    variants = {"lora": "-r4-lr0.002", "full": "-lr0.001"}
+    runs = {*(f"{method}{variants.get(method, '')}-1" for method in METHODS), "cascade-2"}
     assert {p.name for p in out.iterdir() if p.is_dir()} == runs
     rows = json.loads((out / "comparison.json").read_text())["rows"]
     assert [r["name"] for r in rows] == ["base", *METHODS]
@@ -103,16 +106,32 @@ def test_baselines_trains_every_method_and_goes_on(flags, tmp_path, capsys):
         final = _results(out / row["folder"])["final"]
         assert (row["val_ppl"], row["test_ppl"]) == (final["all_token_val_ppl"], final["all_token_test_ppl"])
     tokens = {row["folder"]: row["trained_tokens"] for row in rows[1:]}
-    assert tokens["full-1"] == tokens["dense-append-1"] == tokens["dense-second-look-1"] == 16 * 32
+    assert tokens["dense-append-1"] == tokens["dense-second-look-1"] == 16 * 32
+    assert tokens["lora-r4-lr0.002-1"] == tokens["full-lr0.001-1"] == 16 * 32
     assert tokens["random-1"] == tokens["cascade-1"] == hard_count(0.6, 16 * 32)
     seconds = {row["folder"]: row["base_pass_seconds"] for row in rows[1:]}
-    assert seconds["full-1"] == 0 < seconds["cascade-1"]
+    assert seconds["full-lr0.001-1"] == seconds["lora-r4-lr0.002-1"] == 0 < seconds["cascade-1"]
     assert seconds["cascade-1"] == seconds["random-1"] == seconds["dense-append-1"]
     settings = {row["folder"]: row["settings"] for row in rows[1:]}
-    assert (settings["full-1"]["lr"], settings["dense-second-look-1"]["lr"]) == (1e-3, 4e-4)
+    assert (settings["full-lr0.001-1"]["lr"], settings["dense-second-look-1"]["lr"]) == (1e-3, 4e-4)
+    lora = settings["lora-r4-lr0.002-1"]
+    assert (lora["lr"], lora["lora_rank"], lora["lora_alpha"], lora["lora_targets"]) == (2e-3, 4, 32.0, [])
     assert settings["seed-1"]["batch_tokens"] == 32
+    by_name = {row["name"]: row for row in rows}
+    whole = _results(out / "full-lr0.001-1")["base"]["parameters"]
+    assert (by_name["full"]["trained_parameters"], by_name["base"]["trained_parameters"]) == (whole, 0)
+    assert by_name["lora"]["trained_parameters"] == 3 * 4 * (2 * 64 + 2 * 48 + 3 * 80)
+    assert {name for name, row in by_name.items() if row["merged"]} == {"base", "lora", "full"}
+    assert {row["layers_per_token"] for row in rows if row["name"] in ("base", "lora", "full")} == {3.0}
     report = (out / "report.md").read_text()
-    for part in ("At equal seconds", "At equal trained tokens", "![curves](curves.png)", "dense-second-look"):
+    shown = (
+        "At equal seconds",
+        "At equal trained tokens",
+        "![curves](curves.png)",
+        "dense-second-look",
+        "**lora**",
+    )
+    for part in shown:
         assert part in report
     assert (out / "curves.png").is_file()
 
@@ -128,7 +147,12 @@ def test_baselines_trains_every_method_and_goes_on(flags, tmp_path, capsys):
         (["--epochs", "0"], "epochs: 0; must be at least 1"),
         (["--resume", "auto"], "resume: auto; leave it out: a comparison always goes on where it was"),
         (["--criterion", "random"], "criterion: 'random'; the method random is the same"),
-        (["--full-lr", "-1"], "lr: -1.0; must be above 0"),
+        (["--full-lrs", "-1"], "full_lrs: [-1.0]; must be different numbers, each above 0"),
+        (["--lora-lrs", "1e-3", "nan"], "lora_lrs: [0.001, nan]; must be different numbers, each above 0"),
+        (["--lora-lrs", "1e-3", "0.001"], "lora_lrs: [0.001, 0.001]; must be different numbers"),
+        (["--lora-ranks", "0"], "lora_ranks: [0]; must be different numbers, each at least 1"),
+        (["--base-quantization", "nf4"], "base_quantization: 'nf4'; must be none for lora (or --skip lora full)"),
+        (["--device", "cuda:99", "--skip", "lora"], "device: 'cuda:99'; this machine has"),
         (["--layers-per-stage", "4"], "layers_per_stage: 4; a second look copies the last"),
         (["--base", "no/such-model"], "base: 'no/such-model'; no such folder or file"),
     ],
@@ -162,6 +186,109 @@ def test_the_epochs_of_baselines(flags, tmp_path, monkeypatch, asked, file, epoc
     assert [t.settings.epochs for t in planned if t.method == "cascade"] == epochs
     (seed,) = (t.settings for t in planned if t.method == "seed")  # its epochs are its own; the text is the same
     assert (seed.epochs, seed.shuffle, seed.train_blocks) == (1, "on", planned[0].settings.train_blocks)
+
+
+def test_the_grids_of_lora_and_the_full_fine_tune(tiny_settings):
+    settings = make_settings({**tiny_settings, "out": "x", "preset": "second-look", "batch_tokens": 256})
+    trainings = plan_trainings(settings, choose_methods(["cascade", "lora", "full"], []), [2, 1], Grid())
+    names = [t.settings.out for t in trainings]
+    rates = ("0.0006", "0.001", "0.002")
+    assert names == [
+        *("x/cascade-1", "x/cascade-2"),
+        *(f"x/lora-r{rank}-lr{lr}-{epochs}" for rank in (16, 64) for lr in rates for epochs in (1, 2)),
+        *(f"x/full-lr{lr}-{epochs}" for lr in ("7e-05", "0.00013", "0.00025") for epochs in (1, 2)),
+    ]
+    assert {(t.method, t.settings.batch_tokens) for t in trainings} == {("cascade", 256), ("lora", 512), ("full", 512)}
+    assert {t.settings.lora_alpha for t in trainings if t.method == "lora"} == {32.0}
+
+
+@pytest.mark.parametrize(
+    ("asked", "file", "tokens"), [([], "", 512), (["--batch-tokens", "96"], "", 96), ([], "batch_tokens: 80\n", 80)]
+)
+def test_the_batch_of_lora_and_the_full_fine_tune(flags, tmp_path, monkeypatch, asked, file, tokens):
+    (tmp_path / "run.yaml").write_text(file)
+    planned = []
+    monkeypatch.setattr(
+        "cascade_fast.comparison.baselines.run_baselines", lambda _folder, trainings: planned.extend(trainings)
+    )
+    place = flags.index("--batch-tokens")
+    command = [*flags[:place], *flags[place + 2 :], "--out", str(tmp_path / "out"), "--preset", "second-look"]
+    assert baselines.main([*command, "--config", str(tmp_path / "run.yaml"), "--only", "lora", "full", *asked]) == 0
+    assert {t.settings.batch_tokens for t in planned} == {tokens}
+
+
+def test_dense_methods_have_no_adapter_whatever_the_cascade_has(tiny_settings):
+    settings = {**tiny_settings, "out": "x", "stage_kind": "second-look", "adapter": "lora"}
+    trainings = plan_trainings(
+        make_settings(settings), choose_methods(["cascade", "dense-append", "dense-second-look"], []), [1], Grid()
+    )
+    assert [t.settings.adapter for t in trainings] == ["lora", "none", "none"]
+
+
+def test_without_peft_nothing_is_begun(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    out = tmp_path / "compared"
+    assert baselines.main([*flags, "--out", str(out)]) == 2
+    assert "the method lora needs peft: pip install peft" in capsys.readouterr().err
+    assert not out.exists()
+    assert baselines.main([*flags, "--out", str(out), "--only", "cascade", "--epochs", "1"]) == 0
+
+
+def test_validation_chooses_among_the_runs_of_a_method(flags, tmp_path, capsys):
+    pytest.importorskip("peft")
+    out = tmp_path / "compared"
+    grid = ["--lora-ranks", "4", "--lora-lrs", "1e-5", "1e-3", "--epochs-list", "1", "2"]
+    command = [*flags, "--out", str(out), "--only", "cascade", "lora", *grid]
+    assert baselines.main(command) == 0
+    rows = json.loads((out / "comparison.json").read_text())["rows"][1:]
+    assert [row["name"] for row in rows] == ["cascade"] * 2 + ["lora"] * 4
+    loras = rows[2:]
+    best = min(loras, key=lambda row: row["val_ppl"])
+    assert [row["folder"] for row in loras if row["best"]] == [best["folder"]]
+    assert best["variant"] == "rank 4, lr 0.001"
+    first = min(rows, key=lambda row: row["val_ppl"])
+    report = (out / "report.md").read_text()
+    assert f"Validation chooses **{first['name']}** ({first['variant']}, " in report
+    assert f"test {best['test_ppl']:.4f} ({best['test_change']:.4f} x base)" in report
+    assert "what lora has taken) the best is **" in report
+    ranked = report.partition("The best run of each method")[2].split("\n\n")[1].splitlines()[2:]
+    results = {"base": first["base_val_ppl"], **{row["name"]: row["val_ppl"] for row in rows if row["best"]}}
+    assert [line.split("|")[1].strip() for line in ranked] == sorted(results, key=results.__getitem__)
+    # Again: all are found, with the memory that they took; another setting is another run.
+    kept = {row["folder"]: (out / row["folder"] / "results.json").stat().st_mtime_ns for row in rows}
+    assert baselines.main(command) == 0
+    again = json.loads((out / "comparison.json").read_text())["rows"][1:]
+    assert again == rows
+    assert kept == {name: (out / name / "results.json").stat().st_mtime_ns for name in kept}
+    assert baselines.main([*command, "--weight-decay", "0.5"]) == 2
+    assert "weight_decay was 0.01, is 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process cannot be reset")
+def test_a_row_s_peak_is_that_of_its_run_alone(flags, tmp_path):
+    pytest.importorskip("peft")
+    held = torch.ones(2**27)  # 512 MiB, before the runs
+    before = peak_rss_bytes()
+    del held
+    out = tmp_path / "compared"
+    assert baselines.main([*flags, "--out", str(out), "--only", "cascade", "lora", "--epochs", "1"]) == 0
+    base, *rows = json.loads((out / "comparison.json").read_text())["rows"]
+    assert base["peak_bytes"] is None
+    assert len(rows) == 7
+    for row in rows:
+        assert 0 < row["peak_bytes"] < before - 2**28
+    # What a run that goes on has held before is not known.
+    (out / "cascade-1" / "results.json").unlink()
+    (out / "comparison.json").write_text('{"command": "baselines", "rows": []}')
+    assert baselines.main([*flags, "--out", str(out), "--only", "cascade", "--epochs", "1"]) == 0
+    assert json.loads((out / "comparison.json").read_text())["rows"][1]["peak_bytes"] is None
+
+
+def test_where_the_peak_cannot_be_reset_there_is_none(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(Compute, "reset_peak_memory", lambda _self: False)
+    out = tmp_path / "compared"
+    assert baselines.main([*flags, "--out", str(out), "--only", "cascade", "--epochs", "1"]) == 0
+    assert json.loads((out / "comparison.json").read_text())["rows"][1]["peak_bytes"] is None
 
 
 # --- sweep -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import make_settings
 from cascade_fast.training import trainer
-from cascade_fast.training.full_finetune import FullFinetune, WholeModel, WholeSequences, full_finetune
+from cascade_fast.training.finetune import Finetune, WholeModel, WholeSequences
+from cascade_fast.training.full_finetune import full_finetune
 
 CPU = torch.device("cpu")
 
@@ -36,8 +37,15 @@ def test_a_step_is_torch_s_own(tiny_settings, tmp_path, tied):
     plain = base.load(CPU, torch.float32).requires_grad_(True)
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
     blocks = WholeSequences(sequences)
-    full = FullFinetune(
-        WholeModel(ours), blocks, blocks, config, compute=Compute(CPU, torch.float32), folder=tmp_path, started=0.0
+    full = Finetune(
+        WholeModel(ours),
+        blocks,
+        blocks,
+        config,
+        title="full",
+        compute=Compute(CPU, torch.float32),
+        folder=tmp_path,
+        started=0.0,
     )
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=config.weight_decay)
     for step, lr in enumerate((1e-3, 5e-4)):

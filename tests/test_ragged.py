@@ -25,7 +25,7 @@ from cascade_fast.stages.exits import ExitStage, evaluate_exits, hardest_of_stor
 from cascade_fast.stages.kind import base_needs, get_kind
 from cascade_fast.stages.tokens import PackPlaces
 from cascade_fast.training import stage_trainer
-from cascade_fast.training.full_finetune import WholeModel, WholeSequences
+from cascade_fast.training.finetune import WholeModel, WholeSequences
 
 TOKENIZER = byte_tokenizer()
 SIZES = {"train_blocks": None, "val_blocks": None, "train_tokens": 900, "val_tokens": 300, "test_tokens": 200}

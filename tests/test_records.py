@@ -7,7 +7,7 @@ import made_records
 import pytest
 
 from cascade_fast.input_checks import InputError
-from cascade_fast.records import Epoch, FullFinetuneResults, RunRecord, RunResults, StageRecord, any_results
+from cascade_fast.records import Epoch, FinetuneResults, RunRecord, RunResults, StageRecord, any_results
 from cascade_fast.runtime.files import DamagedFile, load_record, write_json
 from cascade_fast.runtime.run_folder import read_results
 
@@ -45,7 +45,7 @@ def test_a_cascade_and_a_full_fine_tune_are_told_apart():
     assert isinstance(any_results(cascade), RunResults)
     full = {name: cascade[name] for name in ("base", "tokens", "settings", "final")}
     found = any_results({**full, "epochs": [made_records.epoch().to_dict()], "best_epoch": 1, "stopped": "early"})
-    assert isinstance(found, FullFinetuneResults)
+    assert isinstance(found, FinetuneResults)
     assert found.epochs == [made_records.epoch()]
 
 

@@ -11,11 +11,19 @@ from cascade_fast.runtime.files import atomic_write
 
 
 def plot_lines(
-    path: Path, rows: Sequence[Row], panels: Sequence[tuple[str, str, bool]], *, base_ppl: float | None = None
+    path: Path,
+    rows: Sequence[Row],
+    panels: Sequence[tuple[str, str, bool]],
+    *,
+    base_ppl: float | None = None,
+    front: bool = False,
 ) -> str:
     """Validation perplexity of each name as a line, a panel for each ``(key, axis label, logarithmic)``.
 
     A point for every run, joined in the order of the panel's quantity; the base as a horizontal line.
+
+    Args:
+        front: only the points are joined that are better than every one to their left.
 
     Returns:
         The Markdown that shows it.
@@ -26,7 +34,10 @@ def plot_lines(
     for panel, (key, label, logarithmic) in zip(axes, panels, strict=True):
         for number, name in enumerate(names):
             points = sorted((row[key], row["val_ppl"]) for row in rows if row["name"] == name)
-            panel.plot(*zip(*points, strict=True), marker="osD^vP*X"[number % 8], color=f"C{number % 10}", label=name)
+            marker, color = "osD^vP*X"[number % 8], f"C{number % 10}"
+            panel.plot(*zip(*points, strict=True), linestyle="", marker=marker, color=color, label=name)
+            joined = [p for i, p in enumerate(points) if not front or all(p[1] < q[1] for q in points[:i])]
+            panel.plot(*zip(*joined, strict=True), color=color)
         if base_ppl is not None:
             panel.axhline(base_ppl, color="0.5", linestyle="--", label="base")
         panel.set(xlabel=label)

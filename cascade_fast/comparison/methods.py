@@ -1,9 +1,11 @@
 """What a cascade is compared with: the methods, and the trainings that a comparison of them takes.
 
-Every method is trained once for each number of epochs, as the learning rate's schedule depends on it.
+Every method is trained once for each number of epochs, as the learning rate's schedule depends on it; LoRA and the full
+fine-tune also once for each rate (and rank), since they are bars only at rates that suit them.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +19,41 @@ METHODS = {
     "dense-append": "one appended stage on every token",
     "dense-second-look": "one second look at every token: a fine-tune of the base's last layers",
     "random": "the cascade, with as many tokens drawn by chance as it has hard ones",
-    "full": "the full fine-tune of the base",
+    "lora": "LoRA (library peft) on every linear layer of the base, on every token",
+    "full": "the full fine-tune of the base, on every token",
     "seed": "one stage of the preset seed",
 }
 # What the seed recipe takes from the flags: text, base and machine; the recipe is its own.
 SHARED = (
     "seed", "max_minutes", "checkpoint_minutes", "cache_dir", "report_to", "sample_prompt", "base", "device", "dataset",
     "text_columns", "text_template", "prompt_template", "completion_template", "chat_template", "loss_on", "encoding",
-    "streaming", "shuffle", "shuffle_buffer", "seq_len", "train_tokens", "val_tokens", "test_tokens", "train_blocks",
-    "val_blocks", "test_blocks", "layers_per_stage",
+    "streaming", "shuffle", "shuffle_buffer", "general_dataset", "seq_len", "train_tokens", "val_tokens", "test_tokens",
+    "train_blocks", "val_blocks", "test_blocks", "layers_per_stage",
 )  # fmt: skip
+LORA_ALPHA = 32.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What the methods are trained with that is no setting of the cascade's; each a flag of the command.
+
+    Attributes:
+        finetune_batch_tokens: tokens in a step of LoRA and the full fine-tune. Their rates were chosen for the default,
+            so that a preset's number for cascades is none for them.
+    """
+
+    lora_ranks: Sequence[int] = (16, 64)
+    lora_lrs: Sequence[float] = (6e-4, 1e-3, 2e-3)
+    full_lrs: Sequence[float] = (7e-5, 1.3e-4, 2.5e-4)
+    second_look_lr: float = 4e-4
+    seed_epochs: int = 1
+    finetune_batch_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a value that cannot be."""
+        _check_values("lora_ranks", self.lora_ranks, "at least 1", lambda rank: rank >= 1)
+        for name in ("lora_lrs", "full_lrs"):
+            _check_values(name, getattr(self, name), "above 0", lambda lr: math.isfinite(lr) and lr > 0)
 
 
 @dataclass(frozen=True)
@@ -50,13 +77,7 @@ def choose_methods(only: Sequence[str] | None, skip: Sequence[str]) -> list[str]
 
 
 def plan_trainings(
-    settings: RunSettings,
-    methods: Sequence[str],
-    epochs_list: Sequence[int],
-    *,
-    full_lr: float,
-    second_look_lr: float,
-    seed_epochs: int,
+    settings: RunSettings, methods: Sequence[str], epochs_list: Sequence[int], grid: Grid
 ) -> list[Training]:
     """Every run to make. ``settings.out`` is the folder of them all.
 
@@ -65,27 +86,45 @@ def plan_trainings(
     """
     if settings.out is None:
         raise InputError("out: not given; must name the folder of the comparison")
-    if min(epochs_list) < 1 or len(set(epochs_list)) < len(epochs_list):
-        raise InputError(f"epochs_list: {list(epochs_list)}; must be different numbers, each at least 1")
+    _check_values("epochs_list", epochs_list, "at least 1", lambda epochs: epochs >= 1)
     if settings.criterion == "random" and "random" in methods:
         raise InputError("criterion: 'random'; the method random is the same: leave one out (--skip random)")
     identity: dict[str, Any] = {"init": "identity", "head": "shared", "num_stages": 1, "hard_ratio": 1.0}
     shared = {name: value for name, value in settings.to_dict().items() if name in SHARED}
     seed = make_settings({**shared, "preset": "seed", "num_stages": 1})
-    changed: dict[str, Callable[[], RunSettings]] = {
-        "cascade": lambda: settings,
-        "dense-append": lambda: dataclasses.replace(settings, **identity, stage_kind="append", kv="store"),
-        "dense-second-look": lambda: dataclasses.replace(
-            settings, **identity, stage_kind="second-look", lr=second_look_lr
-        ),
-        "random": lambda: dataclasses.replace(settings, criterion="random", sample_prompt=()),
-        "full": lambda: dataclasses.replace(settings, lr=full_lr),
-        "seed": lambda: seed,
+    finetune = dataclasses.replace(settings, batch_tokens=grid.finetune_batch_tokens)
+    # By method: what is trained for each number of epochs, by what its folder's name has beside the method's.
+    variants: dict[str, Callable[[], dict[str, RunSettings]]] = {
+        "cascade": lambda: {"": settings},
+        "dense-append": lambda: {
+            "": dataclasses.replace(settings, **identity, stage_kind="append", adapter="none", kv="store")
+        },
+        "dense-second-look": lambda: {
+            "": dataclasses.replace(
+                settings, **identity, stage_kind="second-look", adapter="none", lr=grid.second_look_lr
+            )
+        },
+        "random": lambda: {"": dataclasses.replace(settings, criterion="random", sample_prompt=())},
+        "lora": lambda: {
+            f"-r{rank}-lr{lr}": dataclasses.replace(
+                finetune, lr=lr, lora_rank=rank, lora_alpha=LORA_ALPHA, lora_targets=()
+            )
+            for rank in grid.lora_ranks
+            for lr in grid.lora_lrs
+        },
+        "full": lambda: {f"-lr{lr}": dataclasses.replace(finetune, lr=lr) for lr in grid.full_lrs},
+        "seed": lambda: {"": seed},
     }
     trainings = []
     for method in methods:
-        for epochs in [seed_epochs] if method == "seed" else sorted(epochs_list):
-            out = str(Path(settings.out) / f"{method}-{epochs}")
-            changes: dict[str, Any] = {"out": out, "epochs": epochs, "resume": "auto"}
-            trainings.append(Training(method, dataclasses.replace(changed[method](), **changes)))
+        for variant, of in variants[method]().items():
+            for epochs in [grid.seed_epochs] if method == "seed" else sorted(epochs_list):
+                out = str(Path(settings.out) / f"{method}{variant}-{epochs}")
+                trainings.append(Training(method, dataclasses.replace(of, out=out, epochs=epochs, resume="auto")))
     return trainings
+
+
+def _check_values(name: str, values: Sequence[Any], allowed: str, fits: Callable[[Any], bool]) -> None:
+    """Raises InputError unless there are some, each fits, and none is there twice."""
+    if not values or len(set(values)) < len(values) or not all(map(fits, values)):
+        raise InputError(f"{name}: {list(values)}; must be different numbers, each {allowed}")

@@ -7,7 +7,7 @@ from cascade_fast import cascade
 from cascade_fast.comparison.curves import plot_lines
 from cascade_fast.comparison.grid import GRID
 from cascade_fast.comparison.runs import Row, base_row, train_all
-from cascade_fast.comparison.tables import write_report, write_tables
+from cascade_fast.comparison.tables import COLUMNS, runs_table, write_report, write_rows
 from cascade_fast.records import training_text
 from cascade_fast.runtime.console import say
 from cascade_fast.settings import RunSettings
@@ -16,6 +16,7 @@ from cascade_fast.settings import RunSettings
 def run_sweep(folder: Path, grid: Sequence[RunSettings]) -> Path:
     """Trains what is not there yet, and compares; the path of the report."""
     rows = train_all(folder, "sweep", [("", settings, cascade.run_cascade) for settings in grid])
+    rows = [row for row in rows if not row["merged"]]
     report = _write_comparison(folder, rows)
     say(f"report: {report}")
     return report
@@ -30,7 +31,8 @@ def _write_comparison(folder: Path, rows: list[Row]) -> Path:
         row["hard_ratio"] = row["settings"]["hard_ratio"]
     table_rows = [{**row, "name": _label(row, [*vary, "hard_ratio"])} for row in rows]
     base = base_row(rows[0])
-    table = write_tables(folder, "sweep", [base, *table_rows])
+    write_rows(folder, "sweep", [base, *table_rows])
+    columns = [name for name in COLUMNS if name not in ("variant", "merged")]  # the name has what varies
     panels = [
         ("hard_ratio", "hard ratio", False),
         ("layers_per_token", "layers per token", False),
@@ -48,7 +50,7 @@ def _write_comparison(folder: Path, rows: list[Row]) -> Path:
         f"The lowest all-token validation perplexity is {best['val_ppl']:.4f} ({best['val_change']:.4f} x base){test}: "
         f"**{best['name']}**, at {best['layers_per_token']:.2f} layers per token. Of {len(rows)} runs it is the "
         "best by the validation text that chose it.",
-        table,
+        runs_table([base, *table_rows], columns),
         plot,
         "Layers per token: the base's, and a stage's for the share of the validation tokens that entered it. Seconds "
         "are those of the base pass over all text (also where an earlier run had made it) and of the training steps.",

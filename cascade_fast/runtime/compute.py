@@ -56,6 +56,15 @@ class Compute:
             return torch.cuda.max_memory_allocated(self.device)
         return peak_rss_bytes()
 
+    def reset_peak_memory(self) -> bool:
+        """Gives freed memory back and makes :meth:`peak_memory_bytes` count from now on; False where the system lets
+        nobody do that."""
+        release_memory()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return True
+        return reset_peak_rss()
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """``float32`` for ``torch.float32``."""
@@ -183,3 +192,13 @@ def peak_rss_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_rss() -> bool:
+    """Makes :func:`peak_rss_bytes` count from now on; False where that cannot be done: on anything but Linux (4.0 or
+    later), and in some containers."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # see proc_pid_clear_refs(5)
+    except OSError:
+        return False
+    return True

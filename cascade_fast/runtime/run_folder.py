@@ -24,7 +24,7 @@ from pathlib import Path
 import filelock
 
 from cascade_fast.input_checks import InputError
-from cascade_fast.records import FinishedStage, FullFinetuneResults, RunRecord, RunResults, StageRecord, any_results
+from cascade_fast.records import FinetuneResults, FinishedStage, RunRecord, RunResults, StageRecord, any_results
 from cascade_fast.resume import fingerprint_differences, settings_differences, version_notes
 from cascade_fast.runtime.console import say
 from cascade_fast.runtime.files import (
@@ -53,12 +53,12 @@ def read_results(folder: Path) -> RunResults:
     return load_record(folder / RESULTS, RunResults.from_dict)
 
 
-def read_any_results(folder: Path) -> RunResults | FullFinetuneResults:
-    """The results of a cascade's run or of a full fine-tune. Raises DamagedFile."""
+def read_any_results(folder: Path) -> RunResults | FinetuneResults:
+    """The results of a cascade's run or of a fine-tune. Raises DamagedFile."""
     return load_record(folder / RESULTS, any_results)
 
 
-def write_results(folder: Path, results: RunResults | FullFinetuneResults) -> None:
+def write_results(folder: Path, results: RunResults | FinetuneResults) -> None:
     write_json(folder / RESULTS, results.to_dict())
 
 

@@ -151,7 +151,8 @@ class Trainer:
         self.deadline = deadline
         self.decayed_only: list[Tensor] = list(decayed_only)
         without_gradient = {id(p) for p in self.decayed_only}
-        self.parameters = [p for p in module.parameters() if id(p) not in without_gradient]  # a tied one is there once
+        # A tied one is there once; frozen ones are not.
+        self.parameters = [p for p in module.parameters() if p.requires_grad and id(p) not in without_gradient]
         self.optimizer = build_optimizer(self.parameters, settings, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute.dtype == torch.float16)
         self.batch_units = train.units_of(settings.batch_tokens)
