@@ -10,6 +10,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
   m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, bool grad) -> (Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)");
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inv_rms, bool weight_grad) -> (Tensor, Tensor)");
+  m.def("add_rms_norm(Tensor x, Tensor added, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "add_rms_norm_backward(Tensor grad_sum, Tensor grad, Tensor sum, Tensor weight, Tensor inv_rms) -> "
+      "(Tensor, Tensor)");
+  m.def("scale_into_(Tensor(a!)[] into, Tensor[] from, float scale) -> ()");
   m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
   m.def("silu_mul_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
   m.def("rotate_rows(Tensor x, Tensor cos, Tensor sin, Tensor index, Tensor into) -> Tensor");

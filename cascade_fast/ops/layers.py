@@ -1,4 +1,4 @@
-"""Operators of a decoder layer: the gated MLP's product, rotary positions, the softmax of attention.
+"""Operators of a decoder layer: sum and norm, the gated MLP's product, rotary positions, the softmax of attention.
 
 Stated as in ``schema.py``; on the CPU the extension has faster bodies.
 
@@ -6,13 +6,23 @@ Shape legend: N tokens, F intermediate size, K tokens, H heads, E head size, P r
 Q queries, S keys.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from cascade_fast.ops import backends
-from cascade_fast.ops.schema import FLOAT_DTYPES, check, shape_of
+from cascade_fast.ops.schema import FLOAT_DTYPES, _check_rms_norm, check, shape_of
 
 _LIB = torch.library.Library("cascade_fast", "FRAGMENT")
+_LIB.define(
+    "add_rms_norm(Tensor x, Tensor added, Tensor weight, float eps, *, str backend='auto') -> (Tensor, Tensor, Tensor)"
+)
+_LIB.define(
+    "add_rms_norm_backward(Tensor grad_sum, Tensor grad, Tensor sum, Tensor weight, Tensor inv_rms, *, "
+    "str backend='auto') -> (Tensor, Tensor)"
+)
+_LIB.define("scale_into_(Tensor(a!)[] into, Tensor[] values, float scale, *, str backend='auto') -> ()")
 _LIB.define("silu_mul(Tensor gate, Tensor up, *, str backend='auto') -> Tensor")
 _LIB.define("silu_mul_backward(Tensor grad, Tensor gate, Tensor up, *, str backend='auto') -> (Tensor, Tensor)")
 _LIB.define("rotate_rows(Tensor x, Tensor cos, Tensor sin, Tensor index, Tensor into, *, str backend='auto') -> Tensor")
@@ -22,6 +32,39 @@ _LIB.define(
 )
 _LIB.define("masked_softmax_(Tensor(a!) scores, Tensor mask, *, str backend='auto') -> ()")
 _LIB.define("softmax_backward_(Tensor(a!) grad, Tensor weights, *, str backend='auto') -> ()")
+
+
+def add_rms_norm(
+    x_ND: Tensor, added_ND: Tensor, weight_D: Tensor, eps: float, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """``x + added``, and its norm ``weight * sum / sqrt(mean(sum^2) + eps)``, in one pass, in float32.
+
+    Args:
+        x_ND: ``(N, D)`` float32; any strides.
+        added_ND: ``(N, D)`` float32, float16 or bfloat16.
+        weight_D: ``(D,)`` float32; gets no gradient.
+        eps: added to the mean square.
+
+    Returns:
+        The sum ``(N, D)``, float32, and the normed sum in the dtype of ``added``. Differentiable in both inputs.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match; names the argument.
+    """
+    return torch.ops.cascade_fast.add_rms_norm(x_ND, added_ND, weight_D, eps, backend=backend)[:2]
+
+
+def scale_into_(into: Sequence[Tensor], values: Sequence[Tensor], scale: float, *, backend: str = "auto") -> None:
+    """``into[i] = values[i] * scale`` for many small matrices in one call, in float32, rounded once.
+
+    Args:
+        into: ``(N, D)`` each, of one dtype of float32, float16, bfloat16; rows contiguous. Overwritten.
+        values: float32, contiguous, in the shapes of ``into``.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not match; names the argument.
+    """
+    torch.ops.cascade_fast.scale_into_(list(into), list(values), scale, backend=backend)
 
 
 def silu_mul(gate_NF: Tensor, up_NF: Tensor, *, backend: str = "auto") -> Tensor:
@@ -106,6 +149,23 @@ def _check_float(name: str, t: Tensor) -> None:
     check(t.dtype in FLOAT_DTYPES, lambda: f"{name}: {shape_of(t)}; must be float32, float16 or bfloat16")
 
 
+def _check_add_rms_norm(x: Tensor, added: Tensor, weight: Tensor) -> None:
+    _check_rms_norm(x, weight, added.dtype)
+    check(added.shape == x.shape, lambda: f"added: {shape_of(added)}; must have the shape of x, {tuple(x.shape)}")
+    check(added.device == x.device, lambda: f"added: {shape_of(added)}; must be on the device of x, {x.device}")
+
+
+def _check_scale_into(into: list[Tensor], values: list[Tensor]) -> None:
+    check(len(into) == len(values), lambda: f"values: {len(values)} of them; must be one for each of {len(into)} into")
+    for i, (out, value) in enumerate(zip(into, values, strict=True)):
+        check(out.dim() == 2 and out.stride(1) == 1, lambda: f"into[{i}]: {shape_of(out)}; must have contiguous rows")
+        check(out.dtype == into[0].dtype, lambda: f"into[{i}]: {shape_of(out)}; must have the dtype of into[0]")
+        _check_float(f"into[{i}]", out)
+        check(value.shape == out.shape, lambda: f"values[{i}]: {shape_of(value)}; must have shape {tuple(out.shape)}")
+        good = value.dtype == torch.float32 and value.is_contiguous() and value.device == out.device
+        check(good, lambda: f"values[{i}]: {shape_of(value)}; must be contiguous float32 on {out.device}")
+
+
 def _check_silu_mul(gate: Tensor, up: Tensor) -> None:
     check(gate.dim() == 2, lambda: f"gate: {shape_of(gate)}; must have 2 dimensions (N, F)")
     _check_float("gate", gate)
@@ -154,6 +214,22 @@ def _check_softmax_backward(grad: Tensor, weights: Tensor) -> None:
 # --- fakes ------------------------------------------------------------------------------------------------------------
 
 
+@torch.library.register_fake("cascade_fast::add_rms_norm", lib=_LIB)
+def _(x, added, weight, eps, *, backend="auto"):
+    _check_add_rms_norm(x, added, weight)
+    return x.new_empty(x.shape), added.new_empty(x.shape), x.new_empty(x.shape[0])
+
+
+@torch.library.register_fake("cascade_fast::add_rms_norm_backward", lib=_LIB)
+def _(grad_sum, grad, sum, weight, inv_rms, *, backend="auto"):
+    return sum.new_empty(sum.shape), grad.new_empty(sum.shape)
+
+
+@torch.library.register_fake("cascade_fast::scale_into_", lib=_LIB)
+def _(into, values, scale, *, backend="auto"):
+    _check_scale_into(into, values)
+
+
 @torch.library.register_fake("cascade_fast::silu_mul", lib=_LIB)
 def _(gate, up, *, backend="auto"):
     _check_silu_mul(gate, up)
@@ -189,6 +265,25 @@ def _(grad, weights, *, backend="auto"):
 # --- bodies -----------------------------------------------------------------------------------------------------------
 
 
+def _add_rms_norm(
+    x: Tensor, added: Tensor, weight: Tensor, eps: float, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_add_rms_norm(x, added, weight)
+    return backends.body("add_rms_norm", x.device, backend)(x, added, weight, eps)
+
+
+def _add_rms_norm_backward(
+    grad_sum: Tensor, grad: Tensor, sum: Tensor, weight: Tensor, inv_rms: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    return backends.body("add_rms_norm_backward", sum.device, backend)(grad_sum, grad, sum, weight, inv_rms)
+
+
+def _scale_into_(into: list[Tensor], values: list[Tensor], scale: float, *, backend: str = "auto") -> None:
+    _check_scale_into(into, values)
+    if into:
+        backends.body("scale_into_", into[0].device, backend)(into, values, scale)
+
+
 def _silu_mul(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     _check_silu_mul(gate, up)
     return backends.body("silu_mul", gate.device, backend)(gate, up)
@@ -220,12 +315,25 @@ def _softmax_backward_(grad: Tensor, weights: Tensor, *, backend: str = "auto") 
 
 
 for _body in (
-    _silu_mul, _silu_mul_backward, _rotate_rows, _rotate_rows_backward, _masked_softmax_, _softmax_backward_,
+    _add_rms_norm, _add_rms_norm_backward, _scale_into_, _silu_mul, _silu_mul_backward,
+    _rotate_rows, _rotate_rows_backward, _masked_softmax_, _softmax_backward_,
 ):  # fmt: skip
     _LIB.impl(_body.__name__[1:], _body, "CompositeExplicitAutograd")
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _add_rms_norm_setup(ctx, inputs, keyword_only_inputs, output):
+    _x, _added, weight, _eps = inputs
+    ctx.save_for_backward(output[0], weight, output[2])
+    ctx.backend = keyword_only_inputs["backend"]
+    ctx.mark_non_differentiable(output[2])
+
+
+def _add_rms_norm_grads(ctx, grad_sum_ND, grad_ND, _inv_rms_grad):
+    grads = torch.ops.cascade_fast.add_rms_norm_backward(grad_sum_ND, grad_ND, *ctx.saved_tensors, backend=ctx.backend)
+    return *grads, None, None
 
 
 def _silu_mul_setup(ctx, inputs, keyword_only_inputs, output):
@@ -250,6 +358,9 @@ def _rotate_rows_grads(ctx, grad_PE):
     return grad, None, None, None, None
 
 
+torch.library.register_autograd(
+    "cascade_fast::add_rms_norm", _add_rms_norm_grads, setup_context=_add_rms_norm_setup, lib=_LIB
+)
 torch.library.register_autograd("cascade_fast::silu_mul", _silu_mul_grads, setup_context=_silu_mul_setup, lib=_LIB)
 torch.library.register_autograd(
     "cascade_fast::rotate_rows", _rotate_rows_grads, setup_context=_rotate_rows_setup, lib=_LIB

@@ -104,6 +104,26 @@ def rms_norm_backward(
     return grad_x_ND, (grad_ND * unit_ND).sum(0) if weight_grad else weight_D.new_empty(0)
 
 
+def add_rms_norm(x_ND: Tensor, added_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``x + added``, its :func:`rms_norm` in the dtype of ``added``, and ``1 / rms``."""
+    sum_ND = x_ND + added_ND
+    return sum_ND, *rms_norm(sum_ND, weight_D, eps, added_ND.dtype)
+
+
+def add_rms_norm_backward(
+    grad_sum_ND: Tensor, grad_ND: Tensor, sum_ND: Tensor, weight_D: Tensor, inv_rms_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of ``x``, and the same for ``added`` in the dtype of ``grad``."""
+    grad_x_ND = grad_sum_ND + rms_norm_backward(grad_ND, sum_ND, weight_D, inv_rms_N, False)[0]
+    return grad_x_ND, grad_x_ND.to(grad_ND.dtype)
+
+
+def scale_into_(into: list[Tensor], values: list[Tensor], scale: float) -> None:
+    """``into[i] = values[i] * scale``, rounded once."""
+    for out_ND, value_ND in zip(into, values, strict=True):
+        out_ND.copy_(value_ND * scale)
+
+
 def silu_mul(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     """``silu(gate) * up`` in float32, rounded once."""
     return (torch.nn.functional.silu(gate_NF.float()) * up_NF.float()).to(gate_NF.dtype)

@@ -16,9 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cascade_fast import ops
 from cascade_fast.input_checks import InputError, check_fields, shown
 from cascade_fast.settings import LORA_TARGETS, RunSettings
 from cascade_fast.stages.rms_norm import RMSNorm
+
+# The linear layers of a decoder layer that take the same inputs.
+TOGETHER = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
 
 
 @dataclass(frozen=True)
@@ -59,17 +68,10 @@ class LoraShape:
 @dataclass
 class _Lent:
     """Something of the base's that a module uses and does not own: no child of it, so that neither moving nor saving
-    the module touches it.
-
-    Attributes:
-        of_base: the base's module.
-        fused: see :func:`lend`.
-        name: of the module in the stage's layers.
-    """
+    the module touches it. ``together``: see :func:`lend`."""
 
     of_base: Any = None
-    fused: dict[Any, Any] | None = None
-    name: str = ""
+    together: "FusedProjections | None" = None
 
 
 class LentLinear(nn.Module):
@@ -136,19 +138,38 @@ def _in_4bit(linear: Any, codes: Tensor, bias: Tensor | None, quantized: dict[st
     return made
 
 
-def lend(layers: Iterable[nn.Module], norm: nn.Module, stage: nn.Module, fused: dict[Any, Any] | None = None) -> None:
+def lend(
+    layers: Iterable[nn.Module],
+    norm: nn.Module,
+    stage: nn.Module,
+    together: "dict[tuple[int, str], FusedProjections] | None" = None,
+) -> "Updates | None":
     """Lends ``stage`` the layers that its modules stand for, by name, and the norm after them.
 
     Args:
         layers: decoder layers, of transformers' or ours, one for each of the stage's.
-        fused: for :class:`FusedProjections`, shared by all stages that are lent these layers. None: the layers are
-            called as they are, as others use them too, or they are in 4 bit.
+        together: what is made of them for training, by layer and first name; filled by the first stage that is lent
+            these layers, and used by all. None: the layers are called as they are, since others use them too, or since
+            they are in 4 bit.
+
+    Returns:
+        The stage's updates, to be placed before it runs; None without ``together``.
     """
+    updates = Updates()
     for number, (layer, of_base) in enumerate(zip(stage.layers, layers, strict=True)):  # type: ignore[arg-type]
         for name, module in layer.named_modules():
             if isinstance(module, LentLinear | LentNorm):
-                module.lent = _Lent(of_base.get_submodule(name), fused, f"{number}.{name}")
-    stage.norm.lent.of_base = norm  # type: ignore[union-attr]
+                module.lent = _Lent(of_base.get_submodule(name))
+        if together is None:
+            continue
+        for names in TOGETHER:
+            members: list[Any] = [layer.get_submodule(name) for name in names]
+            if (number, names[0]) not in together:
+                together[number, names[0]] = FusedProjections(members)
+            members[0].lent.together = together[number, names[0]]
+            updates.add(members, together[number, names[0]])
+    stage.norm.lent = _Lent(norm)  # type: ignore[union-attr]
+    return None if together is None else updates
 
 
 @torch.no_grad()
@@ -163,71 +184,82 @@ def initialise(stage: nn.Module, seed: int) -> None:
 
 def project(x_KD: Tensor, layers: Sequence[Any]) -> list[Tensor]:
     """What each of ``layers`` makes of the same inputs, each ``(K, F)``."""
-    first = layers[0]
-    if not isinstance(first, LentLinear):
-        return [layer(x_KD) for layer in layers]
-    if first.lent.fused is None:
-        return [layer(x_KD) for layer in layers]
-    device = x_KD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else first.frozen.weight.dtype
-    together = first.lent.fused.get((first.lent.name, dtype))
+    together = layers[0].lent.together if isinstance(layers[0], LentLinear) else None
     if together is None:
-        together = first.lent.fused[first.lent.name, dtype] = FusedProjections(layers, dtype)
+        return [layer(x_KD) for layer in layers]
     updates = [weight for layer in layers if layer.scale for weight in (layer.lora_A.weight, layer.lora_B.weight)]
-    return list(_Project.apply(x_KD, together, [layer.scale for layer in layers if layer.scale], *updates))
+    return list(_Project.apply(x_KD, together, layers[0].scale, *updates))
 
 
 class FusedProjections:
     """Frozen layers of the same inputs with room for their updates, for training.
 
-    Beside each weight ``W`` (F, D) stand R columns, R the sum of all ranks: the scaled B of its own update, and zeros
-    where the others' are. With ``low = x A^T`` beside ``x``, one product makes ``x W^T + low B^T``; and one makes the
-    gradients of ``x`` and ``low`` of that of the outputs. This copy takes the place of the weights it is made of.
+    Beside each weight ``W`` (F, D) stand R columns, R the sum of all ranks: B of its own update, and zeros where the
+    others' are. With ``low = x A^T`` beside ``x``, one product makes ``x W^T + low B^T``; and one makes the gradients
+    of ``x`` and ``low`` of that of the outputs. The frozen layers' weights become parts of these.
 
     Attributes:
-        weights: ``(F, D + R)`` each, in the dtype of the products.
-        a_RD: all A.
+        weights: ``(F, D + R)`` each.
+        a_RD: all A, times the scale.
         parts: of the R columns, of each layer; None: it has no update.
     """
 
-    def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
+    def __init__(self, layers: Sequence[Any]) -> None:
         ranks = [layer.lora_A.weight.shape[0] if layer.scale else 0 for layer in layers]
         ends = list(itertools.accumulate(ranks))
         self.parts = [slice(end - rank, end) if rank else None for end, rank in zip(ends, ranks, strict=True)]
         frozen = [layer.frozen for layer in layers]
         self.inputs = frozen[0].weight.shape[1]
-        self.biases = [None if one.bias is None else one.bias.to(dtype) for one in frozen]
-        like = frozen[0].weight
-        self.a_RD = torch.zeros(ends[-1], self.inputs, dtype=dtype, device=like.device)
+        self.biases = [one.bias for one in frozen]
+        self.a_RD = frozen[0].weight.new_zeros(ends[-1], self.inputs)
         self.weights = []
         for one in frozen:
-            weight = torch.zeros(one.weight.shape[0], self.inputs + ends[-1], dtype=dtype, device=like.device)
-            weight[:, : self.inputs] = one.weight
-            self.weights.append(weight)
+            weight_FC = one.weight.new_zeros(one.weight.shape[0], self.inputs + ends[-1])
+            weight_FC[:, : self.inputs] = one.weight
+            self.weights.append(weight_FC)
+            one.weight = nn.Parameter(weight_FC[:, : self.inputs], requires_grad=False)
 
-    def load(self, updates: Sequence[Tensor], scales: Sequence[float]) -> None:
-        """Takes the updates as they are now: A and B of each layer that has one."""
-        updated = [(weight, part) for weight, part in zip(self.weights, self.parts, strict=True) if part is not None]
-        for number, ((weight, part), scale) in enumerate(zip(updated, scales, strict=True)):
-            self.a_RD[part] = updates[2 * number]
-            torch.mul(updates[2 * number + 1], scale, out=weight[:, self.inputs :][:, part])
+
+class Updates:
+    """The low-rank updates of a stage, and where they stand beside the frozen weights."""
+
+    def __init__(self) -> None:
+        self.all_a: list[Tensor] = []
+        self.all_b: list[Tensor] = []
+        self.places_a: list[Tensor] = []
+        self.places_b: list[Tensor] = []
+        self.scale = 1.0
+
+    def add(self, layers: Sequence[Any], together: FusedProjections) -> None:
+        for layer, weight_FC, part in zip(layers, together.weights, together.parts, strict=True):
+            if part is not None:
+                self.scale = layer.scale
+                self.all_a.append(layer.lora_A.weight)
+                self.all_b.append(layer.lora_B.weight)
+                self.places_a.append(together.a_RD[part])
+                self.places_b.append(weight_FC[:, together.inputs :][:, part])
+
+    @torch.no_grad()
+    def place(self) -> None:
+        """As they are now: before every run, since stages share the frozen weights and steps change the updates."""
+        ops.scale_into_(self.places_a, self.all_a, self.scale)
+        ops.scale_into_(self.places_b, self.all_b, 1.0)
 
 
 class _Project(torch.autograd.Function):
     """Of the inputs only ``(K, D)`` and ``(K, R)`` are kept; no gradient of frozen weights is made."""
 
     @staticmethod
-    def forward(ctx, x_KD: Tensor, together: FusedProjections, scales: list[float], *updates: Tensor):
-        together.load(updates, scales)
+    def forward(ctx, x_KD: Tensor, together: FusedProjections, scale: float, *updates: Tensor):
         a_RD, inputs = together.a_RD, together.inputs
         both_KC = a_RD.new_empty(x_KD.shape[0], inputs + a_RD.shape[0])  # x beside low
         both_KC[:, :inputs] = x_KD
         if a_RD.shape[0]:
-            both_KC[:, inputs:] = both_KC[:, :inputs] @ a_RD.t()
+            both_KC[:, inputs:] = x_KD.to(a_RD.dtype) @ a_RD.t()
         ctx.save_for_backward(both_KC)
-        ctx.together, ctx.scales = together, scales
+        ctx.together, ctx.scale = together, scale
         pairs = zip(together.weights, together.biases, strict=True)
-        return tuple(nn.functional.linear(both_KC, weight, bias) for weight, bias in pairs)
+        return tuple(nn.functional.linear(both_KC, weight_FC, bias_F) for weight_FC, bias_F in pairs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -237,16 +269,17 @@ class _Project(torch.autograd.Function):
         inputs, weights = together.inputs, together.weights
         grads = tuple(grad.to(both_KC.dtype) for grad in grads)
         grad_KC = grads[0] @ weights[0]
-        for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_KC.addmm_(grad, weight)
-        grad_x_KD, low_grad_KR = grad_KC[:, :inputs], grad_KC[:, inputs:]
+        for grad, weight_FC in zip(grads[1:], weights[1:], strict=True):
+            grad_KC.addmm_(grad, weight_FC)
+        if not together.a_RD.shape[0]:
+            return grad_KC, None, None
+        x_KD, low_KR = both_KC[:, :inputs], both_KC[:, inputs:]
+        low_grad_KR = grad_KC[:, inputs:]
+        grad_a_RD = low_grad_KR.t() @ x_KD
+        if ctx.scale != 1.0:
+            grad_a_RD *= ctx.scale
         updates: list[Tensor] = []
-        if together.a_RD.shape[0]:
-            grad_a_RD = (low_grad_KR.t() @ both_KC[:, :inputs]).float()
-            scales = iter(ctx.scales)
-            for grad, part in zip(grads, together.parts, strict=True):
-                if part is not None:
-                    grad_b_FR = (grad.t() @ both_KC[:, inputs:][:, part]).float()
-                    updates += [grad_a_RD[part], grad_b_FR.mul_(next(scales))]
-            grad_x_KD = torch.addmm(grad_x_KD, low_grad_KR, together.a_RD)
-        return grad_x_KD, None, None, *updates
+        for grad, part in zip(grads, together.parts, strict=True):
+            if part is not None:  # autograd brings them to the updates' dtype
+                updates += [grad_a_RD[part], grad.t() @ low_KR[:, part]]
+        return torch.addmm(grad_KC[:, :inputs], low_grad_KR, together.a_RD), None, None, *updates

@@ -14,6 +14,17 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
+    def after(self, x_KD: Tensor, added_KD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``x + added`` (None: ``x``), and its norm."""
+        if added_KD is None:
+            return x_KD, self(x_KD)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        frozen = not self.weight.requires_grad and not torch.compiler.is_compiling()
+        if x_KD.device.type == "cpu" and frozen and added_KD.dtype == dtype:
+            return ops.add_rms_norm(x_KD, added_KD, self.weight.float(), self.eps)
+        x_KD = x_KD + added_KD
+        return x_KD, self(x_KD)
+
     def forward(self, x_KD: Tensor) -> Tensor:
         device = x_KD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32

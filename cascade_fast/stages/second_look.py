@@ -29,7 +29,7 @@ from cascade_fast.runtime.compute import Compute, padded_rows
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.attention import AttentionInputs, attend
 from cascade_fast.stages.kind import StageKind
-from cascade_fast.stages.lora import LentLinear, LentNorm, LoraShape, fill_frozen, initialise, lend, project
+from cascade_fast.stages.lora import LentLinear, LentNorm, LoraShape, Updates, fill_frozen, initialise, lend, project
 from cascade_fast.stages.second_look_sizes import SecondLookCounts, SecondLookMemory
 from cascade_fast.stages.stage import GatedMLP, Stage, StageConfig, StageRun
 from cascade_fast.stages.tokens import Recompute, SequencePack, SequenceTokens
@@ -131,9 +131,13 @@ class SecondLookLayer(nn.Module):
         self.post_attention_layernorm = config.norm(config.hidden_size)
         self.mlp = GatedMLP(config)
 
-    def forward(self, x_KD: Tensor, inputs: AttentionInputs, layer: int, left: list[Tensor] | None) -> Tensor:
-        x_KD = x_KD + self.self_attn(self.input_layernorm(x_KD), inputs, layer, left)
-        return x_KD + self.mlp(self.post_attention_layernorm(x_KD))
+    def forward(
+        self, x_KD: Tensor, added_KD: Tensor | None, inputs: AttentionInputs, layer: int, left: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream, and what is still to be added to it, before and after."""
+        x_KD, normed_KD = self.input_layernorm.after(x_KD, added_KD)
+        x_KD, normed_KD = self.post_attention_layernorm.after(x_KD, self.self_attn(normed_KD, inputs, layer, left))
+        return x_KD, self.mlp(normed_KD)
 
 
 class SecondLookStage(Stage):
@@ -164,6 +168,7 @@ class SecondLookStage(Stage):
                 rope_parameters=dict(config.rope),
             )
         )
+        self.updates: Updates | None = None  # of layers that are lent
         if weights is not None:
             self.load_state_dict(weights)
 
@@ -176,10 +181,13 @@ class SecondLookStage(Stage):
         tokens = x_KD.shape[0]
         if inputs.at_once:
             x_KD = padded_rows(x_KD)
+        if self.updates is not None:
+            self.updates.place()
+        added_KD = None
         for number, layer in enumerate(self.layers):
-            x_KD = layer(x_KD, inputs, number, left)
-        x_KD = x_KD[:tokens]
-        return x_KD, self.norm(x_KD)
+            x_KD, added_KD = layer(x_KD, added_KD, inputs, number, left)
+        x_KD, normed_KD = self.norm.after(x_KD, added_KD)
+        return x_KD[:tokens], normed_KD[:tokens]
 
     @torch.no_grad()
     def keys_and_values(self, hidden_BSD: Tensor, position_BS: Tensor | None = None) -> Tensor:
@@ -290,8 +298,10 @@ class SecondLook(StageKind):
             fill_frozen(layers, {name.removeprefix("layers."): tensor for name, tensor in passed.layers.items()})
             fill_frozen(norm, {"weight": passed.norm_D})
             in_4bit = any(type(module).__name__ == "Linear4bit" for module in layers.modules())
-            passed.lent.update(layers=layers, norm=norm, fused=None if in_4bit else {})
-        lend(stage=stage, **passed.lent)
+            passed.lent.update(layers=layers, norm=norm, together=None if in_4bit else {})
+            passed.layers.clear()  # mapped from a file; of 16 bit there is a copy with room for updates
+        assert isinstance(stage, SecondLookStage)
+        stage.updates = lend(stage=stage, **passed.lent)
 
     def lend_base(self, stage: Stage, base: Any) -> None:
         config = stage.config

@@ -23,6 +23,8 @@ CASCADE_INLINE float sum(const float (&lanes)[kLanes]) {
 
 struct NormRows {  // all rows contiguous; inv_rms_N (N,)
   const float* x_ND;
+  const void* added_ND;  // of out's dtype; null: nothing is added
+  float* sum_ND;         // x + added
   const float* weight_D;
   float* inv_rms_N;
   void* out_ND;
@@ -39,6 +41,12 @@ void NormRows::run(int64_t begin, int64_t end) const {
   const float* __restrict weight = weight_D;
   for (int64_t n = begin; n < end; ++n) {
     const float* __restrict x = x_ND + n * d;
+    if (added_ND != nullptr) {
+      const T* __restrict added = static_cast<const T*>(added_ND) + n * d;
+      float* __restrict sum = sum_ND + n * d;
+      for (int64_t i = 0; i < d; ++i) sum[i] = x[i] + widen(added[i]);
+      x = sum;
+    }
     float squares[kLanes] = {};
     for (int64_t i = 0; i < whole; i += kLanes) {
       for (int j = 0; j < kLanes; ++j) squares[j] += x[i + j] * x[i + j];
@@ -56,7 +64,9 @@ struct NormGradRows {
   const float* x_ND;
   const float* weight_D;
   const float* inv_rms_N;
+  const float* grad_sum_ND;  // what else has come back to x; null: nothing
   float* grad_x_ND;
+  void* grad_added_ND;  // the same in grad's dtype, for what was added; null: nobody asks
   float* grad_weight_PD;  // a row for each part of kRowsPerPart rows; null: nobody asks
   int64_t n, d;
 
@@ -84,6 +94,14 @@ void NormGradRows::run(int64_t begin, int64_t end) const {
       for (int64_t i = whole; i < d; ++i) products[i - whole] += widen(grad[i]) * weight[i] * x[i];
       const float share = sum(products) * inv_rms * inv_rms / static_cast<float>(d);
       for (int64_t i = 0; i < d; ++i) grad_x[i] = inv_rms * (widen(grad[i]) * weight[i] - x[i] * share);
+      if (grad_sum_ND != nullptr) {
+        const float* __restrict grad_sum = grad_sum_ND + row * d;
+        T* __restrict grad_added = static_cast<T*>(grad_added_ND) + row * d;
+        for (int64_t i = 0; i < d; ++i) {
+          grad_x[i] += grad_sum[i];
+          narrow(grad_x[i], grad_added + i);
+        }
+      }
       if (grad_weight == nullptr) continue;
       for (int64_t i = 0; i < d; ++i) grad_weight[i] += widen(grad[i]) * x[i] * inv_rms;
     }
@@ -97,7 +115,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight_D, dou
   const int64_t n = x_ND.size(0), d = x_ND.size(1);
   const Tensor out_ND = torch::stable::new_empty(x_ND, {n, d}, dtype);
   const Tensor inv_rms_N = torch::stable::new_empty(x_ND, {n}, ScalarType::Float);
-  const NormRows rows{x_ND.const_data_ptr<float>(), w_D.const_data_ptr<float>(), inv_rms_N.mutable_data_ptr<float>(),
+  const NormRows rows{x_ND.const_data_ptr<float>(), nullptr, nullptr, w_D.const_data_ptr<float>(), inv_rms_N.mutable_data_ptr<float>(),
                       out_ND.mutable_data_ptr(), static_cast<float>(eps), d};
   const auto run = run_for_this_cpu<NormRows>(dtype);
   parallel_blocks(n, std::max<int64_t>(1, kItemsPerBlock / std::max<int64_t>(d, 1)),
@@ -113,7 +131,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(
   const Tensor grad_x_ND = torch::stable::new_empty(x_ND, {n, d});
   const Tensor grad_weight_PD = torch::stable::new_empty(x_ND, {weight_grad ? std::max<int64_t>(parts, 1) : 0, d});
   const NormGradRows rows{grad_ND.const_data_ptr(), x_ND.const_data_ptr<float>(), w_D.const_data_ptr<float>(),
-                          inv_rms_N.const_data_ptr<float>(), grad_x_ND.mutable_data_ptr<float>(),
+                          inv_rms_N.const_data_ptr<float>(), nullptr, grad_x_ND.mutable_data_ptr<float>(), nullptr,
                           weight_grad ? grad_weight_PD.mutable_data_ptr<float>() : nullptr, n, d};
   const auto run = run_for_this_cpu<NormGradRows>(grad_ND.scalar_type());
   parallel_blocks(parts, 1, [&](int64_t begin, int64_t end) { run(rows, begin, end); });
@@ -128,11 +146,45 @@ std::tuple<Tensor, Tensor> rms_norm_backward(
   return {grad_x_ND, grad_weight_D};
 }
 
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(
+    const Tensor& x, const Tensor& added, const Tensor& weight_D, double eps) {
+  const Tensor x_ND = torch::stable::contiguous(x), added_ND = torch::stable::contiguous(added);
+  const Tensor w_D = torch::stable::contiguous(weight_D);
+  const int64_t n = x_ND.size(0), d = x_ND.size(1);
+  const Tensor sum_ND = torch::stable::new_empty(x_ND, {n, d});
+  const Tensor out_ND = torch::stable::new_empty(added_ND, {n, d});
+  const Tensor inv_rms_N = torch::stable::new_empty(x_ND, {n});
+  const NormRows rows{x_ND.const_data_ptr<float>(), added_ND.const_data_ptr(), sum_ND.mutable_data_ptr<float>(),
+                      w_D.const_data_ptr<float>(), inv_rms_N.mutable_data_ptr<float>(), out_ND.mutable_data_ptr(),
+                      static_cast<float>(eps), d};
+  const auto run = run_for_this_cpu<NormRows>(added.scalar_type());
+  parallel_blocks(n, std::max<int64_t>(1, kItemsPerBlock / std::max<int64_t>(d, 1)),
+                  [&](int64_t begin, int64_t end) { run(rows, begin, end); });
+  return {sum_ND, out_ND, inv_rms_N};
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_backward(
+    const Tensor& grad_sum, const Tensor& grad, const Tensor& sum, const Tensor& weight_D, const Tensor& inv_rms_N) {
+  const Tensor grad_sum_ND = torch::stable::contiguous(grad_sum), grad_ND = torch::stable::contiguous(grad);
+  const Tensor sum_ND = torch::stable::contiguous(sum), w_D = torch::stable::contiguous(weight_D);
+  const int64_t n = sum_ND.size(0), d = sum_ND.size(1), parts = ceil_div(n, kRowsPerPart);
+  const Tensor grad_x_ND = torch::stable::new_empty(sum_ND, {n, d});
+  const Tensor grad_added_ND = torch::stable::new_empty(grad_ND, {n, d});
+  const NormGradRows rows{grad_ND.const_data_ptr(), sum_ND.const_data_ptr<float>(), w_D.const_data_ptr<float>(),
+                          inv_rms_N.const_data_ptr<float>(), grad_sum_ND.const_data_ptr<float>(),
+                          grad_x_ND.mutable_data_ptr<float>(), grad_added_ND.mutable_data_ptr(), nullptr, n, d};
+  const auto run = run_for_this_cpu<NormGradRows>(grad_ND.scalar_type());
+  parallel_blocks(parts, 1, [&](int64_t begin, int64_t end) { run(rows, begin, end); });
+  return {grad_x_ND, grad_added_ND};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cascade_fast_native, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("add_rms_norm_backward", TORCH_BOX(&add_rms_norm_backward));
 }
 
 }  // namespace cascade_fast
