@@ -174,9 +174,9 @@ def _added(x_KD: Tensor, layer: LentLinear) -> Tensor:
     frozen_KF = layer.frozen(x_KD)
     if not layer.updated:
         return frozen_KF
-    return frozen_KF + (layer.lora_B(layer.lora_A(x_KD.to(layer.lora_A.weight.dtype))) * layer.scale).to(
-        frozen_KF.dtype
-    )
+    if not torch.is_autocast_enabled(x_KD.device.type):  # else it multiplies in the inputs' dtype, and keeps no copy
+        x_KD = x_KD.to(layer.lora_A.weight.dtype)
+    return frozen_KF + (layer.lora_B(layer.lora_A(x_KD)) * layer.scale).to(frozen_KF.dtype)
 
 
 class _Projections(torch.autograd.Function):
