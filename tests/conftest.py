@@ -101,6 +101,12 @@ def tiny_base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def nf4_base(tmp_path_factory) -> Path:
+    """The same with matrices of whole blocks of 64 weights, as 4 bit needs them."""
+    return save_tiny_base(tmp_path_factory.mktemp("base") / "nf4", hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A jsonl file with one column, ``text``: 120 texts of 200 bytes."""
     path = tmp_path_factory.mktemp("data") / "texts.jsonl"

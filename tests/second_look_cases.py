@@ -1,6 +1,9 @@
-"""What the tests of second looks begin with: the base's pass, and a copy of its last layers."""
+"""What the tests of second looks begin with: the base's pass, a copy of its last layers, or adapters of them."""
+
+import dataclasses
 
 import torch
+from torch import nn
 
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.model import find_base
@@ -9,7 +12,8 @@ from cascade_fast.criteria import get_criterion
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import make_settings
 from cascade_fast.stages.kind import base_needs
-from cascade_fast.stages.second_look import SecondLookConfig, SecondLookStage
+from cascade_fast.stages.lora import lend
+from cascade_fast.stages.second_look import SecondLookConfig, SecondLookLayer, SecondLookStage
 
 CPU = torch.device("cpu")
 HOW = {"criterion": get_criterion("entropy"), "compute": Compute(CPU, torch.float32)}
@@ -35,3 +39,35 @@ def copied_stage(base, passed, *, noise=0.0, seed=0) -> SecondLookStage:
         for parameter in stage.parameters():
             parameter += noise * torch.randn(parameter.shape, generator=generator)
     return stage.eval()
+
+
+def lent_stage(shape: SecondLookConfig, *, quantization: str = "none", dtype=torch.float32) -> SecondLookStage:
+    """A stage with adapters, lent random layers in ``dtype`` or in 4 bit. B is not zero."""
+    stage = SecondLookStage(shape, head_VD=torch.zeros(shape.vocab_size, shape.hidden_size))
+    full = dataclasses.replace(shape, lora=None)
+    layers = nn.ModuleList(SecondLookLayer(full) for _ in range(shape.layers)).to(dtype)
+    if quantization == "nf4":
+        for name, module in list(layers.named_modules()):
+            if isinstance(module, nn.Linear):
+                parent, _, child = name.rpartition(".")
+                setattr(layers.get_submodule(parent), child, _in_4_bit(module))
+    lend(layers.requires_grad_(False), full.norm(shape.hidden_size).requires_grad_(False), stage)
+    return stage
+
+
+def _in_4_bit(linear: nn.Linear) -> nn.Module:
+    import bitsandbytes
+
+    how = {"quant_type": "nf4", "compress_statistics": False}
+    made = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, **how)
+    made.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, **how)
+    return made.to("cpu")  # which quantises it
+
+
+def draw_updates(stage: nn.Module, *, scale: float = 0.1, seed: int = 0) -> nn.Module:
+    """``stage`` with random A and B in place of those it begins with."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return stage

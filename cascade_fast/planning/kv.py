@@ -15,7 +15,10 @@ def kv_disk_bytes(memory: StageMemory) -> float:
 def recompute_flops(memory: StageMemory) -> float:
     """Of the base's keys and values of all training tokens, once: the layers' forward pass."""
     s, counts = memory.settings, memory.counts
-    return float(s.expected_tokens("train") * (2 * counts.matrices() + counts.attention_flops(s.seq_len)))
+    return float(
+        s.expected_tokens("train")
+        * (2 * counts.config.layers * counts.layer_matrices() + counts.attention_flops(s.seq_len))
+    )
 
 
 def kv_seconds(

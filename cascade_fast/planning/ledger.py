@@ -1,8 +1,8 @@
 """The compute ledger: what a run computed and how fast, beside a dense stage's work and the original recipe's.
 
 Counted are the FLOPs a model *needs*, as in MFU (model FLOPs utilization, arXiv 2204.02311): two for each
-multiply-add of a matrix product, twice that again for the gradients of its input and its weight, one of which a frozen
-head does without.
+multiply-add of a matrix product, twice that again for the gradients of its input and its weight, one of which frozen
+weights do without.
 Norms, softmax, optimizer and what is computed twice to save memory do not count; attention does over whole blocks. MFU
 is their rate over that of a square product of the same dtype, probed on the same device when the run begins.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from cascade_fast.planning.counts import Shape
 from cascade_fast.planning.devices import this_machine
-from cascade_fast.planning.times import base_flops, tokens_with_logits
+from cascade_fast.planning.times import base_layer_flops, tokens_with_logits
 from cascade_fast.presets import SEED_PRESET
 from cascade_fast.records import Compared, ComparedWork, Epoch, Ledger, SplitTokens, StageRecord, Work
 from cascade_fast.runtime.compute import Compute
@@ -70,9 +70,10 @@ def compute_ledger(
         general: tokens of other text in the base pass.
     """
     every = sum(settings.expected_tokens(split) for split in SPLITS) + general  # with those that are only read
-    shape = Shape.from_settings(settings, base_config)
-    with_logits = tokens_with_logits(settings, tokens.total + general, tokens.train)
-    flops = base_flops(shape, settings.seq_len, with_logits=False) + 2 * shape.counts.head * with_logits / max(every, 1)
+    shape = Shape.from_settings(settings, base_config, (tokens.total + general) / max(every, 1))
+    layer_tokens = shape.base_layer_tokens(every, settings.expected_tokens("train"))
+    with_logits = tokens_with_logits(settings, shape, tokens.total + general, tokens.train)
+    base_pass_flops = layer_tokens * base_layer_flops(shape, settings.seq_len) + 2.0 * shape.counts.head * with_logits
     done = [stage.compute for stage in stages if stage.compute is not None]
     total_flops, seconds = sum(line.flops for line in done), sum(line.seconds for line in done)
     training = Work(
@@ -85,7 +86,13 @@ def compute_ledger(
     dense_tokens = tokens.train * len(stages[0].epochs) if stages else 0
     return Ledger(
         matmul_flops_per_second=rate,
-        base_pass=work(every, base_config.num_hidden_layers, flops, base_pass_seconds, rate),
+        base_pass=Work(
+            tokens=every,
+            layer_tokens=layer_tokens,
+            flops=base_pass_flops,
+            seconds=base_pass_seconds,
+            mfu=_mfu(base_pass_flops, base_pass_seconds, rate),
+        ),
         training=training,
         compared=_compared(settings, base_config, done[0].tokens, dense_tokens) if training.tokens else None,
     )

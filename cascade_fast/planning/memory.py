@@ -20,7 +20,13 @@ import torch
 
 from cascade_fast.base.fill_store import TOKENS_AT_ONCE as BASE_TOKENS
 from cascade_fast.losses import chunk_tokens
-from cascade_fast.planning.counts import Shape, base_weight_bytes, optimizer_bytes, saved_activation_bytes
+from cascade_fast.planning.counts import (
+    Shape,
+    base_weight_bytes,
+    kept_layer_bytes,
+    optimizer_bytes,
+    saved_activation_bytes,
+)
 from cascade_fast.selection import hard_count
 from cascade_fast.settings import READ, RunSettings
 from cascade_fast.stages.exits import TOKENS_AT_ONCE as EVAL_TOKENS
@@ -112,6 +118,7 @@ def memory_plan(
     memory_bytes: float | None = None,
     fused_attention: bool = True,
     process_bytes: int = PROCESS_BYTES,
+    labelled_share: float = 1.0,
 ) -> MemoryPlan:
     """The plan of a run with ``settings`` on a base with transformers' configuration ``base_config``.
 
@@ -122,14 +129,19 @@ def memory_plan(
             batch at once.
         fused_attention: False where SDPA holds all attention scores in float32 (grouped queries below sm_80).
         process_bytes: resident set before a base is loaded (CPU).
+        labelled_share: of the tokens.
     """
     micro = settings.micro_batch_tokens or settings.batch_tokens
     micro = min(micro, settings.batch_tokens)
     if memory_bytes is not None and settings.micro_batch_tokens is None:
-        micro = micro_batch_tokens(settings, base_config, memory_bytes, dtype=dtype, on_cpu=on_cpu)
-    shape, width = Shape.from_settings(settings, base_config), dtype.itemsize
+        micro = micro_batch_tokens(
+            settings, base_config, memory_bytes, dtype=dtype, on_cpu=on_cpu, labelled_share=labelled_share
+        )
+    shape, width = Shape.from_settings(settings, base_config, labelled_share), dtype.itemsize
     process = {"process": float(process_bytes)} if on_cpu else {}
     stores, store_disk = _store_bytes(settings, shape, width)
+    # What the base pass leaves of the base, all at once.
+    kept = shape.counts.head * width + kept_layer_bytes(shape, settings.base_quantization, width)
     base = _base_phase(settings, shape, width, fused_attention, on_cpu)
     step = _training_phase(settings, shape, width, micro, on_cpu)
     phases = [base, step]
@@ -153,11 +165,10 @@ def memory_plan(
         ram["a checkpoint on its way to disk"] = 4.0 * shape.counts.parameters() + state
         # In 4 bit the base goes to the GPU tensor by tensor.
         whole = 0.0 if settings.base_quantization == "nf4" else float(shape.base_parameters() * width)
-        loading = HOST_BYTES + max(whole, 4.0 * shape.counts.parameters())
+        loading = HOST_BYTES + max(whole, kept, 4.0 * shape.counts.parameters())
     saved = 4.0 * shape.counts.parameters()
-    copied = shape.counts.parameters() if shape.kind.needs(settings).last_layers else 0
     disk = {
-        BASE_PASS_DISK: store_disk + (shape.counts.head + copied) * width,
+        BASE_PASS_DISK: store_disk + kept,
         "hidden stores of later stages": stores - store_disk,
         # Two of each are kept, and a third is there while it is written.
         "checkpoints, best weights": 3 * (2 * saved + optimizer_bytes(shape, settings.optimizer)),
@@ -172,9 +183,11 @@ def _base_phase(settings: RunSettings, shape: Shape, width: int, fused_attention
     attention = 0 if fused_attention else 3 * n * settings.seq_len * s.heads * 4
     mlp = 3 * s.intermediate_size * width
     layer = n * (4 * s.hidden_size * width + 2 * s.hidden_size * 4 + mlp) + attention
+    if settings.base_quantization == "nf4":
+        layer += shape.counts.largest_matrix() * width  # one at a time is unpacked
     passing = {"activations": layer, "logits (a chunk)": _logit_bytes(shape, width, on_cpu=on_cpu)}
-    if shape.kind.needs(settings).keys_and_values:
-        extra = shape.kind.memory(settings, shape.stage, width)
+    if shape.needs.keys_and_values:
+        extra = shape.memory(settings, width)
         passing["keys and values"] = extra.base_pass_bytes(n, shape.base.num_hidden_layers)
     weights = base_weight_bytes(shape, settings.base_quantization, width)
     return Phase("base pass", on_cpu, {"base weights": weights, "states kept": 3 * n * s.hidden_size * width}, passing)
@@ -193,8 +206,8 @@ def _training_phase(settings: RunSettings, shape: Shape, width: int, micro: int,
     )
     casts = _cast_bytes(shape, width)  # kept for the backward pass
     logits = _logit_bytes(shape, width, on_cpu=on_cpu)
-    activations += shape.kind.memory(settings, shape.stage, width).training_bytes(micro, on_cpu)
-    casts += _add_frozen_copy(phase, settings, shape, width)
+    activations += shape.memory(settings, width).training_bytes(micro, on_cpu)
+    casts += _add_recomputing(phase, settings, shape, width)
     if s.head == "own":  # its gradient is made a chunk at a time and added to the sum
         logits += shape.counts.head * (2 * width if width < 4 else 0) + shape.counts.head * 4
     parts = {"activations": activations, "weights in the compute dtype": casts, "logits (a chunk)": logits}
@@ -209,13 +222,14 @@ def _training_phase(settings: RunSettings, shape: Shape, width: int, micro: int,
             "activations, casts, logits (a chunk)": sum(parts.values()) + own_head,
             "gradients": gradients,
         }
-    _add_head(phase, settings, shape, width)
+    _add_shared(phase, settings, shape, width)
     return phase
 
 
-def _add_frozen_copy(phase: Phase, settings: RunSettings, shape: Shape, width: int) -> float:
-    """Where the base's keys and values are recomputed; returns the bytes of its weights' casts."""
-    if settings.kv != "recompute":
+def _add_recomputing(phase: Phase, settings: RunSettings, shape: Shape, width: int) -> float:
+    """Where the base's keys and values are recomputed, by the base's own layers or a copy; returns the bytes of its
+    weights' casts."""
+    if shape.counts.frozen() or not shape.memory(settings, width).recomputes:
         return 0.0
     phase.lasting["frozen copy of the layers (float32)"] = 4.0 * shape.counts.parameters()
     return _cast_bytes(shape, width)
@@ -232,7 +246,7 @@ def _keeping_phase(step: Phase, shape: Shape) -> Phase:
     lasting, passing = dict(step.lasting), dict(step.passing)
     del passing["logits (a chunk)"]
     head = 4.0 * shape.counts.head if s.head == "own" else 0.0
-    if 4 * s.hidden_size * s.intermediate_size >= at_once:
+    if 4 * shape.counts.largest_trained() >= at_once:
         lasting["gradients"] = head
     if head >= at_once:
         lasting["gradients"] -= head
@@ -247,27 +261,30 @@ def _evaluation_phase(settings: RunSettings, shape: Shape, width: int, on_cpu: b
     layer: float = EVAL_TOKENS * (6 * s.hidden_size * 4 + 3 * s.intermediate_size * width)
     head_cast = shape.counts.head * width if s.head == "own" and width < 4 else 0
     logits = _logit_bytes(shape, width, on_cpu=on_cpu) + head_cast
-    layer += shape.kind.memory(settings, shape.stage, width).evaluation_bytes(EVAL_TOKENS, on_cpu)
-    casts += _add_frozen_copy(phase, settings, shape, width)
+    layer += shape.memory(settings, width).evaluation_bytes(EVAL_TOKENS, on_cpu)
+    casts += _add_recomputing(phase, settings, shape, width)
     if on_cpu:
         phase.passing = {"weights in the compute dtype": casts, "activations": layer, "logits (a chunk)": logits}
     else:
         phase.passing = {"activations, casts, logits (a chunk)": casts + layer + logits}
-    _add_head(phase, settings, shape, width)
+    _add_shared(phase, settings, shape, width)
     return phase
 
 
 def _cast_bytes(shape: Shape, width: int) -> float:
     """Autocast's copies of a stage's matrices in the compute dtype."""
-    return float(width * shape.counts.matrices()) if width < 4 else 0.0
+    return float(width * shape.counts.trained_matrices()) if width < 4 else 0.0
 
 
-def _add_head(phase: Phase, settings: RunSettings, shape: Shape, width: int) -> None:
-    """The base's head is a mapped file on the CPU."""
+def _add_shared(phase: Phase, settings: RunSettings, shape: Shape, width: int) -> None:
+    """What is the base's, once for all stages: its head, and the layers that they copy or use. Pages of a file on the
+    CPU; on a GPU only what they use as it is."""
+    where = phase.mapped if phase.on_cpu else phase.lasting
     if shape.stage.head == "shared":
-        (phase.mapped if phase.on_cpu else phase.lasting)["shared head"] = float(shape.counts.head * width)
-    if shape.kind.needs(settings).last_layers and phase.on_cpu:
-        phase.mapped["the base's layers"] = float(shape.counts.parameters() * width)
+        where["shared head"] = float(shape.counts.head * width)
+    layers = kept_layer_bytes(shape, settings.base_quantization, width)
+    if layers and (phase.on_cpu or shape.counts.frozen()):
+        where["the base's layers"] = layers
 
 
 def _logit_bytes(shape: Shape, width: int, *, on_cpu: bool) -> float:
@@ -282,8 +299,8 @@ def _store_bytes(settings: RunSettings, shape: Shape, width: int) -> tuple[float
     size = shape.stage.hidden_size
     stored = 4 if settings.store_dtype == "float32" else 2  # float16 of a float32 base, where it fits
     handed_on = 2 if width == 2 and stored == 2 else 4
-    numbers = shape.kind.memory(settings, shape.stage, width).kv_numbers  # keys and values of a token
-    kept = numbers if shape.kind.needs(settings).keys_and_values else 0
+    numbers = shape.memory(settings, width).kv_numbers  # keys and values of a token
+    kept = numbers if shape.needs.keys_and_values else 0
     base = sum(map(settings.expected_tokens, READ)) * ((size + kept) * stored + TOKEN_BYTES)
     later, tokens = 0.0, train_val
     # Those of two stages back are removed, unless tokens attend to what they left.
@@ -300,7 +317,13 @@ def base_tokens_at_once(settings: RunSettings, on_cpu: bool) -> int:
 
 
 def micro_batch_tokens(
-    settings: RunSettings, base_config: Any, memory_bytes: float, *, dtype: torch.dtype, on_cpu: bool = False
+    settings: RunSettings,
+    base_config: Any,
+    memory_bytes: float,
+    *,
+    dtype: torch.dtype,
+    on_cpu: bool = False,
+    labelled_share: float = 1.0,
 ) -> int:
     """Tokens to run through a stage at once so that training fits in ``memory_bytes``.
 
@@ -308,7 +331,7 @@ def micro_batch_tokens(
     where not even one token does: smaller parts cannot help then, and the plan says that the run does not fit.
     ``settings.micro_batch_tokens``, if set, is a bound.
     """
-    shape = Shape.from_settings(settings, base_config)
+    shape = Shape.from_settings(settings, base_config, labelled_share)
     batch = settings.batch_tokens
     bound = min(batch, settings.micro_batch_tokens or batch)
     reserved = PROCESS_BYTES if on_cpu else CONTEXT_BYTES

@@ -73,9 +73,9 @@ def make_plan(
 
     Args:
         disk_bytes: free for the base pass; decides about ``kv: auto``.
-        labelled_share: of the training tokens.
+        labelled_share: of the training tokens; where it is 1, so it is of the others.
     """
-    settings, kv_line = _settle_kv(settings, base_config, device, disk_bytes)
+    settings, kv_line = _settle_kv(settings, base_config, device, disk_bytes, labelled_share)
     memory = memory_plan(
         settings,
         base_config,
@@ -84,13 +84,14 @@ def make_plan(
         memory_bytes=device.memory_bytes,
         fused_attention=device.fused_attention,
         process_bytes=max(PROCESS_BYTES, resident_bytes()),
+        labelled_share=labelled_share,
     )
     return RunPlan(
         settings,
         base_config,
         device,
         memory,
-        base_pass_time(settings, base_config, device),
+        base_pass_time(settings, base_config, device, labelled_share),
         epoch_time(settings, base_config, device, memory.micro_batch_tokens, labelled_share),
         kv_line,
     )
@@ -119,14 +120,14 @@ def plan_run(
 
 
 def _settle_kv(
-    settings: RunSettings, base_config: Any, device: Device, disk_bytes: float
+    settings: RunSettings, base_config: Any, device: Device, disk_bytes: float, labelled_share: float
 ) -> tuple[RunSettings, str | None]:
     """``settings`` with ``kv: auto`` settled for ``device`` and so much free disk, and the line that says why."""
     if settings.kv != "auto":
         return settings, None
-    shape = Shape.from_settings(settings, base_config)
-    memory = shape.kind.memory(settings, shape.stage, device.dtype.itemsize)
-    if memory.kv_numbers == 0:
+    shape = Shape.from_settings(settings, base_config, labelled_share)
+    memory = shape.memory(settings, device.dtype.itemsize)
+    if memory.kv_numbers == 0 or shape.needs.all_enter:
         return settings, None  # nobody asks
     read = device.bandwidth if device.on_cpu else PCIE_BYTES_PER_SECOND
     seconds = kv_seconds(memory, device.rate, read, device.ram_bytes)

@@ -10,7 +10,7 @@ from typing import Any
 
 from cascade_fast.criteria import get_criterion
 from cascade_fast.losses import chunk_tokens
-from cascade_fast.planning.counts import Shape, base_weight_bytes, saved_activation_bytes
+from cascade_fast.planning.counts import NF4_BYTES, Shape, base_weight_bytes, saved_activation_bytes
 from cascade_fast.planning.devices import Device
 from cascade_fast.planning.kv import recompute_flops
 from cascade_fast.planning.memory import base_tokens_at_once
@@ -40,34 +40,49 @@ class Time:
         return max(limits, key=lambda name: limits[name])
 
 
-def base_pass_time(settings: RunSettings, base_config: Any, device: Device) -> Time:
-    """The base over every sequence; logits where the loss or the criterion needs them."""
-    shape, width = Shape.from_settings(settings, base_config), device.dtype.itemsize
-    s, layers, seq = shape.stage, base_config.num_hidden_layers, settings.seq_len
-    tokens = sum(settings.expected_tokens(split) for split in READ)
-    with_logits = tokens_with_logits(settings, tokens, settings.expected_tokens("train"))
+def base_pass_time(settings: RunSettings, base_config: Any, device: Device, labelled_share: float = 1.0) -> Time:
+    """The base over every sequence; logits where the loss or the criterion needs them.
+
+    ``labelled_share``: of the tokens.
+    """
+    shape, width = Shape.from_settings(settings, base_config, labelled_share), device.dtype.itemsize
+    s = shape.stage
+    tokens, train = sum(settings.expected_tokens(split) for split in READ), settings.expected_tokens("train")
+    with_logits, layer_tokens = (
+        tokens_with_logits(settings, shape, tokens, train),
+        shape.base_layer_tokens(tokens, train),
+    )
     at_once = base_tokens_at_once(settings, device.on_cpu)
     passes = math.ceil(tokens / at_once)
-    flops = tokens * base_flops(shape, seq, with_logits=False) + with_logits * 2 * shape.counts.head
+    flops = layer_tokens * base_layer_flops(shape, settings.seq_len) + with_logits * 2 * shape.counts.head
     weights = base_weight_bytes(shape, settings.base_quantization, width)
     if settings.base_quantization == "nf4":  # every product writes and reads the weights it unpacks
         weights += 2 * width * shape.base_quantized()
-    per_token = layers * width * (14 * s.hidden_size + 7 * s.intermediate_size)
-    moved = passes * weights + tokens * per_token + with_logits * s.vocab_size * (2 * width + 7 * 4)
+    per_layer_token = width * (14 * s.hidden_size + 7 * s.intermediate_size)
+    moved = passes * weights + layer_tokens * per_layer_token + with_logits * s.vocab_size * (2 * width + 7 * 4)
     chunks = with_logits / chunk_tokens(s.vocab_size, device.dtype)
-    launches = passes * layers * BASE_LAYER_LAUNCHES + chunks * CHUNK_LAUNCHES
+    launches = layer_tokens / at_once * BASE_LAYER_LAUNCHES + chunks * CHUNK_LAUNCHES
     return _time(flops, moved, launches, device)
 
 
+def base_layer_flops(shape: Shape, seq_len: int) -> int:
+    """Of a token in a layer of the base; masked scores are computed too."""
+    counts = shape.counts
+    matrices = counts.query_key_matrices() + counts.value_output_mlp()
+    return 2 * matrices + 4 * seq_len * counts.attention_inner
+
+
 def base_flops(shape: Shape, seq_len: int, *, with_logits: bool) -> int:
-    """Of a token in the base; masked scores are computed too."""
-    attention = 4 * shape.base.num_hidden_layers * seq_len * shape.counts.attention_inner
-    return 2 * shape.base_quantized() + attention + (2 * shape.counts.head if with_logits else 0)
+    """Of a token in the base."""
+    head = 2 * shape.counts.head if with_logits else 0
+    return shape.base.num_hidden_layers * base_layer_flops(shape, seq_len) + head
 
 
-def tokens_with_logits(settings: RunSettings, tokens: int, train_tokens: int) -> int:
-    """Of the ``tokens`` of a base pass: the training tokens' logits are made where their scores come from them."""
-    return tokens if get_criterion(settings.criterion).in_base_pass.needs_logits else tokens - train_tokens
+def tokens_with_logits(settings: RunSettings, shape: Shape, tokens: int, train_tokens: int) -> int:
+    """Of the ``tokens`` of a base pass: the training tokens' logits are made where their scores come from them, unless
+    all enter the first stage whatever their scores."""
+    scored = get_criterion(settings.criterion).in_base_pass.needs_logits and not shape.needs.all_enter
+    return tokens if scored else tokens - train_tokens
 
 
 def epoch_time(
@@ -77,25 +92,30 @@ def epoch_time(
 
     ``labelled_share``: of the training tokens, among which it takes them.
     """
-    shape, width = Shape.from_settings(settings, base_config), device.dtype.itemsize
+    shape, width = Shape.from_settings(settings, base_config, labelled_share), device.dtype.itemsize
     s, trained = shape.stage, shape.counts.trained()
     tokens = hard_count(settings.hard_ratio, round(settings.expected_tokens("train") * labelled_share))
     steps = math.ceil(tokens / settings.batch_tokens)
     parts = steps * math.ceil(settings.batch_tokens / micro)
-    matrices = shape.counts.matrices()
+    learning = shape.counts.trained_matrices()
+    frozen = shape.counts.matrices() - learning
     flops: float = tokens * shape.counts.training_flops(settings.seq_len)
     step_bytes = trained * (28 if settings.optimizer == "adamw" else 16)  # weights, gradient, state: read and written
     if settings.grad_clip > 0:
         step_bytes += 12 * trained
-    casts = (4 + width) * matrices if width < 4 else 0
-    part_bytes = casts + matrices * (2 * width + 4 + (2 * width if width < 4 else 0)) + 2 * shape.counts.head * width
+    casts = (4 + width) * learning if width < 4 else 0
+    part_bytes: float = (
+        casts + learning * (2 * width + 4 + (2 * width if width < 4 else 0)) + 2 * shape.counts.head * width
+    )
+    # Read there and back; in 4 bit each of them also writes what it unpacks.
+    part_bytes += 2 * frozen * (NF4_BYTES + 2 * width if settings.base_quantization == "nf4" else width)
     activations = s.layers * 4 * saved_activation_bytes(shape, width)  # each written and read, there and back
     token_bytes = activations + s.vocab_size * (3 * width + 6 * 4)
     moved: float = steps * step_bytes + parts * part_bytes + tokens * token_bytes
     chunks = max(parts, tokens / chunk_tokens(s.vocab_size, device.dtype))
-    memory = shape.kind.memory(settings, shape.stage, width)
+    memory = shape.memory(settings, width)
     moved += steps * 4 * memory.training_bytes(settings.batch_tokens, device.on_cpu)
-    if settings.kv == "recompute":
+    if memory.recomputes:
         flops += recompute_flops(memory)
     launches = parts * (s.layers * shape.counts.layer_launches + 50) + chunks * CHUNK_LAUNCHES + steps * 30
     return _time(flops, moved, launches, device)

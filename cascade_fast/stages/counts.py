@@ -43,6 +43,24 @@ class StageCounts:
         c = self.config
         return c.hidden_size * (c.kv_heads * c.head_dim + self.attention_inner + 3 * c.intermediate_size)
 
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of every linear layer."""
+        c, inner = self.config, self.attention_inner
+        into, out = (c.hidden_size, c.intermediate_size), (c.intermediate_size, c.hidden_size)
+        key_value = (c.hidden_size, c.kv_heads * c.head_dim)
+        return {
+            "q_proj": (c.hidden_size, inner),
+            "k_proj": key_value,
+            "v_proj": key_value,
+            "o_proj": (inner, c.hidden_size),
+            "gate_proj": into,
+            "up_proj": into,
+            "down_proj": out,
+        }
+
+    def largest_matrix(self) -> int:
+        return max(inputs * outputs for inputs, outputs in self.linear_sizes().values())
+
     def small(self) -> int:
         """Norms, and biases of everything but queries and keys."""
         c = self.config
@@ -67,10 +85,27 @@ class StageCounts:
         """Matrices that the stage multiplies with, its head left out."""
         return self.config.layers * self.layer_matrices()
 
+    def trained_matrices(self) -> int:
+        """Those of them with a gradient. Autocast copies these, and no others."""
+        return self.matrices()
+
+    def frozen(self) -> int:
+        """Parameters of the base's that the stage uses as they are, its head left out."""
+        return 0
+
     def trained(self) -> int:
         """Parameters with a gradient."""
         own = self.head if self.config.head == "own" else 0
         return self.config.layers * self.layer_trained() + self.config.hidden_size + own
+
+    def trained_below(self, elements: int) -> int:
+        """Parameters with a gradient in tensors of fewer elements: norms (biases as well, where a family has them)."""
+        small = self.config.layers * self.small() + self.config.hidden_size
+        return small if self.config.hidden_size < elements else 0
+
+    def largest_trained(self) -> int:
+        """Elements of the largest tensor with a gradient, its head left out."""
+        return self.largest_matrix()
 
     def parameters(self) -> int:
         unused = self.config.layers * self.query_key() if self.config.init == "random" else 0
@@ -81,10 +116,11 @@ class StageCounts:
         return 0
 
     def training_flops(self, seq_len: int) -> int:
-        """Of a hard token in a step, forward and backward: two for each multiply-add, twice that again for the
-        gradients of input and weight."""
-        head_factor = 6 if self.config.head == "own" else 4  # a frozen head has no gradient of its own
-        return 6 * self.matrices() + head_factor * self.head + 3 * self.attention_flops(seq_len)
+        """Of a hard token in a step, forward and backward: two for each multiply-add, as many again for the gradient of
+        the input, and for that of the weight where it is trained."""
+        head_factor = 6 if self.config.head == "own" else 4
+        products = 4 * self.matrices() + 2 * self.trained_matrices()
+        return products + head_factor * self.head + 3 * self.attention_flops(seq_len)
 
 
 @dataclass(frozen=True)
@@ -93,11 +129,13 @@ class StageMemory:
 
     Args:
         width: bytes of the compute dtype.
+        all_enter: whether every token enters the first stage, so that nobody reads the base's keys and values.
     """
 
     settings: RunSettings
     counts: StageCounts
     width: int
+    all_enter: bool = False
 
     @property
     def stored(self) -> int:
@@ -108,6 +146,11 @@ class StageMemory:
     def kv_numbers(self) -> int:
         """Numbers in the keys and values that a token leaves."""
         return 0
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the base's keys and values are made anew for every batch."""
+        return False
 
     def training_bytes(self, tokens: int, on_cpu: bool) -> float:
         """Of a batch of ``tokens`` hard tokens, through a step."""

@@ -109,9 +109,9 @@ class StageKind(ABC):
         """Parameters and FLOPs."""
         return StageCounts(config)
 
-    def memory(self, settings: RunSettings, config: StageConfig, width: int) -> StageMemory:
-        """Bytes beyond what every stage takes. ``width``: of the compute dtype."""
-        return StageMemory(settings, self.counts(config), width)
+    def memory(self, settings: RunSettings, config: StageConfig, width: int, *, all_enter: bool = False) -> StageMemory:
+        """Bytes beyond what every stage takes. ``width``, ``all_enter``: of :class:`StageMemory`."""
+        return StageMemory(settings, self.counts(config), width, all_enter)
 
 
 def get_kind(name: Any) -> StageKind:

@@ -94,8 +94,11 @@ class LentLinear(nn.Module):
         frozen_KF = self.frozen(x_KD)
         if not self.scale:
             return frozen_KF
-        low_KR = self.lora_A(x_KD.to(self.lora_A.weight.dtype))
-        return frozen_KF + (self.lora_B(low_KR) * self.scale).to(frozen_KF.dtype)
+        if not torch.is_autocast_enabled(
+            x_KD.device.type
+        ):  # else it multiplies in the inputs' dtype, and keeps no copy
+            x_KD = x_KD.to(self.lora_A.weight.dtype)
+        return frozen_KF + (self.lora_B(self.lora_A(x_KD)) * self.scale).to(frozen_KF.dtype)
 
 
 class LentNorm(RMSNorm):

@@ -30,7 +30,7 @@ from cascade_fast.settings import RunSettings
 from cascade_fast.stages.attention import AttentionInputs, attend
 from cascade_fast.stages.kind import StageKind
 from cascade_fast.stages.lora import LentLinear, LentNorm, LoraShape, Updates, fill_frozen, initialise, lend, project
-from cascade_fast.stages.second_look_sizes import SecondLookCounts, SecondLookMemory
+from cascade_fast.stages.second_look_sizes import AdapterCounts, AdapterMemory, SecondLookCounts, SecondLookMemory
 from cascade_fast.stages.stage import GatedMLP, Stage, StageConfig, StageRun
 from cascade_fast.stages.tokens import Recompute, SequencePack, SequenceTokens
 
@@ -314,7 +314,12 @@ class SecondLook(StageKind):
     ) -> Recompute | None:
         if settings.kv != "recompute" or passed.all_enter:
             return None
-        stage = self.new(settings, base_config, passed, None, 1)
+        shape = self.config(settings, base_config)
+        if shape.lora is None:
+            stage = self.new(settings, base_config, passed, None, 1)
+        else:  # the base's layers alone
+            stage = SecondLookStage(dataclasses.replace(shape, lora={**shape.lora, "targets": []}), head_VD=None)
+            self.lend(stage, passed)
         frozen = stage.eval().requires_grad_(False).to(compute.device)
         kv_dtype = passed.stores["train"].handed_on_dtype
 
@@ -334,10 +339,18 @@ class SecondLook(StageKind):
         return len(stages) == 1
 
     def counts(self, config: StageConfig) -> SecondLookCounts:
-        return SecondLookCounts(config)
+        assert isinstance(config, SecondLookConfig)
+        return (
+            SecondLookCounts(config) if config.lora is None else AdapterCounts(config, LoraShape.from_dict(config.lora))
+        )
 
-    def memory(self, settings: RunSettings, config: StageConfig, width: int) -> SecondLookMemory:
-        return SecondLookMemory(settings, self.counts(config), width)
+    def memory(
+        self, settings: RunSettings, config: StageConfig, width: int, *, all_enter: bool = False
+    ) -> SecondLookMemory:
+        counts = self.counts(config)
+        if isinstance(counts, AdapterCounts):
+            return AdapterMemory(settings, counts, width, all_enter)
+        return SecondLookMemory(settings, counts, width, all_enter)
 
 
 KIND = SecondLook()

@@ -1,13 +1,15 @@
 """What a second look takes beyond an appended stage: queries and keys, attention, keys and values.
 
 Shape legend: B sequences of a pack, S sequence length, Q most hard tokens of one sequence, L layers, H heads,
-G key/value heads, E head size.
+G key/value heads, E head size, R rank.
 """
 
 import math
+from dataclasses import dataclass
 
 from cascade_fast.stages.attention import queries_at_once
 from cascade_fast.stages.counts import StageCounts, StageMemory
+from cascade_fast.stages.lora import LoraShape
 
 # Of the sequences of a pack the one with most hard tokens has so many times the mean (Alpaca, r = 0.6): queries are
 # padded to it.
@@ -29,6 +31,41 @@ class SecondLookCounts(StageCounts):
         return 4 * self.config.layers * seq_len * self.attention_inner
 
 
+@dataclass(frozen=True)
+class AdapterCounts(SecondLookCounts):
+    """The layers are the base's, frozen: what the stage has of its own are low-rank updates."""
+
+    lora: LoraShape
+
+    layer_launches = SecondLookCounts.layer_launches + 80  # of the updates' casts and products: estimate
+
+    def updates(self) -> list[int]:
+        """Elements of each A and B of a layer."""
+        sizes = self.linear_sizes()
+        return [self.lora.rank * size for name in self.lora.targets for size in sizes[name]]
+
+    def frozen(self) -> int:
+        return super().trained()
+
+    def trained(self) -> int:
+        return self.config.layers * sum(self.updates())
+
+    def parameters(self) -> int:
+        return self.trained()
+
+    def trained_matrices(self) -> int:
+        return self.trained()
+
+    def matrices(self) -> int:
+        return super().matrices() + self.trained()
+
+    def trained_below(self, elements: int) -> int:
+        return self.config.layers * sum(size for size in self.updates() if size < elements)
+
+    def largest_trained(self) -> int:
+        return max(self.updates())
+
+
 class SecondLookMemory(StageMemory):
     """Bytes of a second look's packs."""
 
@@ -37,6 +74,10 @@ class SecondLookMemory(StageMemory):
         """2 L G E."""
         c = self.counts.config
         return 2 * c.layers * c.kv_heads * c.head_dim
+
+    @property
+    def recomputes(self) -> bool:
+        return self.settings.kv == "recompute" and not self.all_enter
 
     def pack(self, tokens: int) -> tuple[int, int]:
         """(B, Q) of a pack of about ``tokens`` hard tokens."""
@@ -70,8 +111,10 @@ class SecondLookMemory(StageMemory):
         """The pack's keys and values as stored and as attention takes them, one layer's scores, and recomputing."""
         s, seq = self.counts.config, self.settings.seq_len
         rows = sequences * s.heads * (self._block(sequences, queries) if on_cpu else 0)
-        size = sequences * seq * self.kv_numbers * (self.stored + self.width) + 2.0 * rows * seq * self.width
-        if self.settings.kv == "recompute":
+        size = 2.0 * rows * seq * self.width
+        if not self.all_enter:
+            size += sequences * seq * self.kv_numbers * (self.stored + self.width)
+        if self.recomputes:
             layer = 6 * s.hidden_size * 4 + 3 * s.intermediate_size * self.width
             size += sequences * seq * (layer + 2 * self.kv_numbers * self.width)
         return size
@@ -83,3 +126,25 @@ class SecondLookMemory(StageMemory):
         """transformers' cache of all the base's layers, and the copy of those that are kept."""
         s = self.counts.config
         return float(tokens * self.width * (2 * base_layers * s.kv_heads * s.head_dim + 2 * self.kv_numbers))
+
+
+@dataclass(frozen=True)
+class AdapterMemory(SecondLookMemory):
+    """The same of a second look with low-rank updates."""
+
+    counts: AdapterCounts
+
+    def training_bytes(self, tokens: int, on_cpu: bool) -> float:
+        updates = self.counts.config.layers * tokens * self.saved_of_updates()
+        return super().training_bytes(tokens, on_cpu) + updates + self._unpacked()
+
+    def evaluation_bytes(self, tokens: int, on_cpu: bool) -> float:
+        return super().evaluation_bytes(tokens, on_cpu) + self._unpacked()
+
+    def saved_of_updates(self) -> int:
+        """What autograd keeps of one token in one layer beyond what it does without updates: R numbers of each."""
+        return self.width * self.counts.lora.rank * len(self.counts.lora.targets)
+
+    def _unpacked(self) -> float:
+        """One layer's weight, as it is multiplied with."""
+        return float(self.width * self.counts.largest_matrix()) if self.settings.base_quantization == "nf4" else 0.0
