@@ -17,7 +17,15 @@ from torch import Tensor
 
 from cascade_fast.ops import schema  # noqa: F401  (declares the operators)
 from cascade_fast.ops.backends import BACKENDS, OPS, SELECTION_OPS, choose, why_not
-from cascade_fast.ops.layers import add_rms_norm, masked_softmax_, rotate_rows, scale_into_, silu_mul, softmax_backward_
+from cascade_fast.ops.layers import (
+    add_rms_norm,
+    masked_softmax_,
+    rotate_rows,
+    rotate_rows_backward,
+    scale_into_,
+    silu_mul,
+    softmax_backward_,
+)
 
 __all__ = [
     "BACKENDS",
@@ -32,6 +40,7 @@ __all__ = [
     "masked_softmax_",
     "rms_norm",
     "rotate_rows",
+    "rotate_rows_backward",
     "scale_into_",
     "scatter_rows",
     "select_hard",

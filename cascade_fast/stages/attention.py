@@ -118,9 +118,6 @@ class AttentionInputs:
         )
 
 
-taken_back = torch.ops.cascade_fast.rotate_rows_backward  # rows of one head, as (K, H, E)
-
-
 class _Attend(torch.autograd.Function):
     """:func:`attend` on the CPU, forward and backward written out: beside the products one pass over memory each
     for rotating and placing, for the softmax and for taking back. Kept are queries, keys, values and weights."""
@@ -144,7 +141,7 @@ class _Attend(torch.autograd.Function):
         ctx.inputs = inputs
         ctx.mark_non_differentiable(key_PE, value_PE)
         tokens = query_KHE.shape[0]
-        attended_KHE = taken_back(attended_PE, as_it_is, as_it_is, inputs.slot_Y, heads, tokens)
+        attended_KHE = ops.rotate_rows_backward(attended_PE, as_it_is, as_it_is, inputs.slot_Y, heads, tokens)
         return attended_KHE, key_PE, value_PE
 
     @staticmethod
@@ -163,9 +160,9 @@ class _Attend(torch.autograd.Function):
         grad_key = torch.bmm(grad_scores.transpose(1, 2), query)
         groups = inputs.kv_BGSE[1]
         return (
-            taken_back(grad_query.view(-1, size), *inputs.query_angles, inputs.slot_Y, heads, tokens),
-            taken_back(grad_key.view(-1, size), *inputs.key_angles, inputs.row_X, groups, tokens),
-            taken_back(grad_value.view(-1, size), as_it_is, as_it_is, inputs.row_X, groups, tokens),
+            ops.rotate_rows_backward(grad_query.view(-1, size), *inputs.query_angles, inputs.slot_Y, heads, tokens),
+            ops.rotate_rows_backward(grad_key.view(-1, size), *inputs.key_angles, inputs.row_X, groups, tokens),
+            ops.rotate_rows_backward(grad_value.view(-1, size), as_it_is, as_it_is, inputs.row_X, groups, tokens),
             None,
             None,
         )
