@@ -25,7 +25,7 @@ from cascade_fast.selection import EVERY_TOKEN, select_hardest
 from cascade_fast.settings import LORA_TARGETS, make_settings
 from cascade_fast.stages.exits import ExitStage, evaluate_exits, hardest_of_store
 from cascade_fast.stages.kind import find_base_for_stages
-from cascade_fast.stages.lora import LentLinear, LentNorm, LoraShape, lend, project
+from cascade_fast.stages.lora import FusedProjections, LentLinear, LentNorm, LoraShape, Updates, lend, project
 from cascade_fast.stages.second_look import KIND
 from cascade_fast.stages.tokens import SequenceTokens
 
@@ -100,13 +100,20 @@ def _lent(linear: nn.Linear, lora: LoraShape | None) -> LentLinear:
 @pytest.mark.parametrize("updated", [(True, True, True), (False, True, False), (False, False, False)], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_products_and_gradients_are_those_of_float64(dtype, bias, updated, tokens):
+@pytest.mark.parametrize("fused", [False, True], ids=["each", "fused"])
+def test_products_and_gradients_are_those_of_float64(fused, dtype, bias, updated, tokens):
     """Three layers of the same inputs, with sizes and ranks of their own."""
     lora = LoraShape(rank=5, alpha=7.0, targets=LORA_TARGETS)
     plain = [nn.Linear(24, outputs, bias=bias).to(dtype).requires_grad_(False) for outputs in (33, 8, 16)]
     layers = [_lent(linear, lora if new else None) for linear, new in zip(plain, updated, strict=True)]
     for layer in layers:
         draw_updates(layer, scale=0.3)
+    before = [linear.weight.clone() for linear in plain]
+    if fused:
+        layers[0].lent.together = FusedProjections(layers)
+        updates = Updates()
+        updates.add(layers, layers[0].lent.together)
+        updates.place()
     x_KD = torch.randn(tokens, 24, requires_grad=True)
     grads = [torch.randn(tokens, outputs) for outputs in (33, 8, 16)]
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -118,7 +125,7 @@ def test_products_and_gradients_are_those_of_float64(dtype, bias, updated, token
     exact, learned = [], []
     for linear, layer in zip(plain, layers, strict=True):
         y = exact_x @ linear.weight.double().t() + (linear.bias.double() if bias else 0.0)
-        if layer.updated:
+        if layer.scale:
             a, b = (part.weight.detach().double().requires_grad_() for part in (layer.lora_A, layer.lora_B))
             y = y + (exact_x @ a.t() @ b.t()) * (7.0 / 5)
             learned += [(layer.lora_A.weight, a), (layer.lora_B.weight, b)]
@@ -132,6 +139,7 @@ def test_products_and_gradients_are_those_of_float64(dtype, bias, updated, token
     assert len(learned) == 2 * sum(updated)
     assert all(mine.grad.dtype == torch.float32 for mine, _ in learned)
     assert all(p.grad is None for linear in plain for p in linear.parameters())
+    assert all(torch.equal(linear.weight, weight) for linear, weight in zip(plain, before, strict=True))
 
 
 def test_inputs_without_a_gradient_leave_gradients_to_the_updates_alone():
@@ -227,11 +235,16 @@ def test_training_leaves_the_base_s_layers_bit_for_bit(adapter_settings, tmp_pat
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
-    assert all(torch.equal(tensor, before[name]) for name, tensor in lent.items())
-    assert all(tensor.grad is None for tensor in lent.values())
+    after = {f"layers.{name}": tensor for name, tensor in passed.lent["layers"].state_dict().items()}
+    after |= {"norm": passed.norm_D, "head": passed.head_VD}
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert all(tensor.grad is None for tensor in passed.lent["layers"].parameters())
     # One in memory, whoever uses it, and no part of the stage.
-    frozen = stage.layers[0].self_attn.q_proj.frozen.weight
-    assert frozen.data_ptr() == passed.layers["layers.0.self_attn.q_proj.weight"].data_ptr()
+    another = _new_stage(adapter_settings, base, passed)
+    frozen = [one.layers[0].self_attn.q_proj.frozen.weight for one in (stage, another)]
+    assert frozen[0].data_ptr() == frozen[1].data_ptr()
+    assert not passed.layers
     assert not any("norm" in name or "frozen" in name for name in stage.state_dict())
 
 

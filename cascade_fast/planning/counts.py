@@ -96,5 +96,6 @@ def saved_activation_bytes(shape: Shape, width: int, *, on_cpu: bool = True) -> 
     # float32 (K, D): inputs of the two norms; on a GPU the normed as well, and in half their casts, if they learn.
     plain = on_cpu or shape.counts.frozen() > 0
     floats = 2 if plain else 4 if width < 4 else 3
-    halves = (2 if plain else 3) * s.hidden_size + shape.counts.attention_inner + 4 * s.intermediate_size
+    gated = 3 if on_cpu and s.activation == "silu" else 4  # of the gated MLP: silu_mul keeps its inputs alone
+    halves = (2 if plain else 3) * s.hidden_size + shape.counts.attention_inner + gated * s.intermediate_size
     return floats * s.hidden_size * 4 + halves * width + 2 * 4

@@ -94,9 +94,7 @@ class LentLinear(nn.Module):
         frozen_KF = self.frozen(x_KD)
         if not self.scale:
             return frozen_KF
-        if not torch.is_autocast_enabled(
-            x_KD.device.type
-        ):  # else it multiplies in the inputs' dtype, and keeps no copy
+        if not torch.is_autocast_enabled(x_KD.device.type):  # else the products' dtype is autocast's
             x_KD = x_KD.to(self.lora_A.weight.dtype)
         return frozen_KF + (self.lora_B(self.lora_A(x_KD)) * self.scale).to(frozen_KF.dtype)
 
@@ -191,7 +189,7 @@ def project(x_KD: Tensor, layers: Sequence[Any]) -> list[Tensor]:
     if together is None:
         return [layer(x_KD) for layer in layers]
     updates = [weight for layer in layers if layer.scale for weight in (layer.lora_A.weight, layer.lora_B.weight)]
-    return list(_Project.apply(x_KD, together, layers[0].scale, *updates))
+    return list(_Project.apply(x_KD, together, *updates))
 
 
 class FusedProjections:
@@ -213,6 +211,7 @@ class FusedProjections:
         self.parts = [slice(end - rank, end) if rank else None for end, rank in zip(ends, ranks, strict=True)]
         frozen = [layer.frozen for layer in layers]
         self.inputs = frozen[0].weight.shape[1]
+        self.scale = max(layer.scale for layer in layers)  # one for all that have an update
         self.biases = [one.bias for one in frozen]
         self.a_RD = frozen[0].weight.new_zeros(ends[-1], self.inputs)
         self.weights = []
@@ -236,7 +235,7 @@ class Updates:
     def add(self, layers: Sequence[Any], together: FusedProjections) -> None:
         for layer, weight_FC, part in zip(layers, together.weights, together.parts, strict=True):
             if part is not None:
-                self.scale = layer.scale
+                self.scale = together.scale
                 self.all_a.append(layer.lora_A.weight)
                 self.all_b.append(layer.lora_B.weight)
                 self.places_a.append(together.a_RD[part])
@@ -253,14 +252,14 @@ class _Project(torch.autograd.Function):
     """Of the inputs only ``(K, D)`` and ``(K, R)`` are kept; no gradient of frozen weights is made."""
 
     @staticmethod
-    def forward(ctx, x_KD: Tensor, together: FusedProjections, scale: float, *updates: Tensor):
+    def forward(ctx, x_KD: Tensor, together: FusedProjections, *updates: Tensor):
         a_RD, inputs = together.a_RD, together.inputs
         both_KC = a_RD.new_empty(x_KD.shape[0], inputs + a_RD.shape[0])  # x beside low
         both_KC[:, :inputs] = x_KD
         if a_RD.shape[0]:
             both_KC[:, inputs:] = x_KD.to(a_RD.dtype) @ a_RD.t()
         ctx.save_for_backward(both_KC)
-        ctx.together, ctx.scale = together, scale
+        ctx.together = together
         pairs = zip(together.weights, together.biases, strict=True)
         return tuple(nn.functional.linear(both_KC, weight_FC, bias_F) for weight_FC, bias_F in pairs)
 
@@ -275,14 +274,14 @@ class _Project(torch.autograd.Function):
         for grad, weight_FC in zip(grads[1:], weights[1:], strict=True):
             grad_KC.addmm_(grad, weight_FC)
         if not together.a_RD.shape[0]:
-            return grad_KC, None, None
+            return grad_KC, None
         x_KD, low_KR = both_KC[:, :inputs], both_KC[:, inputs:]
         low_grad_KR = grad_KC[:, inputs:]
         grad_a_RD = low_grad_KR.t() @ x_KD
-        if ctx.scale != 1.0:
-            grad_a_RD *= ctx.scale
+        if together.scale != 1.0:
+            grad_a_RD *= together.scale
         updates: list[Tensor] = []
         for grad, part in zip(grads, together.parts, strict=True):
             if part is not None:  # autograd brings them to the updates' dtype
                 updates += [grad_a_RD[part], grad.t() @ low_KR[:, part]]
-        return torch.addmm(grad_KC[:, :inputs], low_grad_KR, together.a_RD), None, None, *updates
+        return torch.addmm(grad_KC[:, :inputs], low_grad_KR, together.a_RD), None, *updates

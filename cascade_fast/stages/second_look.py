@@ -299,9 +299,10 @@ class SecondLook(StageKind):
             fill_frozen(norm, {"weight": passed.norm_D})
             in_4bit = any(type(module).__name__ == "Linear4bit" for module in layers.modules())
             passed.lent.update(layers=layers, norm=norm, together=None if in_4bit else {})
-            passed.layers.clear()  # mapped from a file; of 16 bit there is a copy with room for updates
+            passed.layers.clear()  # mapped from a file, of which there will be a copy with room for updates
         assert isinstance(stage, SecondLookStage)
-        stage.updates = lend(stage=stage, **passed.lent)
+        together = passed.lent["together"] if config.lora["targets"] else None  # else updates of others would count
+        stage.updates = lend(passed.lent["layers"], passed.lent["norm"], stage, together)
 
     def lend_base(self, stage: Stage, base: Any) -> None:
         config = stage.config
