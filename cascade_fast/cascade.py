@@ -42,7 +42,7 @@ from cascade_fast.runtime.machine import describe_machine, package_versions
 from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.runtime.run_folder import RunFolder, write_results
 from cascade_fast.runtime.trackers import Trackers, check_trackers
-from cascade_fast.selection import select_below
+from cascade_fast.selection import select_below, threshold_text
 from cascade_fast.settings import GENERAL, SPLITS, RunSettings
 from cascade_fast.stages.exits import (
     TOKENS_AT_ONCE,
@@ -52,7 +52,7 @@ from cascade_fast.stages.exits import (
     evaluate_exits,
     hardest_of_store,
 )
-from cascade_fast.stages.kind import StageKind, base_needs, find_base_for_stages, get_kind
+from cascade_fast.stages.kind import StageKind, base_needs, find_base_for_stages, get_kind, with_layers
 from cascade_fast.stages.outcome import measure_outcome
 from cascade_fast.stages.stage import Stage
 from cascade_fast.stages.tokens import Recompute, StageTokens
@@ -145,7 +145,7 @@ class CascadeRun:
         stage = self._new_stage(number)
         n, total = len(hard), len(hard.store.labelled_index())
         say(
-            f"stage {number}/{self.settings.num_stages}: threshold {threshold:.4f}, "
+            f"stage {number}/{self.settings.num_stages}: threshold {threshold_text(threshold)}, "
             f"training hard tokens {n:,} / {total:,} ({n / total:.1%}), validation hard tokens {len(hard_val):,}, "
             f"added parameters {format_count(stage.parameter_count())}"
         )
@@ -393,6 +393,7 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     check_trackers(settings.report_to)
     with working("finding the base and reading its weights, for its fingerprint"):
         base = find_base_for_stages(settings)
+    settings = with_layers(settings, base.config)
     tokenizer = base.tokenizer()
     check_prompts(settings, base, tokenizer)
     with working("reading the text and making tokens of it"):

@@ -62,4 +62,19 @@ SECOND_LOOK_PRESET: dict[str, Any] = {
     "batch_tokens": 256,
     "lr": 2e-4,
 }
-PRESETS: dict[str, dict[str, Any]] = {"warm": {}, "second-look": SECOND_LOOK_PRESET, "seed": SEED_PRESET}
+# LoRA of all layers, on every token: what it ends with is a plain model. See docs/log.md, 2026-11-29.
+LORA_PRESET: dict[str, Any] = {
+    "stage_kind": "second-look",
+    "adapter": "lora",
+    "layers_per_stage": "all",
+    "hard_ratio": 1.0,
+    "num_stages": 1,
+    "epochs": 1,
+    "lr": 1e-3,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "warm": {},
+    "lora": LORA_PRESET,
+    "second-look": SECOND_LOOK_PRESET,
+    "seed": SEED_PRESET,
+}

@@ -15,6 +15,11 @@ from cascade_fast import ops
 EVERY_TOKEN = torch.finfo(torch.float32).max  # a threshold that every score is at or below; JSON has no infinity
 
 
+def threshold_text(threshold: float) -> str:
+    """For people."""
+    return "none: every token enters" if threshold == EVERY_TOKEN else f"{threshold:.4f}"
+
+
 class NonFiniteScores(ValueError):
     """A score that is NaN or infinite: no token is harder or easier than that."""
 

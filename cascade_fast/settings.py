@@ -199,7 +199,9 @@ class RunSettings:
         "; ".join(f"{name}: {kind.help}" for name, kind in STAGE_KINDS.items()),
         choices=STAGE_KINDS,
     )
-    layers_per_stage: int = _setting(8, "stages", "decoder layers in each stage")
+    layers_per_stage: int = _setting(
+        8, "stages", "decoder layers in each stage; all: as many as the base has", all=True
+    )
     kv: str = _setting(
         "auto",
         "stages",
@@ -289,7 +291,6 @@ class RunSettings:
         self._require("hard_ratio", 0 < self.hard_ratio <= 1, "must be in (0, 1]")
         for name in (
             "num_stages",
-            "layers_per_stage",
             "lora_rank",
             "epochs",
             "batch_tokens",
@@ -297,6 +298,8 @@ class RunSettings:
             "shuffle_buffer",
         ):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        layers = self.layers_per_stage
+        self._require("layers_per_stage", layers == ALL or layers >= 1, "must be at least 1, or all")
         self._require("seq_len", self.seq_len >= 2, "must be at least 2")
         self._check_sizes()
         for name in ("lr", "lora_alpha"):

@@ -21,7 +21,7 @@ from cascade_fast.planning.times import Time, base_pass_time, epoch_time
 from cascade_fast.runtime.compute import Compute, resident_bytes
 from cascade_fast.runtime.files import free_disk_bytes
 from cascade_fast.settings import RunSettings
-from cascade_fast.stages.kind import base_needs
+from cascade_fast.stages.kind import base_needs, with_layers
 
 PCIE_BYTES_PER_SECOND = 12e9  # third generation, 16 lanes, as copies reach
 
@@ -75,7 +75,7 @@ def make_plan(
         disk_bytes: free for the base pass; decides about ``kv: auto``.
         labelled_share: of the training tokens; where it is 1, so it is of the others.
     """
-    settings, kv_line = _settle_kv(settings, base_config, device, disk_bytes, labelled_share)
+    settings, kv_line = _settle_kv(with_layers(settings, base_config), base_config, device, disk_bytes, labelled_share)
     memory = memory_plan(
         settings,
         base_config,

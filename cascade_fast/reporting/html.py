@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from cascade_fast.runtime.visible import visible
+from cascade_fast.selection import threshold_text
 
 EXIT_COLOURS = 8  # of stages; the ninth has the first one's
 CHANGE_EDGES = (-1.0, -0.3, -0.05, 0.05, 0.3, 1.0)  # nats; unchanged is in the middle
@@ -110,7 +111,7 @@ def _view(heat_map: dict[str, Any]) -> dict[str, Any]:
         "blocks_in_all": heat_map["blocks_in_all"],
         "total": total,
         "context": context,
-        "thresholds": [f"{threshold:.4f}" for threshold in heat_map["thresholds"]],
+        "thresholds": [threshold_text(threshold) for threshold in heat_map["thresholds"]],
         "legends": {
             "exit": [
                 (f"e{_exit_colour(n)}", f"{name} {counts[n] / max(total, 1):.1%}") for n, name in enumerate(names)

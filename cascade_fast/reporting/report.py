@@ -15,6 +15,7 @@ from cascade_fast.reporting.samples import make_samples, read_samples
 from cascade_fast.runtime.console import epoch_line, format_count, literal, markdown_table, say
 from cascade_fast.runtime.files import atomic_write_text, load_record
 from cascade_fast.runtime.run_folder import CONFIG, REPORT, check_run, read_results
+from cascade_fast.selection import threshold_text
 from cascade_fast.stages.kind import get_kind
 
 DIAGNOSIS_RULE = (
@@ -109,7 +110,7 @@ def render_report(
         "### Thresholds",
         markdown_table(
             ["stage", "threshold", "hard of those that arrive"],
-            [[_n(s.stage), f"{s.threshold:.4f}", f"{s.train_hard:,} / {s.train_total:,}"] for s in stages],
+            [[_n(s.stage), threshold_text(s.threshold), f"{s.train_hard:,} / {s.train_total:,}"] for s in stages],
         ),
         f"A token enters a stage if its score ({score_label(results.settings['criterion'])}) is at or below the "
         "threshold.",
@@ -262,9 +263,9 @@ def _base(results: RunResults) -> str:
 def _stage(stage: StageRecord) -> str:
     share = stage.train_hard / stage.train_total
     rows = [
-        ["threshold", f"{stage.threshold:.4f}"],
+        ["threshold", threshold_text(stage.threshold)],
         *(
-            [["exit threshold, chosen on validation", f"{stage.exit_threshold:.4f}"]]
+            [["exit threshold, chosen on validation", threshold_text(stage.exit_threshold)]]
             if stage.exit_threshold != stage.threshold
             else []
         ),

@@ -16,7 +16,7 @@ from cascade_fast.base.base_pass import BasePass
 from cascade_fast.base.fill_store import BaseNeeds
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.model import BaseModel, find_base
-from cascade_fast.input_checks import InputError, shown
+from cascade_fast.input_checks import ALL, InputError, shown
 from cascade_fast.presets import STAGE_KINDS
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import RunSettings
@@ -129,5 +129,13 @@ def base_needs(settings: RunSettings) -> BaseNeeds:
 def find_base_for_stages(settings: RunSettings) -> BaseModel:
     """The base, found and checked for stages of the kind of ``settings``. Raises InputError."""
     base = find_base(settings)
-    get_kind(settings.stage_kind).check(base.name, base.config, settings)
+    get_kind(settings.stage_kind).check(base.name, base.config, with_layers(settings, base.config))
     return base
+
+
+def with_layers(settings: RunSettings, base_config: Any) -> RunSettings:
+    """``settings`` with the number of layers that ``layers_per_stage: all`` means on a base with transformers'
+    ``base_config``."""
+    if settings.layers_per_stage != ALL:
+        return settings
+    return dataclasses.replace(settings, layers_per_stage=base_config.num_hidden_layers)
