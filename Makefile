@@ -30,7 +30,7 @@ $(VENV)/.dev: $(VENV)/.installed
 	touch $@
 
 train: setup
-	$(PY) -m cascade_fast.train $(ARGS)
+	$(PY) -m cascade_fast.train --preset lora $(ARGS)
 
 test: $(VENV)/.dev
 	$(PY) -m pytest $(ARGS)

@@ -120,8 +120,7 @@ def add_rms_norm_backward(
 
 def scale_into_(into: list[Tensor], values: list[Tensor], scale: float) -> None:
     """``into[i] = values[i] * scale``, rounded once."""
-    for out_ND, value_ND in zip(into, values, strict=True):
-        out_ND.copy_(value_ND * scale)
+    torch._foreach_copy_(into, torch._foreach_mul(values, scale))
 
 
 def silu_mul(gate_NF: Tensor, up_NF: Tensor) -> Tensor:

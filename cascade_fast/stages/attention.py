@@ -69,7 +69,7 @@ class AttentionInputs:
         slot_Y: rows among ``B * H * Q`` of their queries, ``Y = K * H``.
         queries: Q.
         key_angles, query_angles: cosine and sine ``(K, E / 2)``, float32; the query's divided by ``sqrt(E)``.
-        at_once: whether, on the CPU, all scores of a layer are made at once.
+        at_once: whether, on the CPU, all scores of a layer are made at once, forward and backward written out.
         mask_B1QS: see :func:`grouped_attention`; on the CPU, where all of it is used at once, what is to be added.
     """
 
@@ -102,8 +102,9 @@ class AttentionInputs:
         slot_KH = ((sequence_K * heads)[:, None] + head_H) * queries + (pack.slot_K % queries)[:, None]
         cos_KF, sin_KF = (angle_KE[:, : size // 2].float() for angle_KE in (cos_KE, sin_KE))
         mask_B1QS = pack.mask()
-        at_once = device.type == "cpu" and queries_at_once((sequences, heads), seq_len, computes.itemsize) >= queries
-        if at_once:
+        fits = queries_at_once((sequences, heads), seq_len, computes.itemsize) >= queries
+        at_once = device.type == "cpu" and fits and not torch.compiler.is_compiling()
+        if device.type == "cpu" and fits:
             mask_B1QS = additive(mask_B1QS, computes)
         return cls(
             kv_L2PE=kv_L2PE,
@@ -181,7 +182,7 @@ def attend(
         What the tokens have attended to ``(K, H, E)``, and all keys (rotated) and values, each ``(P, E)``, through
         which no gradient flows back.
     """
-    if inputs.at_once and not torch.compiler.is_compiling():
+    if inputs.at_once:
         return _Attend.apply(query_KHE, key_KGE, value_KGE, inputs, layer)
     dtype = query_KHE.dtype
     (cos_KF, sin_KF), (key_cos_KF, key_sin_KF) = inputs.query_angles, inputs.key_angles
