@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from cascade_fast import losses
 from cascade_fast.losses import linear_cross_entropy, token_losses
+from cascade_fast.runtime.compute import padded_rows
 
 
 @pytest.fixture(autouse=True)
@@ -75,32 +76,108 @@ def test_no_token_has_no_losses():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 50, 53])
-def test_chunks_are_even_and_fit(monkeypatch, n, dtype):
+@pytest.mark.parametrize("n", [0, 1, 15, 20, 21, 25, 26, 45, 46, 50, 53])
+def test_chunks_are_even_and_fit_or_almost(monkeypatch, n, dtype):
+    """A quarter of a chunk too many is no further chunk."""
     hidden, weight, _ = _inputs(n, v=10)
     monkeypatch.setattr(losses, "CHUNK_BYTES", 20 * 10 * dtype.itemsize)  # 20 tokens
     chunks = list(losses._logit_chunks(hidden, weight.to(dtype)))
     sizes = [logits.shape[0] for _, _, logits in chunks]
     assert sum(sizes) == n
-    assert len(sizes) == math.ceil(n / 20)
+    assert len(sizes) == math.ceil((n - 5) / 20) if n > 5 else len(sizes) == n
+    assert max(sizes, default=0) <= 25
     assert max(sizes, default=0) - min(sizes, default=0) < max(2, len(sizes))
     assert len({logits.data_ptr() for _, _, logits in chunks}) <= 1
 
 
+# Of chunks of 64 tokens: one a quarter too long, two of 41 and 40, several and a shorter last one; all padded to 32s.
+NEAR_CHUNKS = (1, 31, 65, 79, 81, 145, 301)
+
+
+def _near_chunks(monkeypatch, n, dtype):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 64 * 101 * dtype.itemsize)
+    return _inputs(n)
+
+
+@pytest.mark.parametrize("own_head", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", NEAR_CHUNKS)
+def test_padded_products_change_no_loss_and_no_gradient(monkeypatch, n, dtype, own_head):
+    hidden, weight, labels = _near_chunks(monkeypatch, n, dtype)
+    truth, ours = ([hidden.clone().requires_grad_(), weight.clone().requires_grad_(own_head)] for _ in range(2))
+    expected = F.cross_entropy(truth[0] @ truth[1].T, labels)
+    expected.backward()
+    loss = linear_cross_entropy(*ours, labels, dtype=dtype)
+    loss.backward()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(loss, expected, rtol=eps, atol=eps)
+    for one, other in zip(ours[: 1 + own_head], truth, strict=False):
+        assert (one.grad - other.grad).norm() <= 2 * eps * other.grad.norm()
+        assert (one.grad - other.grad).abs().max() <= 4 * eps * other.grad.abs().max()  # in every row
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", NEAR_CHUNKS)
+def test_every_token_has_its_own_label_to_the_last_one(monkeypatch, n, dtype):
+    hidden, weight, labels = _near_chunks(monkeypatch, n, dtype)
+    hidden *= 3  # losses of many sizes
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    rows = []
+    loss, _ = token_losses(
+        hidden,
+        weight,
+        labels,
+        dtype=dtype,
+        score=lambda of, logits, entropy: rows.append((of, logits.shape)) or entropy,
+    )
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.1)
+    assert [shape for _, shape in rows] == [(of.stop - of.start, 101) for of, _ in rows]  # none of them padding
+    assert [of.start for of, _ in rows] == [0, *(of.stop for of, _ in rows[:-1])]
+    assert rows[-1][0].stop == n
+
+
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 64])
+def test_padded_rows(n):
+    x = torch.randn(n, 5, dtype=torch.bfloat16, requires_grad=True)
+    padded = padded_rows(x)
+    assert padded.shape == (-(-n // 32) * 32, 5)
+    assert padded.dtype == x.dtype
+    assert torch.equal(padded[:n], x)
+    assert torch.equal(padded[n:], torch.zeros_like(padded[n:]))
+    grad = torch.randn_like(padded)
+    padded.backward(grad)
+    assert torch.equal(x.grad, grad[:n])
+
+
+def _most_memory(hidden, weight, labels, dtype):
+    """Asked for at any one time, besides the results."""
+    hidden = hidden.detach().requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        linear_cross_entropy(hidden, weight, labels, dtype=dtype)
+    held, peak = 0, 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak - hidden.numel() * 4  # the gradient of the hidden states is a result
+
+
 def test_extra_memory_is_one_chunk():
-    """Whatever the batch: all memory asked for at any one time, besides the results."""
+    """Whatever the batch."""
     hidden, weight, labels = _inputs(n=400, d=24, v=5000)
-
-    def most(n):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            linear_cross_entropy(hidden[:n].requires_grad_(), weight, labels[:n])
-        held, peak = 0, 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                peak = max(peak, held)
-        return peak - n * 24 * 4  # the gradient of the hidden states is a result
-
+    many, some = (_most_memory(hidden[:n], weight, labels[:n], torch.float32) for n in (400, 64))
     one_chunk = 16 * 5000 * 4
-    assert one_chunk <= most(400) < 1.2 * one_chunk
-    assert most(400) < most(64) + 4096
+    assert one_chunk <= many < 1.2 * one_chunk
+    assert many < some + 4096
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [512, 525, 640, 641, 1153, 1700])
+def test_extra_memory_is_a_chunk_and_a_quarter_at_most(monkeypatch, n, dtype):
+    hidden, weight, labels = _inputs(n, d=8, v=5000)
+    one_chunk = 512 * 5000 * dtype.itemsize
+    monkeypatch.setattr(losses, "CHUNK_BYTES", one_chunk)
+    most = _most_memory(hidden, weight.to(dtype), labels, dtype)
+    # A chunk's hidden states and losses; and oneDNN's own copy of a 16-bit head, of 8 columns padded to 32.
+    beside = 640 * (4 * 8 * 4 + 16) + 32 * 5000 * dtype.itemsize
+    assert 0.5 * one_chunk < most <= 1.25 * one_chunk + beside

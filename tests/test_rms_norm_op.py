@@ -53,6 +53,36 @@ def test_partial_gradients(backend, wanted):
     assert [t.grad is not None for t in ours] == list(wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_a_weight_s_gradient_is_made_only_if_asked_for(backend, n, d, dtype):
+    x, weight, grad = _inputs(n, d, dtype)
+    args = grad, x, weight, torch.rsqrt(x.square().mean(-1) + EPS)
+    backward = torch.ops.cascade_fast.rms_norm_backward
+    both = backward(*args, backend=backend)
+    assert [t.shape for t in both] == [x.shape, weight.shape]
+    one, none = backward(*args, False, backend=backend)
+    assert torch.equal(one, both[0])
+    assert none.shape == (0,)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_weight_that_is_not_trained_asks_for_no_gradient(backend, monkeypatch, asked):
+    from cascade_fast.ops import backends
+
+    real, seen = backends.body, []
+
+    def body(op, *where):
+        found = real(op, *where)
+        return (lambda *args: (seen.append(args[-1]), found(*args))[1]) if op == "rms_norm_backward" else found
+
+    monkeypatch.setattr(backends, "body", body)
+    x, weight, grad = _inputs(5, 33)
+    weight.requires_grad_(asked)
+    ops.rms_norm(x.requires_grad_(), weight, EPS, dtype=torch.float32, backend=backend).backward(grad)
+    assert seen == [asked]
+
+
 def test_any_strides(backend):
     x, weight, grad = _inputs(9, 34)
     expected = ops.rms_norm(x, weight, EPS, dtype=torch.float32, backend=backend)
@@ -82,7 +112,7 @@ def test_gradcheck_of_the_reference():
         @staticmethod
         def backward(ctx, grad):
             x, weight, inv_rms = ctx.saved_tensors
-            return reference.rms_norm_backward(grad, x, weight, inv_rms)
+            return reference.rms_norm_backward(grad, x, weight, inv_rms, True)
 
     assert torch.autograd.gradcheck(Norm.apply, (x, weight))
 
@@ -122,8 +152,17 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.cascade_fast.rms_norm.default, args, {"dtype": torch.bfloat16, "backend": backend})
 
 
-def test_compiles_as_one_graph(backend):
+@pytest.mark.parametrize("weight_grad", [True, False])
+def test_opcheck_of_the_gradient(backend, weight_grad):
     x, weight, grad = _inputs(5, 33)
+    args = grad, x, weight, torch.rsqrt(x.square().mean(-1) + EPS), weight_grad
+    torch.library.opcheck(torch.ops.cascade_fast.rms_norm_backward.default, args, {"backend": backend})
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_compiles_as_one_graph(backend, trained):
+    x, weight, grad = _inputs(5, 33)
+    weight.requires_grad_(trained)
 
     def norm(x, weight):
         return ops.rms_norm(x * 2, weight, EPS, dtype=torch.bfloat16, backend=backend)

@@ -196,10 +196,11 @@ def _check_rotate_rows(x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, into:
     check(x.dim() == 3, lambda: f"x: {shape_of(x)}; must have 3 dimensions (K, H, E)")
     _check_float("x", x)
     rows, heads, size = x.shape
+    check(heads > 0, lambda: f"x: {shape_of(x)}; must have at least one head")
     check(index.dtype == torch.int64, lambda: f"index: {shape_of(index)}; must be int64")
-    good = index.dim() == 1 and index.shape[0] <= rows * heads and index.shape[0] % max(heads, 1) == 0
+    good = index.dim() == 1 and index.shape[0] <= rows * heads and index.shape[0] % heads == 0
     check(good, lambda: f"index: {shape_of(index)}; must have {heads} entries for each of at most {rows} tokens")
-    k = index.shape[0] // max(heads, 1)
+    k = index.shape[0] // heads
     check(size % 2 == 0, lambda: f"x: {shape_of(x)}; must have heads of an even size")
     check(into.dim() == 2 and into.shape[1] == size, lambda: f"into: {shape_of(into)}; must have shape (P, {size})")
     check(into.dtype == x.dtype, lambda: f"into: {shape_of(into)}; must have the dtype of x, {x.dtype}")

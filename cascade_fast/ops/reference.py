@@ -115,7 +115,7 @@ def add_rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of ``x``, and the same for ``added`` in the dtype of ``grad``."""
     grad_x_ND = grad_sum_ND + rms_norm_backward(grad_ND, sum_ND, weight_D, inv_rms_N, False)[0]
-    return grad_x_ND, grad_x_ND.to(grad_ND.dtype)
+    return grad_x_ND, grad_x_ND.to(grad_ND.dtype, copy=True)  # an operator's results share no memory
 
 
 def scale_into_(into: list[Tensor], values: list[Tensor], scale: float) -> None:

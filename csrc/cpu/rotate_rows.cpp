@@ -25,8 +25,6 @@ void Rotated::run(int64_t begin, int64_t end) const {
   const int64_t half = size / 2;
   const float sign = back ? -1.0f : 1.0f;
   for (int64_t k = begin; k < end; ++k) {
-    const float* __restrict cos = cos_KF + k * half;
-    const float* __restrict sin = sin_KF + k * half;
     for (int64_t h = 0; h < heads; ++h) {
       T* x = static_cast<T*>(x_KHE) + (k * heads + h) * size;
       T* row = static_cast<T*>(rows_PE) + index_Y[k * heads + h] * size;
@@ -36,6 +34,8 @@ void Rotated::run(int64_t begin, int64_t end) const {
         std::memcpy(static_cast<void*>(to), from, size * sizeof(T));
         continue;
       }
+      const float* __restrict cos = cos_KF + k * half;
+      const float* __restrict sin = sin_KF + k * half;
       for (int64_t i = 0; i < half; ++i) {
         const float a = widen(from[i]), b = widen(from[half + i]), s = sign * sin[i];
         narrow(a * cos[i] - b * s, to + i);
@@ -49,6 +49,7 @@ void rotate(const Tensor& x_KHE, const Tensor& rows_PE, const Tensor& cos, const
             int64_t heads, bool back) {
   const Tensor cos_KF = torch::stable::contiguous(cos), sin_KF = torch::stable::contiguous(sin);
   const Tensor index_Y = torch::stable::contiguous(index);
+  if (rows_PE.size(1) == 0) return;  // no memory at all
   const bool turned = cos.numel() > 0;
   const int64_t tokens = index.size(0) / heads;
   const Rotated body{x_KHE.data_ptr(), rows_PE.data_ptr(), turned ? cos_KF.const_data_ptr<float>() : nullptr,
@@ -65,7 +66,7 @@ Tensor rotate_rows(const Tensor& x, const Tensor& cos, const Tensor& sin, const 
   const Tensor out_PE = torch::stable::new_empty(into, {rows, size});
   if (index.size(0) < rows) {  // else every row is written below: no index comes twice
     const RowView from(into), to(out_PE);
-    parallel_blocks(rows, rows_per_block(rows, to.row_bytes()), [&](int64_t begin, int64_t end) {
+    parallel_blocks(rows, rows_per_block(rows, to.row_bytes() + 32), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) copy_row(to.row(i), from.row(i), from);
     });
   }
