@@ -62,7 +62,7 @@ OURS_ALONE = ["colab", "compare", "data", "model", "original-recipe", "plan", "r
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in OURS_ALONE)])
 def test_flags_in_tables_and_sentences_exist(page):
     known = set(OTHERS)
-    for command in ("train", "data", "plan", "generate", "evaluate", "report", "baselines", "sweep"):
+    for command in ("train", "data", "plan", "generate", "evaluate", "export", "report", "baselines", "sweep"):
         parser = getattr(importlib.import_module(f"cascade_fast.{command}"), PARSERS.get(command, "build_parser"))()
         known |= {option for action in parser._actions for option in action.option_strings}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", (ROOT / page).read_text())) <= known
