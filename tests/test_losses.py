@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cascade_fast import losses
 from cascade_fast.losses import linear_cross_entropy, token_losses
@@ -134,6 +135,34 @@ def test_every_token_has_its_own_label_to_the_last_one(monkeypatch, n, dtype):
     assert [shape for _, shape in rows] == [(of.stop - of.start, 101) for of, _ in rows]  # none of them padding
     assert [of.start for of, _ in rows] == [0, *(of.stop for of, _ in rows[:-1])]
     assert rows[-1][0].stop == n
+
+
+class _Products(TorchDispatchMode):
+    """Rows of every product of two matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.mm:
+            self.rows.append(args[0].shape[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", NEAR_CHUNKS)
+def test_products_in_16_bit_have_multiples_of_32_rows(monkeypatch, n, dtype):
+    hidden, weight, labels = _near_chunks(monkeypatch, n, dtype)
+    with _Products() as products:
+        linear_cross_entropy(hidden.requires_grad_(), weight, labels, dtype=dtype)
+    both = products.rows[::2], products.rows[1::2]  # logits, and what goes back to the hidden states
+    assert both[0] == both[1]
+    if dtype == torch.float32:
+        assert sum(both[0]) == n
+    else:
+        assert all(rows % 32 == 0 for rows in products.rows)
+        assert n <= sum(both[0]) < n + 32 * len(both[0])
 
 
 @pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 64])
