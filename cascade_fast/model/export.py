@@ -36,6 +36,7 @@ from cascade_fast.runtime.files import (
     new_folder,
     read_json,
 )
+from cascade_fast.stages.kind import get_kind
 
 SHARD_SIZE = "5GB"  # of a file of weights, at most
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -75,17 +76,18 @@ def why_not_mergeable(config: CascadeConfig) -> str | None:
     """Why no plain model is the cascade with open thresholds; None where one is."""
     if not config.stages:
         return "the run kept no stage, so the cascade is its base: use that"
-    if config.entry_layer is None:
+    stages = [config.stage_config(number) for number in range(1, len(config.stages) + 1)]
+    if get_kind(config.kind).mergeable(stages):
+        return None
+    if not config.attends:
         return (
             "its stages come after the base's last layer and take each token by itself, which no layer of a plain "
             "model does. Train with --stage-kind second-look"
         )
-    if len(config.stages) > 1:
-        return (
-            f"it has {len(config.stages)} stages: a plain model has room for one, and the second was trained only on "
-            "what the first had left. Train with --num-stages 1"
-        )
-    return None
+    return (
+        f"it has {len(config.stages)} stages: a plain model has room for one, and the second was trained only on what "
+        "the first had left. Train with --num-stages 1"
+    )
 
 
 def _check(config: CascadeConfig, format: str) -> None:
