@@ -122,7 +122,7 @@ def _number(f: "dataclasses.Field[Any]", value: Any, kind: type[int] | type[floa
     except (TypeError, ValueError, OverflowError):
         raise InputError(f"{name}: {shown(value)}; must be {allowed}") from None
     if may_be_all and number == ALL:  # only the word means that
-        raise InputError(f"{name}: {number}; must be at least {1 if name.startswith('train') else 0}, or all")
+        raise InputError(f"{name}: {number}; must be at least {0 if name.startswith('test') else 1}, or all")
     return number
 
 

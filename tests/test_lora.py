@@ -24,7 +24,7 @@ from cascade_fast.runtime.files import load_tensors
 from cascade_fast.selection import EVERY_TOKEN, select_hardest
 from cascade_fast.settings import LORA_TARGETS, make_settings
 from cascade_fast.stages.exits import ExitStage, evaluate_exits, hardest_of_store
-from cascade_fast.stages.kind import find_base_for_stages
+from cascade_fast.stages.kind import find_base_for_stages, with_layers
 from cascade_fast.stages.lora import FusedProjections, LentLinear, LentNorm, LoraShape, Updates, lend, project
 from cascade_fast.stages.second_look import KIND
 from cascade_fast.stages.tokens import SequenceTokens
@@ -455,3 +455,28 @@ def test_a_whole_run_in_4_bit(adapter_settings, nf4_base, tmp_path):
     ends = [[s["all_token_val_ppl"] for s in results["stages"]] for _, results in runs]
     assert ends[0] == pytest.approx(ends[1], rel=5e-3)
     assert find_base(make_settings(settings)).quantization == "nf4"
+
+
+# --- the preset -------------------------------------------------------------------------------------------------------
+
+
+def test_all_layers_are_as_many_as_the_base_has(adapter_settings, tmp_path):
+    asked = {"layers_per_stage": "all", "hard_ratio": 1.0, "num_stages": 1, "epochs": 1}
+    run, results = _run(adapter_settings, tmp_path / "run", **asked)
+    assert results["settings"]["layers_per_stage"] == results["base"]["layers"] == 3
+    assert results["final"]["merged"]["layers_per_token"] == 3
+    before = (run / "results.json").read_bytes()
+    again, _ = _run(adapter_settings, tmp_path / "run", **asked, resume="auto")
+    assert again == run
+    assert (run / "results.json").read_bytes() == before  # finished already: nothing is trained again
+    with pytest.raises(InputError, match="layers_per_stage: -1; must be at least 1, or all"):
+        make_settings({"layers_per_stage": -1})
+
+
+def test_the_preset_lora_fits_any_base():
+    settings = make_settings({"preset": "lora"})
+    assert (settings.adapter, settings.hard_ratio, settings.num_stages) == ("lora", 1.0, 1)
+    for layers in (2, 30):
+        base = tiny_llama_config(num_hidden_layers=layers)
+        assert with_layers(settings, base).layers_per_stage == layers
+        KIND.check("base", base, with_layers(settings, base))
