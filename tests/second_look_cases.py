@@ -51,7 +51,9 @@ def lent_stage(shape: SecondLookConfig, *, quantization: str = "none", dtype=tor
             if isinstance(module, nn.Linear):
                 parent, _, child = name.rpartition(".")
                 setattr(layers.get_submodule(parent), child, _in_4_bit(module))
-    lend(layers.requires_grad_(False), full.norm(shape.hidden_size).requires_grad_(False), stage)
+    together = {} if quantization == "none" else None
+    norm = full.norm(shape.hidden_size).requires_grad_(False)
+    stage.updates = lend(layers.requires_grad_(False), norm, stage, together)
     return stage
 
 

@@ -285,6 +285,14 @@ def _add_shared(phase: Phase, settings: RunSettings, shape: Shape, width: int) -
     layers = kept_layer_bytes(shape, settings.base_quantization, width)
     if layers and (phase.on_cpu or shape.counts.frozen()):
         where["the base's layers"] = layers
+    if shape.counts.frozen() and settings.base_quantization == "none":
+        # The copy that updates stand beside takes the place of the layers, on a GPU; see stages/lora.py. Beside an
+        # update of one layer are zeros for those of others with the same inputs: about as much again.
+        room = 2.0 * width * shape.counts.trained()
+        if phase.on_cpu:
+            phase.lasting["a copy of them, with the updates"] = layers + room
+        else:
+            where["the base's layers"] = layers + room
 
 
 def _logit_bytes(shape: Shape, width: int, *, on_cpu: bool) -> float:
