@@ -17,6 +17,7 @@ from transformers import (
 
 from cascade_fast import criteria, ops
 from cascade_fast.base import base_pass as module
+from cascade_fast.base import fill_store
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.model import find_base, hub_reachable
@@ -131,8 +132,8 @@ def test_only_the_newest_passes_are_kept(tiny_settings, tmp_path, monkeypatch):
 
 def test_an_interrupted_pass_goes_on_to_the_same_bits(tiny_settings, tmp_path, monkeypatch):
     whole, _ = _pass(tiny_settings, tmp_path / "whole")
-    monkeypatch.setattr(module, "SAVE_PROGRESS_SECONDS", 0.0)
-    monkeypatch.setitem(module.TOKENS_AT_ONCE, "cpu", 128)
+    monkeypatch.setattr(fill_store, "SAVE_PROGRESS_SECONDS", 0.0)
+    monkeypatch.setitem(fill_store.TOKENS_AT_ONCE, "cpu", 128)
     real, calls = ops.cosine_score, []
 
     def dies_in_the_seventh_batch(*args, **kwargs):

@@ -99,7 +99,7 @@ def test_the_base_pass_is_that_of_each_sequence_by_itself(ragged, tmp_path, kind
 
 
 def test_an_interrupted_base_pass_goes_on_to_the_same_bits(ragged, tmp_path, monkeypatch):
-    from cascade_fast.base import base_pass as module
+    from cascade_fast.base import fill_store as module
 
     monkeypatch.setitem(module.TOKENS_AT_ONCE, "cpu", 64)
     monkeypatch.setattr(module, "SAVE_PROGRESS_SECONDS", 0.0)

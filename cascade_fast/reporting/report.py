@@ -231,7 +231,7 @@ def advice(results: RunResults) -> list[str]:
         )
     if not attends:
         found.append(f"Stages that read the text again gain more, and cost more: {second_look}.")
-    elif settings["exit_threshold"] == "trained":
+    elif settings["exit_threshold"] == "trained" and settings["hard_ratio"] < 1:
         found.append("Perhaps more tokens gain from the stage than it was trained on: `--exit-threshold validation`.")
     return found
 
