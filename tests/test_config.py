@@ -53,7 +53,7 @@ def test_flags_override_file_overrides_preset(tmp_path):
         ("lr", -1.0, "lr: -1.0; must be above 0"),
         ("seq_len", 1, "seq_len: 1; must be at least 2"),
         ("criterion", "vibes", "criterion: 'vibes'; must be one of cosine, entropy"),
-        ("preset", "hot", "preset: 'hot'; must be one of warm, second-look, seed"),
+        ("preset", "hot", "preset: 'hot'; must be one of warm, lora, second-look, seed"),
         ("dtype", "int8", "dtype: 'int8'; must be one of"),
         ("hard_ration", 0.5, "hard_ration: no such setting; did you mean hard_ratio"),
         ("optimizer", None, "optimizer: empty"),

@@ -179,7 +179,7 @@ class SecondLookStage(Stage):
         cos_1KE, sin_1KE = self.rotary(x_KD, pack.position_K[None])
         inputs = AttentionInputs.from_pack(pack, self.config.heads, self.config.kv_shape, cos_1KE[0], sin_1KE[0])
         tokens = x_KD.shape[0]
-        if inputs.at_once:
+        if inputs.at_once and self.training:  # elsewhere few tokens run, or layers are counted
             x_KD = padded_rows(x_KD)
         if self.updates is not None:
             self.updates.place()

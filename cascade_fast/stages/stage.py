@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -98,7 +97,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_KD: Tensor) -> Tensor:
         gate_KF, up_KF = project(x_KD, (self.gate_proj, self.up_proj))
-        if self.silu and gate_KF.device.type == "cpu" and not torch.compiler.is_compiling():
+        if self.silu and gate_KF.device.type == "cpu":
             return project(ops.silu_mul(gate_KF, up_KF), (self.down_proj,))[0]
         return project(self.activation(gate_KF) * up_KF, (self.down_proj,))[0]
 
