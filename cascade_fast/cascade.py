@@ -327,9 +327,10 @@ class CascadeRun:
         """What came of the run: reads the test split and other text, for the only time."""
         final, passed = self.evaluated, self.base_pass
         tokens = SplitTokens(**{split: len(passed.stores[split].labelled_index()) for split in SPLITS})
-        general, merged = measure_outcome(
-            self.settings, self.stages, passed.stores, self.base.layers, recompute=self.recompute, **self._how
-        )
+        evaluated = {"val": final}
+        evaluated |= {s: self._all_tokens(s) for s in ("test", GENERAL) if len(passed.stores.get(s, ()))}
+        how: dict[str, Any] = {"compute": self.compute, "recompute": self.recompute}
+        general, merged = measure_outcome(self.settings, self.stages, passed.stores, evaluated, self.base.layers, **how)
         return RunResults(
             base=BaseRecord(
                 name=self.base.name,
@@ -343,7 +344,7 @@ class CascadeRun:
             stages=self.records,
             final=CascadeFinal(
                 all_token_val_ppl=final.perplexity,
-                all_token_test_ppl=self._all_tokens("test").perplexity if tokens.test else None,
+                all_token_test_ppl=evaluated["test"].perplexity if tokens.test else None,
                 base_test_ppl=self._all_tokens("test", []).perplexity if tokens.test else None,
                 exit_share=final.shares(len(self.stages)),
                 stages_kept=len(self.stages),

@@ -39,14 +39,18 @@ def _logit_chunks(hidden_ND: Tensor, head_VD: Tensor) -> Iterator[tuple[slice, T
     # A quarter too many go at once all the same: two halves would take longer.
     chunks = max(1, math.ceil(n / chunk_tokens(vocab_size, head_VD.dtype) - 0.25))
     step = max(1, math.ceil(n / chunks))  # chunks of about one size: a last one of two rows would cost as much as many
-    sizes = head_VD.dtype != torch.float32 and head_VD.device.type == "cpu"  # see padded_rows
-    room_CV = head_VD.new_empty(min(step, n) + (-min(step, n) % PADDED_TO if sizes else 0), vocab_size)
+    room_CV = head_VD.new_empty(min(step, n) + _padding(min(step, n), head_VD), vocab_size)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         hidden_CD = hidden_ND[rows].to(head_VD.dtype)
-        padded_CD = padded_rows(hidden_CD) if sizes else hidden_CD
+        padded_CD = padded_rows(hidden_CD) if _padding(len(hidden_CD), head_VD) else hidden_CD
         logits_CV = torch.mm(padded_CD, head_VD.T, out=room_CV[: padded_CD.shape[0]])
         yield rows, hidden_CD, logits_CV[: hidden_CD.shape[0]]
+
+
+def _padding(rows: int, head_VD: Tensor) -> int:
+    """Rows to add, so that products of 16 bit on the CPU have sizes that come again: see :func:`padded_rows`."""
+    return -rows % PADDED_TO if head_VD.dtype != torch.float32 and head_VD.device.type == "cpu" else 0
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -88,9 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _times_head(grad_CV: Tensor, head_VD: Tensor) -> Tensor:
     """``grad @ head``, with the rows of the memory behind ``grad`` that :func:`_logit_chunks` has padded it by."""
     count = grad_CV.shape[0]
-    if head_VD.dtype == torch.float32 or head_VD.device.type != "cpu" or count % PADDED_TO == 0:
-        return grad_CV @ head_VD
-    padded_CV = grad_CV.as_strided((count + -count % PADDED_TO, grad_CV.shape[1]), grad_CV.stride())
+    padded_CV = grad_CV.as_strided((count + _padding(count, head_VD), grad_CV.shape[1]), grad_CV.stride())
     return (padded_CV @ head_VD)[:count]
 
 

@@ -104,7 +104,7 @@ def _attention_inputs(pack, groups, dtype):
         pack = dataclasses.replace(pack, kv_BSL2GE=pack.kv_BSL2GE[..., :1, :].repeat(1, 1, 1, 1, groups, 1))
     angle_KE = (pack.position_K[:, None] * 0.5 ** torch.arange(E // 2)).repeat(1, 2)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        at_once = AttentionInputs.from_pack(pack, H, (2, 2, groups, E), angle_KE.cos(), angle_KE.sin())
+        at_once = AttentionInputs.from_pack(pack, H, (2, 2, groups, E), angle_KE.cos(), angle_KE.sin(), leaves=False)
     assert at_once.at_once
     assert at_once.kv_L2PE.dtype == dtype
     return at_once, dataclasses.replace(at_once, at_once=False, mask_B1QS=pack.mask())
@@ -113,14 +113,13 @@ def _attention_inputs(pack, groups, dtype):
 def _attended(inputs, tensors, grad, beyond=0):
     """Outputs and gradients of ``attend``; with ``beyond``, of more rows than there are tokens, full of NaN."""
     given = [nn.functional.pad(t, (0, 0, 0, 0, 0, beyond), value=torch.nan).requires_grad_() for t in tensors]
-    attended, *there = attend(*given, inputs, 1)
+    attended = attend(*given, inputs, 1)
     grad = nn.functional.pad(grad, (0, 0, 0, 0, 0, beyond), value=torch.nan)
     grads = torch.autograd.grad(attended, given, grad)
     count = len(attended) - beyond
     for t in (attended, *grads):
         assert torch.equal(t[count:], torch.zeros_like(t[count:]))
-    assert not any(t.requires_grad for t in there)
-    return [attended[:count].detach(), *there, *(of[:count] for of in grads)]
+    return [attended[:count].detach(), *(of[:count] for of in grads)]
 
 
 @pytest.mark.parametrize("beyond", [0, 5])
@@ -137,6 +136,19 @@ def test_at_once_is_by_parts(lengths, everyone, groups, beyond):
     mine = _attended(at_once, tensors, grad, beyond)
     for one, other in zip(mine, _attended(by_parts, tensors, grad), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_left_are_rotated_keys_and_values_with_their_gradient():
+    pack, generator = _pack(LENGTHS["shared rows"], False), torch.Generator().manual_seed(2)
+    _, inputs = _attention_inputs(pack, G, torch.float32)
+    k, left = len(pack.position_K), []
+    query, key, value = (torch.randn(k, heads, E, generator=generator).requires_grad_() for heads in (H, G, G))
+    attended = attend(query, key, value, inputs, 1, left)
+    assert torch.equal(attended, attend(query, key, value, inputs, 1))
+    cos, sin = (of_KF[:, None] for of_KF in inputs.key_angles)
+    assert torch.equal(left[0], torch.stack((rotate(key, cos, sin, torch.float32), value), dim=1))
+    grads = torch.autograd.grad(left[0].sum(), (key, value))  # a later stage's, whose tokens attend to them
+    assert all(bool(grad.any()) for grad in grads)
 
 
 @pytest.mark.parametrize("everyone", [False, True], ids=["some", "every token"])

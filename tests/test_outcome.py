@@ -200,6 +200,14 @@ def test_the_rises_are_those_of_transformers(run, settings, tiny_base):
     assert min(abs(general["rise"]), abs(general["merged_rise"]), abs(merged - cascade)) > 1e-3
 
 
+def _outcome(asked, stage, threshold, passed):
+    """Of a cascade of ``stage`` with that threshold."""
+    kept = [ExitStage(stage, threshold)]
+    how = {"criterion": get_criterion("entropy"), "compute": FLOAT32}
+    evaluated = {split: evaluate_exits(kept, passed.stores[split], **how) for split in ("val", "test", "general")}
+    return measure_outcome(asked, kept, passed.stores, evaluated, 3, compute=FLOAT32)
+
+
 @pytest.mark.parametrize("kind", ["append", "second-look"])
 def test_with_closed_thresholds_nothing_rises(run, settings, tmp_path, kind):
     asked = make_settings({**settings, "stage_kind": kind, "kv": "auto"})
@@ -210,13 +218,14 @@ def test_with_closed_thresholds_nothing_rises(run, settings, tmp_path, kind):
     with torch.no_grad():
         for parameter in stage.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
-    how = {"criterion": get_criterion("entropy"), "compute": FLOAT32}
-    closed, _ = measure_outcome(asked, [ExitStage(stage, -math.inf)], passed.stores, 3, **how)
-    opened, merged = measure_outcome(asked, [ExitStage(stage, math.inf)], passed.stores, 3, **how)
+    closed, merged_of_closed = _outcome(asked, stage, -math.inf, passed)
+    opened, merged = _outcome(asked, stage, math.inf, passed)
     assert closed.rise == 0.0
     assert abs(opened.rise) > 1e-3
     assert opened.merged_rise == (opened.rise if kind == "second-look" else None)
     assert (merged is None) == (kind == "append")
+    # Every token has gone through the stage already, or goes now: the same model.
+    assert (closed.merged_rise, merged_of_closed) == (opened.merged_rise, merged)
 
 
 def test_a_loss_that_is_not_finite_costs_its_number_alone(settings, tmp_path, capsys):
@@ -225,12 +234,12 @@ def test_a_loss_that_is_not_finite_costs_its_number_alone(settings, tmp_path, ca
     base = find_base(asked)
     sequences = dataclasses.replace(load_sequences(asked, base.tokenizer()), general=_general(settings))
     passed = base_pass(base, sequences, asked, base_needs(asked), FLOAT32, tmp_path)
-    stage, how = copied_stage(base, passed), {"criterion": get_criterion("entropy"), "compute": FLOAT32}
+    stage = copied_stage(base, passed)
     with torch.no_grad():
         stage.norm.weight.fill_(torch.nan)
-    closed = measure_outcome(asked, [ExitStage(stage, -math.inf)], passed.stores, 3, **how)
+    closed = _outcome(asked, stage, -math.inf, passed)
     assert (closed[0].rise, closed[0].merged_rise, closed[1]) == (0.0, None, None)
-    assert measure_outcome(asked, [ExitStage(stage, math.inf)], passed.stores, 3, **how) == (None, None)
+    assert _outcome(asked, stage, math.inf, passed) == (None, None)
     assert "note: on other text a loss is not finite" in capsys.readouterr().out
 
 

@@ -69,7 +69,8 @@ class AttentionInputs:
         slot_Y: rows among ``B * H * Q`` of their queries, ``Y = K * H``.
         queries: Q.
         key_angles, query_angles: cosine and sine ``(K, E / 2)``, float32; the query's divided by ``sqrt(E)``.
-        at_once: whether, on the CPU, all scores of a layer are made at once, forward and backward written out.
+        at_once: whether all scores of a layer are made at once, forward and backward written out: on the CPU, where
+            nobody wants the keys and values.
         mask_B1QS: see :func:`grouped_attention`; on the CPU, where all of it is used at once, what is to be added.
     """
 
@@ -85,8 +86,16 @@ class AttentionInputs:
 
     @classmethod
     def from_pack(
-        cls, pack: SequencePack, heads: int, kv_shape: tuple[int, int, int, int], cos_KE: Tensor, sin_KE: Tensor
+        cls,
+        pack: SequencePack,
+        heads: int,
+        kv_shape: tuple[int, int, int, int],
+        cos_KE: Tensor,
+        sin_KE: Tensor,
+        *,
+        leaves: bool,
     ) -> "AttentionInputs":
+        """``leaves``: whether the tokens' keys and values are wanted, too."""
         (sequences, seq_len), device = pack.shape, pack.row_K.device
         (layers, _, groups, size), queries = kv_shape, pack.queries
         computes = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
@@ -103,7 +112,6 @@ class AttentionInputs:
         cos_KF, sin_KF = (angle_KE[:, : size // 2].float() for angle_KE in (cos_KE, sin_KE))
         mask_B1QS = pack.mask()
         fits = queries_at_once((sequences, heads), seq_len, computes.itemsize) >= queries
-        at_once = device.type == "cpu" and fits and not torch.compiler.is_compiling()
         if device.type == "cpu" and fits:
             mask_B1QS = additive(mask_B1QS, computes)
         return cls(
@@ -112,10 +120,10 @@ class AttentionInputs:
             row_X=row_KG.flatten(),
             slot_Y=slot_KH.flatten(),
             queries=queries,
-            key_angles=(cos_KF.contiguous(), sin_KF.contiguous()),
+            key_angles=(cos_KF, sin_KF),
             query_angles=(cos_KF * size**-0.5, sin_KF * size**-0.5),
             mask_B1QS=mask_B1QS,
-            at_once=at_once,
+            at_once=device.type == "cpu" and fits and not leaves,
         )
 
 
@@ -140,14 +148,12 @@ class _Attend(torch.autograd.Function):
         attended_PE = torch.bmm(weights, value).view(rows, size)
         ctx.save_for_backward(query, key, value, weights)
         ctx.inputs = inputs
-        ctx.mark_non_differentiable(key_PE, value_PE)
         tokens = query_KHE.shape[0]
-        attended_KHE = ops.rotate_rows_backward(attended_PE, as_it_is, as_it_is, inputs.slot_Y, heads, tokens)
-        return attended_KHE, key_PE, value_PE
+        return ops.rotate_rows_backward(attended_PE, as_it_is, as_it_is, inputs.slot_Y, heads, tokens)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_KHE: Tensor, _key_grad, _value_grad):
+    def backward(ctx, grad_KHE: Tensor):
         query, key, value, weights = ctx.saved_tensors
         inputs: AttentionInputs = ctx.inputs
         (tokens, heads, size), rows = grad_KHE.shape, query.shape[0] * query.shape[1]
@@ -170,17 +176,20 @@ class _Attend(torch.autograd.Function):
 
 
 def attend(
-    query_KHE: Tensor, key_KGE: Tensor, value_KGE: Tensor, inputs: AttentionInputs, layer: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotary positions, the tokens' own keys and values laid over those that are there, attention to all of them.
+    query_KHE: Tensor,
+    key_KGE: Tensor,
+    value_KGE: Tensor,
+    inputs: AttentionInputs,
+    layer: int,
+    left: list[Tensor] | None = None,
+) -> Tensor:
+    """Rotary positions, the tokens' own keys and values laid over those that are there, attention to all of them: what
+    the tokens have attended to, ``(K, H, E)``.
 
     Args:
         query_KHE, key_KGE, value_KGE: of one dtype, that of ``inputs.kv_L2PE``; with ``inputs.at_once`` there may be
             more of them than tokens, which stand nowhere.
-
-    Returns:
-        What the tokens have attended to ``(K, H, E)``, and all keys (rotated) and values, each ``(P, E)``, through
-        which no gradient flows back.
+        left: gets the tokens' keys (rotated) and values, ``(K, 2, G, E)``; not with ``inputs.at_once``.
     """
     if inputs.at_once:
         return _Attend.apply(query_KHE, key_KGE, value_KGE, inputs, layer)
@@ -188,6 +197,8 @@ def attend(
     (cos_KF, sin_KF), (key_cos_KF, key_sin_KF) = inputs.query_angles, inputs.key_angles
     query_KHE = rotate(query_KHE, cos_KF[:, None], sin_KF[:, None], dtype)
     key_KGE = rotate(key_KGE, key_cos_KF[:, None], key_sin_KF[:, None], dtype)
+    if left is not None:
+        left.append(torch.stack((key_KGE, value_KGE), dim=1))
     (sequences, _, _, size), heads = inputs.kv_BGSE, query_KHE.shape[1]
     room_PE = query_KHE.new_zeros(sequences * heads * inputs.queries, size)
     query_PE = ops.scatter_rows(query_KHE.flatten(0, 1), inputs.slot_Y, room_PE)
@@ -200,7 +211,7 @@ def attend(
         inputs.mask_B1QS,
     )
     attended_YE, _ = ops.gather_rows(attended_BHQE.flatten(0, 2), inputs.slot_Y)
-    return attended_YE.view(query_KHE.shape), key_PE.detach(), value_PE.detach()
+    return attended_YE.view(query_KHE.shape)
 
 
 def additive(mask_B1QS: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from cascade_fast.base.hidden_store import HiddenStore
-from cascade_fast.criteria import Criterion
 from cascade_fast.losses import perplexity
 from cascade_fast.records import General, Merged
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.console import say
 from cascade_fast.settings import GENERAL, RunSettings
-from cascade_fast.stages.exits import ExitEvaluation, ExitStage, evaluate_exits, merged_losses
+from cascade_fast.stages.exits import ExitEvaluation, ExitStage, merged_losses
 from cascade_fast.stages.kind import get_kind
 from cascade_fast.stages.tokens import Recompute
 
@@ -21,9 +20,9 @@ def measure_outcome(
     settings: RunSettings,
     stages: Sequence[ExitStage],
     stores: Mapping[str, HiddenStore],
+    evaluated: Mapping[str, ExitEvaluation],
     base_layers: int,
     *,
-    criterion: Criterion,
     compute: Compute,
     recompute: Recompute | None = None,
 ) -> tuple[General | None, Merged | None]:
@@ -33,11 +32,14 @@ def measure_outcome(
     Args:
         stages: those that are kept.
         stores: of the base pass; ``general`` is among them where other text has been read.
+        evaluated: of the cascade, on every one of these but that of training.
     """
     merged_of: dict[str, Tensor] = {}  # losses, by split
     if get_kind(settings.stage_kind).mergeable([kept.stage.config for kept in stages]):
-        for split in ("val", "test", GENERAL):
-            if split in stores and len(stores[split]):
+        for split, found in evaluated.items():
+            if len(found.exit_N) == len(stores[split]) and bool((found.exit_N == 1).all()):
+                merged_of[split] = found.loss_N  # every token has gone through the stage anyway
+            else:
                 merged_of[split] = merged_losses(stages[0].stage, stores[split], compute=compute, recompute=recompute)
         if not all(bool(loss_J.isfinite().all()) for loss_J in merged_of.values()):
             say("note: merged into a plain model a loss is not finite; that model is left out")
@@ -47,9 +49,8 @@ def measure_outcome(
         ppl = {split: perplexity(loss_J.double().mean()) for split, loss_J in merged_of.items()}
         layers = float(base_layers)
         merged = Merged(all_token_val_ppl=ppl["val"], all_token_test_ppl=ppl.get("test"), layers_per_token=layers)
-    if GENERAL in stores and settings.general_text is not None:
-        found = evaluate_exits(list(stages), stores[GENERAL], criterion=criterion, compute=compute, recompute=recompute)
-        general = _general(settings.general_text, found, merged_of.get(GENERAL))
+    if GENERAL in evaluated and settings.general_text is not None:
+        general = _general(settings.general_text, evaluated[GENERAL], merged_of.get(GENERAL))
     return general, merged
 
 

@@ -19,8 +19,7 @@ class RMSNorm(nn.Module):
         if added_KD is None:
             return x_KD, self(x_KD)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-        frozen = not self.weight.requires_grad and not torch.compiler.is_compiling()
-        if x_KD.device.type == "cpu" and frozen and added_KD.dtype == dtype:
+        if x_KD.device.type == "cpu" and not self.weight.requires_grad and added_KD.dtype == dtype:
             return ops.add_rms_norm(x_KD, added_KD, self.weight.float(), self.eps)
         x_KD = x_KD + added_KD
         return x_KD, self(x_KD)

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade_fast import ops
 from cascade_fast.base.base_pass import BasePass
 from cascade_fast.base.fill_store import BaseNeeds
 from cascade_fast.base.hidden_store import HiddenStore
@@ -116,10 +115,8 @@ class SecondLookAttention(nn.Module):
         if self.query_key_norm:
             query_KHE, key_KGE = self.q_norm(query_KHE), self.k_norm(key_KGE)
         dtype = inputs.kv_L2PE.dtype
-        attended_KHE, *there = attend(query_KHE.to(dtype), key_KGE.to(dtype), value_KGE.to(dtype), inputs, layer)
-        if left is not None:
-            own = [ops.gather_rows(of_PE, inputs.row_X)[0].view(-1, *key_KGE.shape[1:]) for of_PE in there]
-            left.append(torch.stack(own, dim=1))
+        heads = query_KHE.to(dtype), key_KGE.to(dtype), value_KGE.to(dtype)
+        attended_KHE = attend(*heads, inputs, layer, left)
         return project(attended_KHE.flatten(1), (self.o_proj,))[0]
 
 
@@ -177,9 +174,11 @@ class SecondLookStage(Stage):
         logits. ``left``, if given, gets the tokens' keys and values ``(K, 2, G, E)`` of every layer."""
         x_KD = pack.hidden_KD.float()
         cos_1KE, sin_1KE = self.rotary(x_KD, pack.position_K[None])
-        inputs = AttentionInputs.from_pack(pack, self.config.heads, self.config.kv_shape, cos_1KE[0], sin_1KE[0])
+        inputs = AttentionInputs.from_pack(
+            pack, self.config.heads, self.config.kv_shape, cos_1KE[0], sin_1KE[0], leaves=left is not None
+        )
         tokens = x_KD.shape[0]
-        if inputs.at_once and self.training:  # elsewhere few tokens run, or layers are counted
+        if inputs.at_once:
             x_KD = padded_rows(x_KD)
         if self.updates is not None:
             self.updates.place()
