@@ -124,9 +124,12 @@ def test_the_same_stage_without_an_adapter_takes_more():
     assert plans["adapter"].disk["stages"] < 0.06 * plans["copy"].disk["stages"]
 
 
+TOKENS = 5 * PADDED_TO  # no rows of padding then; and no other size of these models
+
+
 def _saved(layers: int, quantization: str, dtype: torch.dtype, targets: list[str]) -> int:
     """Bytes of the tensors with one row a token that autograd keeps."""
-    tokens = 4 * PADDED_TO  # else there would be rows of padding too
+    tokens = TOKENS
     shape = SecondLookConfig.from_base(
         BASES["llama"], layers=layers, lora={"rank": 4, "alpha": 8.0, "targets": targets}
     )
@@ -158,12 +161,9 @@ def test_activations_are_what_autograd_saves(quantization, dtype):
         settings = dataclasses.replace(settings, lora_targets=tuple(targets))
         shape = Shape.from_settings(settings, BASES["llama"])
         memory = shape.memory(settings, dtype.itemsize)
-        planned = 4 * PADDED_TO * (saved_activation_bytes(shape, dtype.itemsize) + memory.saved_of_updates())
+        planned = TOKENS * (saved_activation_bytes(shape, dtype.itemsize) + memory.saved_of_updates())
         # In 4 bit a layer without an update keeps nothing of its inputs.
-        if quantization == "none":
-            assert saved == planned
-        else:
-            assert saved == pytest.approx(planned, rel=0.01) if len(targets) == 7 else 0.7 * planned < saved < planned
+        assert saved == planned if len(targets) == 7 or quantization == "none" else 0.7 * planned < saved < planned
 
 
 @needs_bitsandbytes
