@@ -19,6 +19,7 @@ from cascade_fast.runtime.compute import PADDED_TO, padded_rows
 
 LARGEST_LOSS = 700.0  # nats; exp(710) is no float
 CHUNK_BYTES = 48 * 2**20  # of logits: 512 tokens of a vocabulary of 49,152 in 16 bit
+SPARE = 0.25  # of a chunk: on the CPU so many tokens too many go at once all the same, as two halves would take longer
 
 
 def perplexity(mean_loss: float | Tensor) -> float:
@@ -36,8 +37,8 @@ def chunk_tokens(vocab_size: int, dtype: torch.dtype) -> int:
 def _logit_chunks(hidden_ND: Tensor, head_VD: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """``(rows, hidden_CD, logits_CV)`` chunk by chunk, in the head's dtype; all chunks use the same memory."""
     n, vocab_size = hidden_ND.shape[0], head_VD.shape[0]
-    # A quarter too many go at once all the same: two halves would take longer.
-    chunks = max(1, math.ceil(n / chunk_tokens(vocab_size, head_VD.dtype) - 0.25))
+    spare = SPARE if head_VD.device.type == "cpu" else 0.0
+    chunks = max(1, math.ceil(n / chunk_tokens(vocab_size, head_VD.dtype) - spare))
     step = max(1, math.ceil(n / chunks))  # chunks of about one size: a last one of two rows would cost as much as many
     room_CV = head_VD.new_empty(min(step, n) + _padding(min(step, n), head_VD), vocab_size)
     for start in range(0, n, step):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from cascade_fast.base.fill_store import TOKENS_AT_ONCE as BASE_TOKENS
-from cascade_fast.losses import chunk_tokens
+from cascade_fast.losses import SPARE, chunk_tokens
 from cascade_fast.planning.counts import (
     Shape,
     base_weight_bytes,
@@ -298,7 +298,8 @@ def _add_shared(phase: Phase, settings: RunSettings, shape: Shape, width: int) -
 def _logit_bytes(shape: Shape, width: int, *, on_cpu: bool) -> float:
     """A chunk's logits, and on a GPU plain torch's float32 copies of them: see losses.py. Never a whole batch's."""
     tokens = chunk_tokens(shape.stage.vocab_size, torch.float32 if width == 4 else torch.bfloat16)
-    return float((width if on_cpu else width + 16) * tokens * shape.stage.vocab_size)
+    wide = (1.0 + SPARE) * width if on_cpu else width + 16.0
+    return wide * tokens * shape.stage.vocab_size
 
 
 def _store_bytes(settings: RunSettings, shape: Shape, width: int) -> tuple[float, float]:
