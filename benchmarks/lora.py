@@ -7,10 +7,12 @@ all 30 layers, 512 tokens a step:
   ``*_vs_peft_tokens_per_second`` are tokens a second over peft's, the tokens trained on counted. ``hard_cost`` is what
   the hard 60 % of some text take over what all of it takes in a dense step. ``products_share`` is the time of the bare
   matrix products of a dense step, run one after another, over the step's.
-- *Runs* (left out with ``--steps-only``): whole trainings, each a process of its own. ``time_to_lora_quality`` is base
-  pass and training of ours over peft's training, null unless validation ends within 0.5 % of LoRA's.
-  ``merged_test_x_base`` and ``lora_test_x_base`` are test perplexities over the base's, ``peak_ratio`` peak memory of
-  ours over peft's.
+- *Runs* (left out with ``--steps-only``): whole trainings of one epoch, each a process of its own. ``epoch_ratio`` is
+  base pass and training of ours over peft's training, of the same text. ``merged_test_x_base`` and
+  ``lora_test_x_base`` are test perplexities over the base's, ``peak_ratio`` peak memory of ours over peft's.
+- *Parts of the text* (after the runs): ours, trained anew on the first part of the same text, with the same validation.
+  ``time_to_lora_quality`` is the least base pass and training of ours, on a part or on all of it, over peft's training
+  on all of it, where validation ends within 0.5 % of peft's; null: nowhere.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.texts import load_sequences
 from cascade_fast.runtime.compute import Compute, keep_freed_memory
 from cascade_fast.runtime.metrics_log import MetricsLog
+from cascade_fast.selection import select_below
 from cascade_fast.settings import RunSettings, make_settings
 from cascade_fast.stages.exits import hardest_of_store
 from cascade_fast.stages.kind import base_needs, find_base_for_stages, get_kind
@@ -43,6 +46,8 @@ RECIPE: dict[str, Any] = {
     "batch_tokens": 512, "lr": 1e-3, "general_dataset": "none",
 }  # fmt: skip
 QUALITY = 1.005  # validation perplexity over LoRA's that counts as the same
+BLOCKS = {"train_blocks": 448, "val_blocks": 96, "test_blocks": 96}
+PARTS = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the training text
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -61,18 +66,25 @@ def stepper(trainer: Trainer) -> Callable[[], int]:
     return step
 
 
-def stage_trainer(settings: RunSettings, folder: Path, compute: Compute) -> StageTrainer:
+def stage_trainer(settings: RunSettings, folder: Path, compute: Compute, part: float = 1.0) -> StageTrainer:
+    """``part``: how much of the training text, from its beginning."""
     base = find_base_for_stages(settings)
     sequences = load_sequences(settings, base.tokenizer())
+    text = sequences.splits["train"]
+    splits = {**sequences.splits, "train": text.first(round(part * len(text)))}
+    sequences = dataclasses.replace(sequences, splits=splits)
     passed = base_pass(base, sequences, settings, base_needs(settings), compute, folder / "cache")
     kind = get_kind(settings.stage_kind)
     stage = kind.new(settings, base.config, passed, None, 1)
     train = [passed.stores["train"]]
-    hard = kind.tokens(train, hardest_of_store(train[0], settings.hard_ratio).index_K)
-    (folder / f"{settings.hard_ratio}").mkdir()
+    selection = hardest_of_store(train[0], settings.hard_ratio)
+    hard, val = kind.tokens(train, selection.index_K), passed.stores["val"]
+    hard_val = kind.tokens([val], select_below(val["score"], selection.threshold))
+    own = folder / f"{settings.hard_ratio}-{part}"
+    own.mkdir()
     return StageTrainer(
-        stage.train(), hard, hard, settings, number=1, folder=folder / f"{settings.hard_ratio}", compute=compute,
-        log=MetricsLog(folder / f"{settings.hard_ratio}.jsonl"), log_size=0,
+        stage.train(), hard, hard_val, settings, number=1, folder=own, compute=compute,
+        log=MetricsLog(own / "log.jsonl"), log_size=0,
     )  # fmt: skip
 
 
@@ -141,7 +153,7 @@ def measure_steps(dataset: str, rounds: int) -> dict[str, Any]:
 
 def run_command(module: str, out: Path, dataset: str, more: list[str]) -> None:
     recipe = [word for name, value in RECIPE.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    sizes = ["--train-blocks", "448", "--val-blocks", "96", "--test-blocks", "96"]
+    sizes = [word for name, value in BLOCKS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     cache = ["--cache-dir", str(out.parent / "cache"), "--out", str(out), "--dataset", dataset, "--device", "cpu"]
     subprocess.run([sys.executable, "-m", f"cascade_fast.{module}", *recipe, *sizes, *cache, *more], check=True)
 
@@ -157,18 +169,36 @@ def measure_runs(dataset: str) -> dict[str, Any]:
     of_ours, of_lora, merged = dense["final"], lora["final"], dense["final"]["merged"]
     seconds = of_ours["base_pass_seconds"] + sum(stage["seconds"] for stage in dense["stages"])
     lora_seconds = sum(epoch["seconds"] for epoch in lora["epochs"])
-    reached = merged["all_token_val_ppl"] <= QUALITY * of_lora["all_token_val_ppl"]
+    enough = QUALITY * of_lora["all_token_val_ppl"]
+    points = [(1.0, seconds, merged["all_token_val_ppl"]), *measure_parts(dataset, of_ours["base_pass_seconds"])]
+    reach = [spent for _, spent, ppl in points if ppl <= enough]
     return {
         "seconds_of_runs": {"ours": seconds, "of them base pass": of_ours["base_pass_seconds"], "peft": lora_seconds},
         "val_x_base": {
             "ours": merged["all_token_val_ppl"] / dense["base"]["val_ppl"],
             "peft": of_lora["all_token_val_ppl"] / lora["base"]["val_ppl"],
         },
-        "time_to_lora_quality": seconds / lora_seconds if reached else None,
+        "epoch_ratio": seconds / lora_seconds,
+        "parts": [
+            {"part": part, "seconds": spent, "val_x_base": ppl / dense["base"]["val_ppl"]}
+            for part, spent, ppl in points
+        ],
+        "time_to_lora_quality": min(reach) / lora_seconds if reach else None,
         "merged_test_x_base": merged["all_token_test_ppl"] / of_ours["base_test_ppl"],
         "lora_test_x_base": of_lora["all_token_test_ppl"] / of_lora["base_test_ppl"],
         "peak_ratio": of_ours["peak_rss_bytes"] / of_lora["peak_rss_bytes"],
     }
+
+
+def measure_parts(dataset: str, pass_seconds: float) -> list[tuple[float, float, float]]:
+    """Of each part of the text: ``(part, seconds, validation perplexity)``."""
+    settings = make_settings({**RECIPE, **BLOCKS, "hard_ratio": 1.0, "dataset": dataset})
+    found = []
+    for part in PARTS:
+        with tempfile.TemporaryDirectory() as name:
+            history = stage_trainer(settings, Path(name), Compute.choose("cpu", "auto"), part).run()
+            found.append((part, pass_seconds + sum(e.seconds for e in history.epochs), history.best_val_ppl))
+    return found
 
 
 def main() -> None:
