@@ -4,13 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from cascade_fast.base.base_pass import BasePass
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.metrics_log import MetricsLog
-from cascade_fast.settings import RunSettings
+from cascade_fast.settings import RunSettings, make_settings
 from cascade_fast.stages.append import AppendedStage
+from cascade_fast.stages.kind import get_kind, with_layers
 from cascade_fast.stages.stage import StageConfig
 from cascade_fast.stages.tokens import StageTokens
 from cascade_fast.training.stage_trainer import StageTrainer
@@ -51,6 +53,46 @@ def trainer(settings: RunSettings, folder: Path, dtype: torch.dtype) -> StageTra
     tokens = StageTokens(store, torch.arange(TOKENS))
     return StageTrainer(
         stage, tokens, tokens, settings, number=1, folder=folder, compute=Compute(CPU, dtype),
+        log=MetricsLog(folder / "log.jsonl"), log_size=0,
+    )  # fmt: skip
+
+
+def preset_trainer(preset: str, folder: Path, device: str) -> StageTrainer:
+    """The first stage of a preset on ``BLOCKS`` blocks, in the compute dtype of ``device``; validation is on the same.
+
+    The base is random, and so are the states, keys and values that its pass would leave. Every token is hard, as in
+    ``lora``; what a step holds is the preset's ``batch_tokens``.
+    """
+    settings = make_settings({"preset": preset, "seq_len": SEQ_LEN, "hard_ratio": 1.0})
+    settings = with_layers(settings, base_config())
+    compute, kind = Compute.choose(device, settings.dtype), get_kind(settings.stage_kind)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(base_config(), dtype=compute.dtype, trust_remote_code=False)
+    shape, tokens = kind.config(settings, base_config()), BLOCKS * SEQ_LEN
+    kv_shape = shape.kv_shape if kind.attends else None
+    dtype = torch.bfloat16 if compute.dtype == torch.bfloat16 else torch.float32
+    meta = {"reads": settings.reads}
+    store = HiddenStore.create(folder / "store", tokens, 576, dtype, with_loss=False, meta=meta, kv_shape=kv_shape)
+    values = {
+        "hidden": torch.randn(tokens, 576),
+        "label": torch.randint(0, 49_152, (tokens,)),
+        "sequence": torch.arange(BLOCKS).repeat_interleave(SEQ_LEN),
+        "position": torch.arange(SEQ_LEN).repeat(BLOCKS),
+    }
+    store.append(values | ({"kv": torch.randn(tokens, *kv_shape)} if kv_shape else {}))
+    passed = BasePass(
+        stores={"train": store.finish()},
+        head_VD=base.lm_head.weight.detach(),
+        norm_D=base.model.norm.weight.detach(),
+        layers=base.model.layers[-settings.layers_per_stage :].state_dict(prefix="layers."),
+        parameters=0,
+        seconds=0.0,
+        reused=False,
+    ).to(compute.device, layers=settings.adapter != "none")
+    stage = kind.new(settings, base_config(), passed, None, 1)
+    hard = kind.tokens([passed.stores["train"]], torch.arange(tokens))
+    return StageTrainer(
+        stage.train(), hard, hard, settings, number=1, folder=folder, compute=compute,
         log=MetricsLog(folder / "log.jsonl"), log_size=0,
     )  # fmt: skip
 
