@@ -39,7 +39,7 @@ test-slow: $(VENV)/.dev
 	$(PY) -m pytest -m slow $(ARGS)
 
 test-gpu: $(VENV)/.dev
-	$(PY) -m pytest -m gpu $(ARGS)
+	CASCADE_FAST_REQUIRE_GPU=1 $(PY) -m pytest -m gpu $(ARGS)
 
 # What runs models, with the oldest releases of what it stands on.
 OLDEST := tests/test_base_pass.py tests/test_modeling.py tests/test_second_look_model.py tests/test_generate.py \

@@ -14,6 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 VOCAB = 300
 
 
+def pytest_sessionstart(session):
+    """``make test-gpu`` fails where there is nothing to test on: skipped tests would look like passed ones."""
+    if os.environ.get("CASCADE_FAST_REQUIRE_GPU") == "1" and not torch.cuda.is_available():
+        raise pytest.UsageError(
+            f"CASCADE_FAST_REQUIRE_GPU=1, and PyTorch {torch.__version__} finds no CUDA device. On a machine with an "
+            "NVIDIA GPU install a CUDA build of PyTorch: make test-gpu TORCH='torch>=2.10' in a new environment"
+        )
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     """Converted models and base passes go to a folder of the test session."""
