@@ -24,8 +24,8 @@ def run_sweep(folder: Path, grid: Sequence[RunSettings]) -> Path:
 
 
 def _write_comparison(folder: Path, rows: list[Row], asked: dict[str, dict[str, Any]]) -> Path:
-    """``report.md``, ``comparison.json``, ``comparison.csv`` and ``sweep.png`` of these runs. ``asked``: the settings of
-    each by its folder's name, as they were given: ``all`` layers where ``results.json`` has their number."""
+    """``report.md``, ``comparison.json``, ``comparison.csv`` and ``sweep.png`` of these runs. ``asked``: the settings
+    of each by its folder's name, as they were given: ``all`` layers where ``results.json`` has their number."""
     # A line for each criterion and whatever else differs; along a line, the hard ratio.
     vary = [n for n in GRID if n != "hard_ratio" and len({a[n] for a in asked.values()}) > 1]
     for row in rows:
