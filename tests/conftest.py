@@ -34,6 +34,12 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
 def tiny_llama_config(**changes) -> LlamaConfig:
     settings = dict(
         vocab_size=VOCAB,
@@ -142,6 +148,12 @@ def tiny_settings(tiny_base, tiny_data) -> dict:
 def look_settings(tiny_settings) -> dict:
     """The same of second looks at two layers, with stores that round nothing."""
     return {**tiny_settings, "stage_kind": "second-look", "layers_per_stage": 2, "store_dtype": "float32"}
+
+
+@pytest.fixture
+def adapter_settings(look_settings) -> dict:
+    """The same with adapters."""
+    return {**look_settings, "adapter": "lora", "lora_rank": 4, "lora_alpha": 8.0}
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,11 @@
 """What the tests of second looks begin with: the base's pass, a copy of its last layers, or adapters of them."""
 
 import dataclasses
+from pathlib import Path
 
 import torch
+from conftest import byte_tokenizer, tiny_llama_config
+from test_stage import FAMILIES
 from torch import nn
 
 from cascade_fast.base.base_pass import base_pass
@@ -13,11 +16,31 @@ from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import make_settings
 from cascade_fast.stages.kind import base_needs
 from cascade_fast.stages.lora import lend
-from cascade_fast.stages.second_look import SecondLookConfig, SecondLookLayer, SecondLookStage
+from cascade_fast.stages.second_look import KIND, SecondLookConfig, SecondLookLayer, SecondLookStage
 
 CPU = torch.device("cpu")
 HOW = {"criterion": get_criterion("entropy"), "compute": Compute(CPU, torch.float32)}
 LAYERS = 2
+
+
+def family_model(family: str, *, sliding_window: int | None = None) -> nn.Module:
+    """A random model of one of ``FAMILIES``. Biases and norms too: zeros and ones would hide a mistake."""
+    config_class, model_class, changes = FAMILIES[family]
+    fields = {**tiny_llama_config().to_dict(), **changes, "model_type": config_class.model_type}
+    model = model_class(config_class(**{**fields, "sliding_window": sliding_window}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers" in name and parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
+def save_family_base(folder: Path, family: str) -> Path:
+    """The same in a folder with a tokenizer, to be read with the ``seq_len`` of ``tiny_settings``."""
+    window = 32 if family == "mistral" else None  # seq_len: the shortest that hides nothing
+    family_model(family, sliding_window=window).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def passed_by_base(settings, tmp_path, **changes):
@@ -39,6 +62,11 @@ def copied_stage(base, passed, *, noise=0.0, seed=0) -> SecondLookStage:
         for parameter in stage.parameters():
             parameter += noise * torch.randn(parameter.shape, generator=generator)
     return stage.eval()
+
+
+def adapter_stage(settings, base, passed) -> SecondLookStage:
+    """The first stage of a run with adapters, lent the base's layers, as it begins."""
+    return KIND.new(make_settings(settings), base.config, passed, None, 1)
 
 
 def lent_stage(shape: SecondLookConfig, *, quantization: str = "none", dtype=torch.float32) -> SecondLookStage:

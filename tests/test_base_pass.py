@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import save_tiny_base, tiny_llama_config
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -20,10 +22,11 @@ from cascade_fast.base import base_pass as module
 from cascade_fast.base import fill_store
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.hidden_store import HiddenStore
-from cascade_fast.base.model import find_base, hub_reachable
+from cascade_fast.base.model import find_base, hub_reachable, read_weights, weight_files
 from cascade_fast.base.texts import load_sequences
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute
+from cascade_fast.runtime.files import DamagedFile
 from cascade_fast.selection import NonFiniteScores
 from cascade_fast.settings import make_settings
 from cascade_fast.stages.kind import base_needs
@@ -204,6 +207,46 @@ def test_the_fingerprint_is_of_the_weights(tmp_path, tiny_base):
     same, other = (save_tiny_base(tmp_path / str(seed), seed=seed) for seed in (0, 1))
     prints = [find_base(make_settings({"base": str(p), "seq_len": 32})).fingerprint for p in (tiny_base, same, other)]
     assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize("size", ["5GB", "40KB"])
+def test_the_weights_of_a_folder_and_what_lies_beside_them(tmp_path, size):
+    """As Mistral's own format beside transformers', whose files of weights are one or several."""
+    model = LlamaForCausalLM(tiny_llama_config())
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    expected = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(expected) > 1) == (size == "40KB")
+    save_file({"tok_embeddings.weight": torch.ones(2)}, tmp_path / "consolidated.safetensors")
+    assert weight_files(tmp_path) == expected
+    weights = read_weights(tmp_path, torch.float32)
+    assert weights.keys() == {name for name, _ in model.named_parameters()}
+    expected[-1].unlink()
+    with pytest.raises(DamagedFile, match=rf"{expected[-1].name}' is missing"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("{", "is damaged: "),
+        ("{}", "is damaged: has no weight_map"),
+        ('{"weight_map": []}', "is damaged: weight_map must be a map from weights to names of files"),
+        ('{"weight_map": {"a": 3}}', "is damaged: weight_map must be a map from weights to names of files"),
+        ('{"weight_map": {}}', "is damaged: weight_map is empty"),
+    ],
+)
+def test_an_index_of_weights_that_is_damaged(tmp_path, index, said):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(DamagedFile, match=rf"model\.safetensors\.index\.json' {said}"):
+        weight_files(tmp_path)
+
+
+def test_a_base_with_none_of_transformers_weights(tmp_path, tiny_base):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "base/model.safetensors").rename(tmp_path / "base/consolidated.safetensors")
+    base = find_base(make_settings({"base": str(tmp_path / "base"), "seq_len": 32}))
+    with pytest.raises(InputError, match=r"base: '.*'; cannot be loaded: '.*/model\.safetensors' is missing"):
+        base.load(CPU, torch.float32)
 
 
 def test_another_family_runs(tiny_settings, tmp_path):

@@ -12,12 +12,15 @@ import torch
 import yaml
 from conftest import text_ids
 from markdown_it import MarkdownIt
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from cascade_fast.base.model import find_base
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.card import base_license, render_card
 from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.model.modeling import CascadeForCausalLM
+from cascade_fast.model.weights import thin_state
 from cascade_fast.settings import make_settings
 
 SHOWN = {ord("\n"): "\\n", 0x1B: "\\x1b", 0x202E: "\\u202e"}  # how control characters are shown
@@ -114,6 +117,17 @@ def test_the_base_is_checked_by_its_fingerprint(tiny_runs, tmp_path):
         AutoModelForCausalLM.from_pretrained(run, base_path=str(other))
     with pytest.raises(InputError, match="If it lies elsewhere now, pass base_path"):
         CascadeForCausalLM.from_pretrained(run, base_path=str(tmp_path / "gone"))
+
+
+def test_other_weights_beside_the_base_s_are_not_read(tiny_runs, tmp_path):
+    """As Mistral's own format beside transformers'."""
+    folder, config = tiny_runs["warm"], CascadeConfig.from_pretrained(tiny_runs["warm"])
+    shutil.copytree(_settings(folder)["base"], tmp_path / "base")
+    save_file({"tok_embeddings.weight": torch.ones(2)}, tmp_path / "base/consolidated.safetensors")
+    base = find_base(make_settings({"base": str(tmp_path / "base"), "seq_len": 32}))
+    state = thin_state(folder, config, base)
+    model = CascadeForCausalLM.from_pretrained(folder)
+    assert state.keys() == {name for name, _ in model.named_parameters()}
 
 
 def test_what_is_no_finished_cascade_is_refused(tiny_runs, tmp_path):

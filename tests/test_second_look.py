@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama_config
 from safetensors.torch import load_file
-from second_look_cases import CPU, HOW, LAYERS, copied_stage, passed_by_base
+from second_look_cases import CPU, HOW, LAYERS, copied_stage, passed_by_base, save_family_base
 from test_stage import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -32,18 +31,9 @@ from cascade_fast.training.trainer import epoch_order, validation_loss
 @pytest.mark.parametrize("hard_ratio", [0.1, 0.6, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_before_training_the_cascade_is_the_base(tiny_settings, tmp_path, family, hard_ratio):
-    config_class, model_class, changes = FAMILIES[family]
-    settings = {**tiny_llama_config().to_dict(), **changes, "model_type": config_class.model_type}
-    settings["sliding_window"] = 32 if family == "mistral" else None  # seq_len: the shortest that hides nothing
-    model = model_class(config_class(**settings))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # biases and norms too: zeros and ones would hide a mistake
-            if "layers" in name and parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    model.save_pretrained(tmp_path / "base")
-    byte_tokenizer().save_pretrained(tmp_path / "base")
+    base_folder = save_family_base(tmp_path / "base", family)
     look = {"stage_kind": "second-look", "layers_per_stage": LAYERS, "store_dtype": "float32"}
-    base, _, passed = passed_by_base({**tiny_settings, "base": str(tmp_path / "base"), **look}, tmp_path)
+    base, _, passed = passed_by_base({**tiny_settings, "base": str(base_folder), **look}, tmp_path)
     val = passed.stores["val"]
     threshold = select_hardest(val["score"], hard_ratio).threshold
     evaluation = evaluate_exits([ExitStage(copied_stage(base, passed), threshold)], val, **HOW)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import text_ids, tiny_llama_config
+from second_look_cases import family_model
 from test_stage import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, StaticCache
@@ -131,12 +132,7 @@ def test_closed_stages_are_the_base_exactly(model, base, use_cache):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_of_every_family_an_untrained_look_is_the_base(family, tmp_path):
-    config_class, model_class, changes = FAMILIES[family]
-    settings = {**tiny_llama_config().to_dict(), **changes, "model_type": config_class.model_type}
-    base = model_class(config_class(**{**settings, "sliding_window": None})).eval().requires_grad_(False)
-    for name, parameter in base.named_parameters():  # biases and norms too: zeros and ones would hide a mistake
-        if "layers" in name and parameter.dim() == 1:
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    base = family_model(family).eval().requires_grad_(False)
     model, ids = _cascade(base, noise=0.0), text_ids()
     output = model(ids, output_exits=True)
     assert output.exits.unique().tolist() == [0, 1, 2]

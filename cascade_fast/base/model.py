@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cascade_fast.base.gguf import converted
 from cascade_fast.input_checks import InputError, check_type, one_line, shown
-from cascade_fast.runtime.files import file_sha256
+from cascade_fast.runtime.files import DamagedFile, file_sha256, read_json
 from cascade_fast.settings import RunSettings
 
 SMOLLM2 = "smollm2-135m"
@@ -96,16 +96,34 @@ class BaseModel:
         )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the weights of a model folder, sorted: those that
+    ``model.safetensors.index.json`` names, or ``model.safetensors`` where there is no index. Other files may lie beside
+    them, such as Mistral's ``consolidated.safetensors`` with the same weights under other names.
+
+    Raises:
+        DamagedFile: a file that is missing, or an index that names none.
+    """
+    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file():
+        weight_map = read_json(index, needs=("weight_map",))["weight_map"]
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise DamagedFile(f"{str(index)!r} is damaged: weight_map must be a map from weights to names of files")
+        names = set(weight_map.values())
+        if not names:
+            raise DamagedFile(f"{str(index)!r} is damaged: weight_map is empty")
+    files = sorted(folder / name for name in names)
+    for file in files:
+        if not file.is_file():
+            raise DamagedFile(f"{str(file)!r} is missing")
+    return files
+
+
 def read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights of a model folder in ``dtype``. What is stored so already stays in the file, memory-mapped."""
-    index = folder / "model.safetensors.index.json"
-    names = (
-        set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if index.is_file()
-        else {"model.safetensors"}
-    )
+    """The weights of a model folder in ``dtype``. What is stored so already stays in the file, memory-mapped. Raises
+    DamagedFile as :func:`weight_files`."""
     weights = {}
-    for file in sorted(folder / name for name in names):
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as mapped:
             for key in list(mapped.keys()):
                 weights[key] = mapped.get_tensor(key)  # a view of the file; nothing is read yet

@@ -40,5 +40,5 @@ def make_grid(given: dict[str, Any], settings_file: str | None = None) -> list[R
 
 def run_name(settings: RunSettings) -> str:
     """All of :data:`GRID`, so that a run has the same name in a larger sweep."""
-    s = settings
-    return f"{s.stage_kind}-L{s.layers_per_stage}-{s.criterion}-lr{s.lr:g}-r{s.hard_ratio:g}"
+    s, layers = settings, settings.to_dict()["layers_per_stage"]  # a number, or ``all``
+    return f"{s.stage_kind}-L{layers}-{s.criterion}-lr{s.lr:g}-r{s.hard_ratio:g}"

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cascade_fast import cascade
 from cascade_fast.comparison.curves import plot_lines
-from cascade_fast.comparison.grid import GRID
+from cascade_fast.comparison.grid import GRID, run_name
 from cascade_fast.comparison.runs import Row, base_row, train_all
 from cascade_fast.comparison.tables import COLUMNS, runs_table, write_report, write_rows
 from cascade_fast.records import training_text
@@ -17,19 +18,20 @@ def run_sweep(folder: Path, grid: Sequence[RunSettings]) -> Path:
     """Trains what is not there yet, and compares; the path of the report."""
     rows = train_all(folder, "sweep", [("", settings, cascade.run_cascade) for settings in grid])
     rows = [row for row in rows if not row["merged"]]
-    report = _write_comparison(folder, rows)
+    report = _write_comparison(folder, rows, {run_name(settings): settings.to_dict() for settings in grid})
     say(f"report: {report}")
     return report
 
 
-def _write_comparison(folder: Path, rows: list[Row]) -> Path:
-    """``report.md``, ``comparison.json``, ``comparison.csv`` and ``sweep.png`` of these runs."""
+def _write_comparison(folder: Path, rows: list[Row], asked: dict[str, dict[str, Any]]) -> Path:
+    """``report.md``, ``comparison.json``, ``comparison.csv`` and ``sweep.png`` of these runs. ``asked``: the settings
+    of each by its folder's name, as they were given: ``all`` layers where ``results.json`` has their number."""
     # A line for each criterion and whatever else differs; along a line, the hard ratio.
-    vary = [n for n in GRID if n != "hard_ratio" and len({r["settings"][n] for r in rows}) > 1]
+    vary = [n for n in GRID if n != "hard_ratio" and len({a[n] for a in asked.values()}) > 1]
     for row in rows:
-        row["name"] = _label(row, vary or ["criterion"])
+        row["name"] = _label(asked[row["folder"]], vary or ["criterion"])
         row["hard_ratio"] = row["settings"]["hard_ratio"]
-    table_rows = [{**row, "name": _label(row, [*vary, "hard_ratio"])} for row in rows]
+    table_rows = [{**row, "name": _label(asked[row["folder"]], [*vary, "hard_ratio"])} for row in rows]
     base = base_row(rows[0])
     write_rows(folder, "sweep", [base, *table_rows])
     columns = [name for name in COLUMNS if name not in ("variant", "merged")]  # the name has what varies
@@ -58,6 +60,6 @@ def _write_comparison(folder: Path, rows: list[Row]) -> Path:
     return write_report(folder, parts)
 
 
-def _label(row: Row, names: Sequence[str]) -> str:
+def _label(asked: dict[str, Any], names: Sequence[str]) -> str:
     words = {"layers_per_stage": "{} layers", "lr": "lr {:g}", "hard_ratio": "r = {:g}"}
-    return ", ".join(words.get(name, "{}").format(row["settings"][name]) for name in names)
+    return ", ".join(words.get(name, "{}").format(asked[name]) for name in names)

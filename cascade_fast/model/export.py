@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cascade_fast.base.model import BaseModel
+from cascade_fast.base.model import BaseModel, weight_files
 from cascade_fast.input_checks import InputError, shown
 from cascade_fast.model.card import base_license, render_adapter_card, render_merged_card
 from cascade_fast.model.configuration import CascadeConfig
@@ -160,11 +160,7 @@ def _unquantized(config: CascadeConfig) -> CascadeConfig:
 
 def _read(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     """The weights of a model folder whose names begin with ``prefix``, without it, mapped. Raises DamagedFile."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(read_json(index, needs=("weight_map",))["weight_map"].values()))
-    weights = {name: tensor for file in names for name, tensor in load_tensors(folder / file)[0].items()}
+    weights = {name: tensor for file in weight_files(folder) for name, tensor in load_tensors(file)[0].items()}
     return {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
 
 

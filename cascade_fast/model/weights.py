@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from cascade_fast.base.model import BaseModel, find_base
+from cascade_fast.base.model import BaseModel, find_base, weight_files
 from cascade_fast.input_checks import InputError, check_type, one_line, shown
 from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.runtime.files import load_tensors
@@ -91,10 +91,10 @@ def thin_state(folder: Path, config: CascadeConfig, base: BaseModel) -> dict[str
 
     Raises:
         InputError: a stage's file is missing.
-        DamagedFile: it does not match its checksum.
+        DamagedFile: it does not match its checksum, or one of the base's files is missing or damaged.
     """
     state: dict[str, Tensor] = {}
-    for file in sorted(Path(base.path).glob("*.safetensors")):
+    for file in weight_files(Path(base.path)):
         state |= {f"base.{name}": tensor for name, tensor in load_tensors(file)[0].items()}
     for number in range(1, len(config.stages) + 1):
         file = folder / "stages" / str(number) / "model.safetensors"
