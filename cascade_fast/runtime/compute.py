@@ -66,6 +66,12 @@ class Compute:
         return reset_peak_rss()
 
 
+def wait_for(device: torch.device) -> None:
+    """Returns once ``device`` has done all it was given; for before a look at the clock, as a GPU's work is queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
