@@ -171,6 +171,18 @@ def test_select_hard_orders_every_kind_of_float(backend, shape, flush):
         cases.assert_selected(index_BK, bounds_B2, scores_BN, k)
 
 
+def test_the_oracle_of_the_selection_knows_one_nan():
+    scores_N = cases.special_scores(500)
+    nan_N = scores_N.isnan()
+    assert len(scores_N[nan_N].view(torch.int32).unique()) == 6  # of both signs
+    for k in (0, 100, 500 - int(nan_N.sum()), 480, 500):
+        index_K, bounds_2 = cases.select_truth(scores_N, k)
+        ranked = sorted(range(500), key=lambda i: (bool(nan_N[i]), 0.0 if nan_N[i] else scores_N[i].item(), i))
+        assert index_K.tolist() == sorted(ranked[:k])
+        one_nan = torch.tensor(torch.nan).view(torch.int32)
+        assert (bounds_2.view(torch.int32)[bounds_2.isnan()] == one_nan).all()
+
+
 @pytest.mark.parametrize("name", ["reference", "cpp"])
 @given(data=st.data())
 @hypothesis_settings
