@@ -5,6 +5,7 @@ Shape legend: N rows (tokens), B independent selections, D hidden size, K select
 """
 
 import copy
+import warnings
 
 import numpy as np
 import op_cases as cases
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from cascade_fast import ops
-from cascade_fast.ops import reference
+from cascade_fast.ops import backends, reference
 
 CPU = torch.device("cpu")
 NATIVE = torch.ops.cascade_fast
@@ -431,6 +432,33 @@ def test_a_backend_asked_for_by_name_that_cannot_run_is_an_error(op):
     args, keywords = cases.one_call_of_each(4, 3)[op]
     with pytest.raises(RuntimeError, match=f"backend='cuda' cannot run {op}: it serves CUDA tensors"):
         getattr(NATIVE, op)(*args, **keywords, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "without", "taken"),
+    [
+        ((8, 0), "", "triton"),
+        ((8, 0), "triton", "cuda"),
+        ((7, 5), "", "cuda"),
+        ((7, 5), "cuda", "triton"),
+        ((7, 5), "cuda triton", "reference"),
+        ((7, 0), "cuda", "reference"),
+    ],
+)
+def test_auto_on_a_gpu(monkeypatch, capability, without, taken):
+    def why_not(op, device, backend):
+        return f"no {backend}" if backend in without.split() else None
+
+    monkeypatch.delenv("CASCADE_FAST_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "_capability", lambda index: capability)
+    monkeypatch.setattr(backends, "why_not", why_not)
+    backends._warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert {ops.choose(op, torch.device("cuda")) for op in ops.SELECTION_OPS} == {taken}
+    first = without.split()[:1]
+    said = [f"cascade_fast: cuda operators run on {taken}, not {name}: no {name}" for name in first]
+    assert [str(w.message) for w in warned] == said
 
 
 def test_environment_variable_replaces_auto_only(monkeypatch):
