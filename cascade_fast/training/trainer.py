@@ -101,6 +101,14 @@ class TrainingHistory:
         return cls(**{**given, "epochs": epochs, "best_val_loss": float(given["best_val_loss"])})
 
 
+def after_divergence(dtype: torch.dtype) -> str:
+    """What to try after a loss that was not finite, computed in ``dtype``."""
+    tries = "a lower --lr, --warmup-steps 100 or --grad-clip 1"
+    if dtype == torch.float16:
+        return f"Try --dtype float32 (float16 overflows above 65,504), {tries}"
+    return f"Try {tries}" + ("" if dtype == torch.float32 else ", or --dtype float32")
+
+
 def epoch_order(n: int, *, seed: int, stage: int, epoch: int) -> Tensor:
     """The order of ``n`` units in an epoch: depends on nothing else, so that a resumed run has it too."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + stage * 1_009 + epoch) % 2**63)
