@@ -7,10 +7,13 @@ installs the package without it, rather than fetch a second torch for the build 
 - ``CASCADE_FAST_NO_EXT=1``: do not build it; the package then runs on its plain torch bodies.
 - ``CASCADE_FAST_REQUIRE_EXT=1``: a build that fails is an error (default: it says why and installs without).
 - ``CASCADE_FAST_CUDA=0|1``: leave the CUDA part out, or insist on it (default: when torch has CUDA and a toolkit
-  is found; a GPU is never probed for, as machines that build often have none).
+  is found; a GPU is never probed for, as machines that build often have none). A toolkit that does not match torch
+  costs the CUDA part, and is an error if either that part or the extension is insisted on.
 """
 
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,13 +34,34 @@ def flag(name: str) -> bool | None:
     return None if value in (None, "") else value != "0"
 
 
+def toolkit_version() -> str:
+    """Of the CUDA toolkit that torch finds, such as ``12.8``; ``unknown`` where its compiler does not say."""
+    try:
+        nvcc = [Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc", "--version"]
+        said = subprocess.run(nvcc, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        said = ""
+    found = re.search(r"release (\d+\.\d+)", said)
+    return found.group(1) if found else "unknown"
+
+
 def wants_cuda() -> bool:
-    asked = flag("CASCADE_FAST_CUDA")
-    if asked is not None:
-        return asked
     import torch
 
-    return torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    asked = flag("CASCADE_FAST_CUDA")
+    if asked is False:
+        return False
+    if torch.version.cuda is None or cpp_extension.CUDA_HOME is None:
+        return asked is True  # the build then says what is missing
+    toolkit = toolkit_version()
+    if toolkit.split(".")[0] == torch.version.cuda.split(".")[0]:  # torch's own rule: minor versions may differ
+        return True
+    needed = f"torch {torch.__version__} needs {torch.version.cuda}"
+    reason = f"the CUDA toolkit in {cpp_extension.CUDA_HOME} is {toolkit}, {needed}"
+    if asked or flag("CASCADE_FAST_REQUIRE_EXT"):
+        sys.exit(f"cascade_fast: the CUDA part cannot be built: {reason}; CASCADE_FAST_CUDA=0 leaves it out")
+    print(f"cascade_fast: WARNING: building WITHOUT the CUDA part of the extension: {reason}", file=sys.stderr)
+    return False
 
 
 def extension():

@@ -24,9 +24,14 @@ def cosine_truth(h_in_ND: Tensor, h_out_ND: Tensor) -> Tensor:
 
 
 def select_truth(scores_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The selection by numpy: sorted by (is NaN, value, index)."""
+    """The selection by numpy: sorted by (is NaN, value, index), with one NaN for all of them.
+
+    Always on the CPU: on a GPU torch.sort has a NaN with its sign set before all numbers.
+    """
     values = scores_N.cpu().double().numpy()  # float64 holds float32's subnormals as normal numbers
-    order = np.lexsort((np.arange(len(values)), np.where(np.isnan(values), 0, values), np.isnan(values)))
+    is_nan = np.isnan(values)
+    values = np.where(is_nan, np.nan, values)
+    order = np.lexsort((np.arange(len(values)), np.where(is_nan, 0, values), is_nan))
     padded = np.concatenate([[-np.inf], values[order], [np.inf]]).astype(np.float32)
     return torch.from_numpy(np.sort(order[:k])), torch.from_numpy(padded[k : k + 2])
 

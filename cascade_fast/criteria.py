@@ -72,6 +72,7 @@ class Criterion:
         for_models: False for a baseline of training that no model can be run by.
         base_pass_of: name of the criterion whose base pass serves this one too, whose scores go by places alone.
         code: SHA-256 of its code, where that is not this package's: scores are kept for later runs.
+        operator: the operator of :mod:`cascade_fast.ops` that computes it, if one does.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Criterion:
     for_models: bool = True
     base_pass_of: str | None = None
     code: str | None = None
+    operator: str | None = None
 
     @property
     def in_base_pass(self) -> "Criterion":
@@ -263,7 +265,7 @@ def _noise(tokens: TokensAtExit) -> Tensor:
 CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion
     for criterion in (
-        Criterion("cosine", "cosine between what goes in and what comes out", _cosine),
+        Criterion("cosine", "cosine between what goes in and what comes out", _cosine, operator="cosine_score"),
         Criterion("entropy", "minus the entropy of the logits, in nats", _negative_entropy, needs_logits=True),
         Criterion("random", "uniform noise", _noise, for_models=False, base_pass_of="entropy"),
     )

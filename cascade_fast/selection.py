@@ -93,5 +93,6 @@ def check_finite(scores_N: Tensor, sequence_N: Tensor | None = None, position_N:
             where = f"sequence {int(sequence_N[token])}, position {int(position_N[token])}"
         raise NonFiniteScores(
             f"scores: {int(bad_N.sum())} of {len(bad_N)} are not finite, the first at {where} "
-            f"({scores_N[token].item()}); the hidden states overflowed or the model's weights are damaged"
+            f"({scores_N[token].item()}); the hidden states overflowed (in float16: try --dtype float32) or the "
+            "model's weights are damaged"
         )

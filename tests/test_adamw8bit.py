@@ -287,6 +287,61 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(chosen, tmp_path, maker):
     assert all(torch.equal(cases.bits(a), cases.bits(b)) for a, b in zip(undisturbed, resumed, strict=True))
 
 
+@pytest.fixture
+def paging(monkeypatch):
+    """bitsandbytes' paged optimizer with pages that need no GPU; the tensors that it has prefetched."""
+    bnb = pytest.importorskip("bitsandbytes")
+    prefetched: list[torch.Tensor] = []
+
+    class OnTheCPU(bnb.optim.PagedAdamW8bit):
+        def get_state_buffer(self, p, dtype=torch.float32):
+            buffer = torch.zeros_like(p, dtype=dtype)
+            if p.numel() >= 1e5:  # bitsandbytes' own bound
+                buffer.is_paged = True
+                self.page_mng.paged_tensors.append(buffer)
+            return buffer
+
+        def load_state_dict(self, state_dict, move_to_device=True):
+            assert not move_to_device  # all of it at once may be more than the GPU holds
+            super().load_state_dict(state_dict, move_to_device)
+
+    monkeypatch.setattr(bnb.optim, "PagedAdamW8bit", OnTheCPU)
+    monkeypatch.setattr(bnb.functional, "prefetch_tensor", prefetched.append)
+    monkeypatch.setattr(bnb.functional.GlobalPageManager.get_instance(), "paged_tensors", [])
+    return prefetched
+
+
+def test_a_paged_state_is_paged_after_loading_too(paging, tmp_path):
+    shapes = [(400, 300), (64, 80), (30, 30)]  # paged, 8 bit, float32
+    gpu = torch.device("cuda")  # named only
+    params = parameters(shapes=shapes)
+    optimizer = build_optimizer(params, run_config("paged_adamw8bit"), gpu)
+    give_gradients(params, seed=0)
+    optimizer.step()
+    tensors, values = optimizer_tensors(optimizer)
+    Checkpoints(tmp_path).save(1, tensors, {"optimizer": values})
+    loaded = Checkpoints(tmp_path).load()
+    assert loaded is not None
+
+    again = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    resumed = build_optimizer(again, run_config("paged_adamw8bit"), gpu)
+    load_optimizer_tensors(resumed, loaded[0], loaded[1]["optimizer"])
+    moments = [resumed.state[again[0]][name] for name in ("state1", "state2")]
+    assert all(moment.is_paged and moment.dtype == torch.uint8 for moment in moments)
+    assert all(any(t is moment for t in resumed.page_mng.paged_tensors) for moment in moments)
+    assert not any(hasattr(resumed.state[p]["state1"], "is_paged") for p in again[1:])
+
+    paging.clear()
+    for ps, each in ((params, optimizer), (again, resumed)):
+        give_gradients(ps, seed=1)
+        each.step()
+    assert len(paging) == 4  # two moments of each optimizer
+    assert paging[2] is moments[0]
+    assert paging[3] is moments[1]
+    for a, b in zip(bits_of(params, optimizer), bits_of(again, resumed), strict=True):
+        assert torch.equal(cases.bits(a), cases.bits(b))
+
+
 def test_parameters_without_a_gradient_wait():
     params = parameters()
     optimizer = AdamW8bit(params)

@@ -97,7 +97,7 @@ def test_training_that_does_not_help_leaves_the_base(tiny_settings, tmp_path):
     assert results["final"]["all_token_test_ppl"] == results["final"]["base_test_ppl"]
 
 
-def test_a_loss_that_is_not_finite_leaves_the_best_before_it(tiny_settings, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_leaves_the_best_before_it(tiny_settings, tmp_path, monkeypatch, capsys):
     real, calls = trainer.linear_cross_entropy, []
 
     def diverging(*args, **kwargs):
@@ -108,6 +108,9 @@ def test_a_loss_that_is_not_finite_leaves_the_best_before_it(tiny_settings, tmp_
     results = json.loads((full_finetune(_config(tiny_settings, tmp_path / "full")) / "results.json").read_text())
     assert (results["stopped"], results["best_epoch"], len(results["epochs"])) == ("non-finite loss", 1, 1)
     assert results["final"]["all_token_val_ppl"] == results["epochs"][0]["val_ppl"]
+    assert "the loss is not finite. The best before it counts. Try a lower --lr" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_what_it_cannot_do(tiny_settings, tmp_path):

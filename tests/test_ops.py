@@ -5,6 +5,7 @@ Shape legend: N rows (tokens), B independent selections, D hidden size, K select
 """
 
 import copy
+import warnings
 
 import numpy as np
 import op_cases as cases
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from cascade_fast import ops
-from cascade_fast.ops import reference
+from cascade_fast.ops import backends, reference
 
 CPU = torch.device("cpu")
 NATIVE = torch.ops.cascade_fast
@@ -169,6 +170,18 @@ def test_select_hard_orders_every_kind_of_float(backend, shape, flush):
         finally:
             torch.set_flush_denormal(False)
         cases.assert_selected(index_BK, bounds_B2, scores_BN, k)
+
+
+def test_the_oracle_of_the_selection_knows_one_nan():
+    scores_N = cases.special_scores(500)
+    nan_N = scores_N.isnan()
+    assert len(scores_N[nan_N].view(torch.int32).unique()) == 6  # of both signs
+    for k in (0, 100, 500 - int(nan_N.sum()), 480, 500):
+        index_K, bounds_2 = cases.select_truth(scores_N, k)
+        ranked = sorted(range(500), key=lambda i: (bool(nan_N[i]), 0.0 if nan_N[i] else scores_N[i].item(), i))
+        assert index_K.tolist() == sorted(ranked[:k])
+        one_nan = torch.tensor(torch.nan).view(torch.int32)
+        assert (bounds_2.view(torch.int32)[bounds_2.isnan()] == one_nan).all()
 
 
 @pytest.mark.parametrize("name", ["reference", "cpp"])
@@ -419,6 +432,33 @@ def test_a_backend_asked_for_by_name_that_cannot_run_is_an_error(op):
     args, keywords = cases.one_call_of_each(4, 3)[op]
     with pytest.raises(RuntimeError, match=f"backend='cuda' cannot run {op}: it serves CUDA tensors"):
         getattr(NATIVE, op)(*args, **keywords, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "without", "taken"),
+    [
+        ((8, 0), "", "triton"),
+        ((8, 0), "triton", "cuda"),
+        ((7, 5), "", "cuda"),
+        ((7, 5), "cuda", "triton"),
+        ((7, 5), "cuda triton", "reference"),
+        ((7, 0), "cuda", "reference"),
+    ],
+)
+def test_auto_on_a_gpu(monkeypatch, capability, without, taken):
+    def why_not(op, device, backend):
+        return f"no {backend}" if backend in without.split() else None
+
+    monkeypatch.delenv("CASCADE_FAST_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "_capability", lambda index: capability)
+    monkeypatch.setattr(backends, "why_not", why_not)
+    backends._warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert {ops.choose(op, torch.device("cuda")) for op in ops.SELECTION_OPS} == {taken}
+    first = without.split()[:1]
+    said = [f"cascade_fast: cuda operators run on {taken}, not {name}: no {name}" for name in first]
+    assert [str(w.message) for w in warned] == said
 
 
 def test_environment_variable_replaces_auto_only(monkeypatch):

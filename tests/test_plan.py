@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from cascade_fast.cascade import run_cascade
 from cascade_fast.input_checks import InputError
 from cascade_fast.plan import main
+from cascade_fast.planning import devices
 from cascade_fast.planning.base_configs import BUILT_IN, base_configuration
 from cascade_fast.planning.counts import Shape, base_weight_bytes, optimizer_bytes, saved_activation_bytes
 from cascade_fast.planning.devices import DEVICES, find_device
@@ -246,6 +248,21 @@ def test_this_machine_is_probed_unless_its_rates_are_given():
     assert probed.bytes_per_second > 1e8
     with pytest.raises(InputError, match=r"device: 'abacus'.*or one of t4, l4, a100"):
         find_device("abacus", "auto")
+
+
+def test_a_gpu_is_probed_with_many_calls_for_each_wait(monkeypatch):
+    calls, waited = 0, []
+
+    def run():
+        nonlocal calls
+        calls += 1
+
+    monkeypatch.setattr(devices, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(devices, "wait_for", lambda device: (time.sleep(0.002), waited.append(calls)))
+    seconds = devices._seconds(run, torch.device("cuda"))
+    assert waited == [devices.PROBE_QUEUE * i for i in range(1, len(waited) + 1)]
+    assert devices.PROBE_QUEUE >= 10
+    assert 0.002 / devices.PROBE_QUEUE <= seconds < 0.002  # of one call
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from cascade_fast.settings import make_settings
 from cascade_fast.stages.append import AppendedStage
 from cascade_fast.stages.stage import StageConfig
 from cascade_fast.stages.tokens import StageTokens
+from cascade_fast.training import trainer as training
 from cascade_fast.training.optimizers import learning_rate
 from cascade_fast.training.stage_trainer import StageTrainer
 
@@ -134,6 +135,38 @@ def test_a_step_waits_for_nothing(tmp_path, preset, micro):
     with _Waits() as waits:  # the check can fail
         torch.ones(1).item()
     assert waits.found
+
+
+@pytest.mark.parametrize(("end", "seconds", "waits"), [("epoch", 3.75, 1), ("checkpoint", 3.75, 4), ("signal", 2.5, 1)])
+def test_the_clock_is_read_when_the_device_is_done(tmp_path, monkeypatch, end, seconds, waits):
+    """A step takes a quarter of a second to hand over and then a second to do: it counts once somebody has waited."""
+    trainer = _trainer(tmp_path / "run", checkpoint_minutes=1e-3 if end == "checkpoint" else 10)
+    clock, queued, waited = 100.0, 0, 0
+    real_step = trainer.train_step
+
+    def step(picked):
+        nonlocal clock, queued
+        clock, queued = clock + 0.25, queued + 1
+        if end == "signal" and queued == 2:
+            trainer.signals = [2]
+        return real_step(picked)
+
+    def wait(device):
+        nonlocal clock, queued, waited
+        clock, queued, waited = clock + queued, 0, waited + 1
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(training, "wait_for", wait)
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock)
+    if end == "signal":
+        with pytest.raises(training.Interrupted):
+            trainer.run_epochs()
+    else:
+        trainer.run_epochs()
+        assert trainer.history.epochs[0].seconds == seconds
+    if end != "epoch":  # during which nothing was saved
+        assert trainer.checkpoints.load()[1]["epoch_seconds"] == seconds
+    assert waited == waits
 
 
 def test_the_rate_that_is_logged_is_that_of_the_last_step(tmp_path):

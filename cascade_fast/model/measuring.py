@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cascade_fast.base.sequences import Sequences
 from cascade_fast.losses import chunk_tokens, perplexity
 from cascade_fast.model.modeling import CascadeForCausalLM
+from cascade_fast.runtime.compute import wait_for
 from cascade_fast.runtime.console import Progress
 from cascade_fast.selection import select_hardest
 from cascade_fast.stages.kind import get_kind
@@ -108,10 +109,10 @@ def measure(
             input_BS, label_BS = padded.input_BS.to(model.device), padded.label_BS.to(model.device)
             every = context_enters or bool(labelled_BS.all())
             labels = {} if every else {"shift_labels": label_BS}
-            _wait(model.device)
+            wait_for(model.device)
             started = time.perf_counter()
             output = model(input_BS, **labels, thresholds=thresholds, output_exits=True, use_cache=False)
-            _wait(model.device)
+            wait_for(model.device)
             seconds += time.perf_counter() - started
             loss_BS, correct_BS = _judge(output.logits, label_BS)
             number_BS = torch.arange(len(sequences))[some, None].expand_as(labelled_BS)
@@ -165,11 +166,6 @@ def _counter() -> FlopCounterMode:
 
     cpu_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return FlopCounterMode(display=False, custom_mapping={cpu_kernel: attention})
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _perplexity(loss: Tensor) -> float:

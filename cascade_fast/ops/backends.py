@@ -3,8 +3,9 @@
 A *backend* is a name: ``reference`` (plain torch, any device), ``cpp`` (the compiled extension, CPU),
 ``cuda`` (the compiled extension, NVIDIA GPUs) or ``triton`` (NVIDIA GPUs; CPU tensors too when Triton's
 interpreter is on). ``auto`` takes the best one that can run: ``cpp`` on the CPU; on a GPU ``triton`` from
-compute capability 8.0 on and ``cuda`` below it (upstream Triton does not support sm_75). The environment
-variable ``CASCADE_FAST_BACKEND`` replaces ``auto``. A backend asked for by name that cannot run is an error.
+compute capability 8.0 on and ``cuda`` below it (upstream Triton does not support sm_75, where it comes second, for
+extensions without a CUDA part). The environment variable ``CASCADE_FAST_BACKEND`` replaces ``auto``. A backend asked
+for by name that cannot run is an error.
 """
 
 import functools
@@ -95,8 +96,10 @@ def _preference(op: str, device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         return ("cpp", "reference")
     if device.type == "cuda" and op in SELECTION_OPS:
-        ampere = _capability(device.index or 0) >= (8, 0)
-        return ("triton", "cuda", "reference") if ampere else ("cuda", "reference")
+        capability = _capability(device.index or 0)
+        if capability >= (8, 0):
+            return ("triton", "cuda", "reference")
+        return ("cuda", "triton", "reference") if capability >= (7, 5) else ("cuda", "reference")
     return ("reference",)
 
 

@@ -15,9 +15,10 @@ import torch
 
 from cascade_fast.input_checks import InputError
 from cascade_fast.planning.memory import GIB
-from cascade_fast.runtime.compute import Compute, dtype_name, ram_bytes
+from cascade_fast.runtime.compute import Compute, dtype_name, ram_bytes, wait_for
 
 PROBE_SECONDS = 0.2
+PROBE_QUEUE = 20  # calls that a GPU is given before the host waits for it
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,9 @@ def this_machine(compute: Compute, *, probe: bool = True) -> Device:
 
 
 def _probe_flops(device: torch.device, dtype: torch.dtype) -> float:
-    a, b = (torch.ones(768, 768, device=device, dtype=dtype) for _ in range(2))
-    return 2 * 768**3 / _seconds(lambda: a @ b, device)
+    size = 768 if device.type == "cpu" else 2048  # a smaller one ends before a fast GPU has got the next
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _seconds(lambda: a @ b, device)
 
 
 def _probe_bandwidth(device: torch.device) -> float:
@@ -180,12 +182,15 @@ def _probe_bandwidth(device: torch.device) -> float:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of one ``run``. A GPU gets many at once: otherwise launching one and waiting for it would be measured, too."""
+    times = 1 if device.type == "cpu" else PROBE_QUEUE
+
     def once() -> float:
         start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        for _ in range(times):
+            run()
+        wait_for(device)
+        return (time.perf_counter() - start) / times
 
     once()
     best, end = math.inf, time.perf_counter() + PROBE_SECONDS

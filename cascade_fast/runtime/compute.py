@@ -2,10 +2,12 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import math
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,17 @@ class Compute:
 
     @classmethod
     def choose(cls, device: str, dtype: str) -> "Compute":
-        """Of the settings ``device`` and ``dtype``; ``auto`` is the best there is. Raises InputError."""
+        """Of the settings ``device`` and ``dtype``; ``auto`` is the best there is.
+
+        On a GPU sums within float16 products stay in float32 from then on, in the whole process: scaled gradients may
+        be close to float16's largest number, and their partial sums beyond it.
+
+        Raises:
+            InputError: a device that is not there.
+        """
         found = choose_device(device)
+        if found.type == "cuda":
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         return cls(found, *choose_dtype(found, dtype))
 
     @property
@@ -66,6 +77,12 @@ class Compute:
         return reset_peak_rss()
 
 
+def wait_for(device: torch.device) -> None:
+    """Returns once ``device`` has done all it was given; for before a look at the clock, as a GPU's work is queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
@@ -93,6 +110,8 @@ def choose_dtype(device: torch.device, asked: str) -> tuple[torch.dtype, str]:
     and slow. On the CPU bfloat16 pays where AVX512-BF16 or AMX multiplies it.
     """
     if asked != "auto":
+        if asked == "bfloat16" and device.type == "cuda":
+            _warn_if_emulated(device)
         return getattr(torch, asked), "asked for"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -106,6 +125,18 @@ def choose_dtype(device: torch.device, asked: str) -> tuple[torch.dtype, str]:
     if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
         return torch.bfloat16, "this CPU has AVX512-BF16"
     return torch.float32, "this CPU has neither AVX512-BF16 nor AMX"
+
+
+@functools.cache
+def _warn_if_emulated(device: torch.device) -> None:
+    """Warns once that bfloat16 is slow on ``device``, if it is."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        warnings.warn(
+            f"dtype: bfloat16 on a GPU of compute capability {major}.{minor} is emulated and slow (8.0 is the first to "
+            f"have it); --dtype {'float16' if major >= 7 else 'float32'} is faster there",
+            stacklevel=2,
+        )
 
 
 PADDED_TO = 32  # rows: see padded_rows

@@ -29,7 +29,7 @@ from cascade_fast.runtime.console import say
 from cascade_fast.runtime.files import clear_temporaries, is_temporary, load_tensors, save_tensors
 from cascade_fast.runtime.run_folder import RESULTS, read_any_results, write_results
 from cascade_fast.settings import SPLITS, RunSettings
-from cascade_fast.training.trainer import Trainer, TrainingHistory, validation_loss
+from cascade_fast.training.trainer import NON_FINITE_LOSS, Trainer, TrainingHistory, after_divergence, validation_loss
 
 BEST = "best.safetensors"  # the trained weights so far, while training goes on
 
@@ -98,6 +98,8 @@ def finetune(settings: RunSettings, method: Method) -> Path:
         started=started,
     )
     history = trainer.run(before["val"])
+    if history.stopped == NON_FINITE_LOSS:
+        say(f"training stopped: the loss is not finite. The best before it counts. {after_divergence(compute.dtype)}")
     after = losses("test", "general")
     trained = sum(p.numel() for p in trainer.parameters)
     results = FinetuneResults(

@@ -4,11 +4,13 @@ import math
 import shlex
 from pathlib import Path
 
+import torch
+
 from cascade_fast import ops
 from cascade_fast.base.base_pass import BasePass
 from cascade_fast.base.model import BaseModel
 from cascade_fast.base.splits import SplitSequences
-from cascade_fast.criteria import model_criteria
+from cascade_fast.criteria import get_criterion, model_criteria
 from cascade_fast.records import RunResults, StageRecord
 from cascade_fast.reporting.outcome import general_table, general_title, merge_advice, merged_table
 from cascade_fast.reporting.report import advice
@@ -16,6 +18,7 @@ from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.console import format_count, say, say_table
 from cascade_fast.runtime.run_folder import RunFolder, read_results
 from cascade_fast.settings import RunSettings
+from cascade_fast.stages.kind import get_kind
 
 
 def say_start(
@@ -38,8 +41,24 @@ def say_start(
     if sequences.general is not None:
         say(f"other text {settings.general_text}: {sequences.general.tokens:,} tokens, read once, at the end")
     say(f"computing on {compute.device} in {compute.dtype_name} ({compute.reason})")
-    served = sorted({ops.choose(op, compute.device) for op in ops.SELECTION_OPS})
-    say(f"selection operators: {', '.join(served)}")
+    say(f"selection operators: {selection_operators(settings, compute.device)}")
+
+
+def selection_operators(settings: RunSettings, device: torch.device) -> str:
+    """Which of them a run calls, who serves each, and where: hidden stores lie in the host's memory, and tokens are
+    selected and gathered there; only scores and attention are on ``device``."""
+    calls = [("gather_rows", "gather_rows", torch.device("cpu"))]
+    if settings.hard_ratio < 1:
+        calls.insert(0, ("select_hard", "select_hard", torch.device("cpu")))
+    scored_by = get_criterion(settings.criterion).operator
+    if scored_by is not None:
+        calls.append((scored_by, scored_by, device))
+    if get_kind(settings.stage_kind).attends:
+        calls += [(f"{op} in attention", op, device) for op in ("gather_rows", "scatter_rows")]
+    served: dict[str, list[str]] = {}
+    for name, op, where in calls:
+        served.setdefault(f"{ops.choose(op, where)} on {where}", []).append(name)
+    return "; ".join(f"{', '.join(names)}: {by}" for by, names in served.items())
 
 
 def say_base_pass(passed: BasePass) -> None:

@@ -77,4 +77,22 @@ def load_optimizer_tensors(
     for key, value in {**tensors, **values}.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    saved = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    if getattr(optimizer, "is_paged", False):
+        _load_paged(optimizer, saved)
+    else:
+        optimizer.load_state_dict(saved)
+
+
+def _load_paged(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Loads ``saved`` into a paged optimizer of bitsandbytes and pages its moments again.
+
+    Its own ``load_state_dict`` leaves plain tensors on the GPU, which stay there. Here they stay on the host until they
+    are copied into paged buffers, as the GPU may have no room for all of them.
+    """
+    optimizer.load_state_dict(saved, move_to_device=False)
+    for p, entries in optimizer.state.items():
+        for name in ("state1", "state2"):
+            buffer = optimizer.get_state_buffer(p, dtype=entries[name].dtype)  # a small one is plain, on the GPU
+            entries[name] = buffer.copy_(entries[name])
+    optimizer.to_gpu()  # what is not paged

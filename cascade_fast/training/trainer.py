@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cascade_fast.losses import linear_cross_entropy, perplexity, token_losses
 from cascade_fast.records import Epoch
-from cascade_fast.runtime.compute import Compute, trim_host_memory
+from cascade_fast.runtime.compute import Compute, trim_host_memory, wait_for
 from cascade_fast.runtime.console import Progress, epoch_line, say
 from cascade_fast.settings import RunSettings
 from cascade_fast.training.optimizers import build_optimizer, learning_rate, set_learning_rate
@@ -101,6 +101,14 @@ class TrainingHistory:
         return cls(**{**given, "epochs": epochs, "best_val_loss": float(given["best_val_loss"])})
 
 
+def after_divergence(dtype: torch.dtype) -> str:
+    """What to try after a loss that was not finite, computed in ``dtype``."""
+    tries = "a lower --lr, --warmup-steps 100 or --grad-clip 1"
+    if dtype == torch.float16:
+        return f"Try --dtype float32 (float16 overflows above 65,504), {tries}"
+    return f"Try {tries}" + ("" if dtype == torch.float32 else ", or --dtype float32")
+
+
 def epoch_order(n: int, *, seed: int, stage: int, epoch: int) -> Tensor:
     """The order of ``n`` units in an epoch: depends on nothing else, so that a resumed run has it too."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + stage * 1_009 + epoch) % 2**63)
@@ -165,7 +173,8 @@ class Trainer:
         # Of the epoch so far, kept on the device: summed loss, tokens summed over, steps that were not finite.
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.last_look = EpochTotals(0.0, 0, 0, 0)
-        self.epoch_seconds = 0.0
+        self.epoch_seconds = 0.0  # of the epoch so far, when the clock was last read
+        self.epoch_started = time.monotonic()
         self.epoch_tokens = 0  # of the steps of this epoch so far
         self.recent_loss: float | None = None  # mean over the steps between the last two looks
 
@@ -212,7 +221,8 @@ class Trainer:
         order = epoch_order(self.train.units, seed=self.settings.seed, stage=self.number, epoch=self.epoch)
         batches = order.split(self.batch_units)
         self.epoch_tokens = sum(self.train.count(picked) for picked in batches[: self.step])
-        started, saved = time.monotonic() - self.epoch_seconds, time.monotonic()
+        saved = time.monotonic()
+        self.epoch_started = saved - self.epoch_seconds
         self.module.train()
         with Progress(f"{self.name} epoch {self.epoch}/{self.settings.epochs}", len(self.train)) as progress:
             progress.restart(self.epoch_tokens)
@@ -221,7 +231,6 @@ class Trainer:
                 self.epoch_tokens += tokens
                 progress.advance(tokens)
                 self.step += 1
-                self.epoch_seconds = time.monotonic() - started
                 if self.trims and self.step % TRIM_STEPS == 0:
                     trim_host_memory()
                 if self.step % LOG_STEPS == 0:
@@ -229,10 +238,12 @@ class Trainer:
                         return False
                     progress.loss = self.recent_loss
                 if self.signals:
+                    self._read_clock()
                     return False
                 if self.deadline is not None and time.monotonic() > self.deadline:
                     break
                 if time.monotonic() - saved > 60 * self.settings.checkpoint_minutes:
+                    self._read_clock()
                     self.save_checkpoint()
                     saved = time.monotonic()
         return self._look()
@@ -277,15 +288,19 @@ class Trainer:
         steps = self.steps_per_epoch
         return learning_rate(self.settings, (self.epoch - 1) * steps + step, self.settings.epochs * steps)
 
+    def _read_clock(self) -> None:
+        """Only once the device has done all steps that it was given: they are queued in a fraction of their time."""
+        wait_for(self.device)
+        self.epoch_seconds = time.monotonic() - self.epoch_started
+
     def _look(self) -> bool:
         """Waits for the device, writes a line about the steps since the last look; whether training may go on.
 
         Float16 overflows now and then: such a step is left out, counted, and the gradients' scale is halved. Any other
         step that is not finite, or nothing but such steps since the last look, means that training has diverged.
         """
-        asked = time.monotonic()
+        self._read_clock()
         loss_sum, tokens, not_finite = self.totals.tolist()
-        self.epoch_seconds += time.monotonic() - asked  # the device's work, after the last step was handed over
         now, before = EpochTotals(loss_sum, int(tokens), int(not_finite), self.step), self.last_look
         if now.step == before.step:
             return True

@@ -1,0 +1,49 @@
+"""What a run says at its start about its operators, against what it then calls."""
+
+import pytest
+import torch
+
+from cascade_fast import ops
+from cascade_fast.cascade import run_cascade
+from cascade_fast.ops import backends, schema
+from cascade_fast.settings import make_settings
+from cascade_fast.training.messages import selection_operators
+
+GPU = torch.device("cuda")  # named only
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "select_hard, gather_rows: cpp on cpu"),
+        ({"criterion": "cosine"}, "select_hard, gather_rows: cpp on cpu; cosine_score: cuda on cuda"),
+        (
+            {"stage_kind": "second-look", "hard_ratio": 1.0},
+            "gather_rows: cpp on cpu; gather_rows in attention, scatter_rows in attention: cuda on cuda",
+        ),
+    ],
+)
+def test_on_a_gpu_the_stores_are_served_by_the_host(monkeypatch, settings, said):
+    monkeypatch.delenv("CASCADE_FAST_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
+    monkeypatch.setattr(backends, "why_not", lambda op, device, backend: None)
+    assert selection_operators(make_settings(settings), GPU) == said
+
+
+@pytest.mark.parametrize("kind", ["append", "second-look"])
+@pytest.mark.parametrize("criterion", ["entropy", "cosine"])
+@pytest.mark.parametrize("ratio", [0.6, 1.0])
+def test_the_operators_named_are_those_that_run(look_settings, tmp_path, monkeypatch, kind, criterion, ratio):
+    called = set()
+    real = backends.body
+
+    def body(op, device, backend):
+        called.add(op)
+        return real(op, device, backend)
+
+    monkeypatch.setattr(schema.backends, "body", body)
+    changes = {"stage_kind": kind, "criterion": criterion, "hard_ratio": ratio, "num_stages": 1, "out": str(tmp_path)}
+    settings = make_settings({**look_settings, **changes})
+    run_cascade(settings)
+    said = selection_operators(settings, torch.device("cpu"))
+    assert {op for op in ops.SELECTION_OPS if op in said} == called & set(ops.SELECTION_OPS)
