@@ -5,7 +5,6 @@ Shape legend: N rows (tokens), B independent selections, D hidden size, K select
 """
 
 import copy
-import warnings
 
 import numpy as np
 import op_cases as cases
@@ -16,9 +15,8 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from cascade_fast import ops
-from cascade_fast.ops import backends, reference
+from cascade_fast.ops import reference
 
-CPU = torch.device("cpu")
 NATIVE = torch.ops.cascade_fast
 
 # Added to torch's own error. Scores are float32 whatever the input; gradients are rounded to the input's dtype, so
@@ -416,60 +414,3 @@ def test_a_bad_argument_is_named(backend, name):
 def test_cpp_names_the_bad_index():
     with pytest.raises(IndexError, match=r"index: entry 1 is 9; must be in \[0, 4\)"):
         ops.gather_rows(H, torch.tensor([3, 9, -1]), backend=cases.need("cpp"))
-
-
-# --- choice of backend -----------------------------------------------------------------------------------------------
-
-
-def test_auto_takes_the_extension_on_the_cpu(monkeypatch):
-    monkeypatch.delenv("CASCADE_FAST_BACKEND", raising=False)
-    cases.need("cpp")
-    assert {ops.choose(op, CPU) for op in ops.OPS} == {"cpp"}
-
-
-@pytest.mark.parametrize("op", ops.SELECTION_OPS)
-def test_a_backend_asked_for_by_name_that_cannot_run_is_an_error(op):
-    args, keywords = cases.one_call_of_each(4, 3)[op]
-    with pytest.raises(RuntimeError, match=f"backend='cuda' cannot run {op}: it serves CUDA tensors"):
-        getattr(NATIVE, op)(*args, **keywords, backend="cuda")
-
-
-@pytest.mark.parametrize(
-    ("capability", "without", "taken"),
-    [
-        ((8, 0), "", "triton"),
-        ((8, 0), "triton", "cuda"),
-        ((7, 5), "", "cuda"),
-        ((7, 5), "cuda", "triton"),
-        ((7, 5), "cuda triton", "reference"),
-        ((7, 0), "cuda", "reference"),
-    ],
-)
-def test_auto_on_a_gpu(monkeypatch, capability, without, taken):
-    def why_not(op, device, backend):
-        return f"no {backend}" if backend in without.split() else None
-
-    monkeypatch.delenv("CASCADE_FAST_BACKEND", raising=False)
-    monkeypatch.setattr(backends, "_capability", lambda index: capability)
-    monkeypatch.setattr(backends, "why_not", why_not)
-    backends._warn_once.cache_clear()
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        assert {ops.choose(op, torch.device("cuda")) for op in ops.SELECTION_OPS} == {taken}
-    first = without.split()[:1]
-    said = [f"cascade_fast: cuda operators run on {taken}, not {name}: no {name}" for name in first]
-    assert [str(w.message) for w in warned] == said
-
-
-def test_environment_variable_replaces_auto_only(monkeypatch):
-    monkeypatch.setenv("CASCADE_FAST_BACKEND", "reference")
-    assert ops.choose("select_hard", CPU) == "reference"
-    monkeypatch.setenv("CASCADE_FAST_BACKEND", "cuda")
-    with pytest.raises(RuntimeError, match="CASCADE_FAST_BACKEND='cuda' cannot run cosine_score"):
-        ops.cosine_score(H, H)
-    assert ops.cosine_score(H, H, backend="reference").tolist() == [0.0] * 4
-    monkeypatch.setenv("CASCADE_FAST_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="CASCADE_FAST_BACKEND='fastest': must be one of auto, reference"):
-        ops.cosine_score(H, H)
-    with pytest.raises(ValueError, match="backend='fastest'"):
-        ops.cosine_score(H, H, backend="fastest")
