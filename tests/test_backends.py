@@ -54,6 +54,44 @@ def test_auto_on_a_gpu(monkeypatch, capability, without, taken):
     assert [str(w.message) for w in warned] == said
 
 
+class _Driver:
+    """Triton's, which fails as it does without a compiler, or works."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    @property
+    def active(self):
+        return self
+
+    def get_current_target(self) -> str:
+        if self.error is not None:
+            raise self.error
+        return "cuda:75"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (None, None),
+        (
+            AssertionError("libcuda.so cannot found!\nsecond line"),
+            "Triton cannot use the GPU: libcuda.so cannot found!",
+        ),
+        (RuntimeError(), "Triton cannot use the GPU: RuntimeError"),
+    ],
+)
+def test_a_triton_that_cannot_start_is_not_taken(monkeypatch, error, reason):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("triton.runtime.driver", _Driver(error))
+    backends._triton_cannot_start.cache_clear()
+    try:
+        assert {ops.why_not(op, torch.device("cuda"), "triton") for op in ops.SELECTION_OPS} == {reason}
+    finally:
+        backends._triton_cannot_start.cache_clear()
+
+
 def test_environment_variable_replaces_auto_only(monkeypatch):
     monkeypatch.setenv("CASCADE_FAST_BACKEND", "reference")
     assert ops.choose("select_hard", CPU) == "reference"

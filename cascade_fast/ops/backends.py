@@ -68,6 +68,19 @@ def _triton_launchers() -> dict[str, Callable] | None:
 
 
 @functools.cache
+def _triton_cannot_start() -> str | None:
+    """Why Triton starts no kernel on this machine's GPU, if so: its driver is compiled when it is first used, which
+    takes a C compiler and libcuda."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # of any kind: a compiler's, the linker's, an assertion
+        return f"Triton cannot use the GPU: {next(iter(str(error).splitlines()), type(error).__name__)}"
+    return None
+
+
+@functools.cache
 def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
 
@@ -89,7 +102,9 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
     launchers = _triton_launchers()
     if launchers is None:
         return "triton or cascade_kernels is not installed"
-    return None if op in launchers else f"cascade_kernels has no launcher for {op}"
+    if op not in launchers:
+        return f"cascade_kernels has no launcher for {op}"
+    return _triton_cannot_start() if device.type == "cuda" and not _triton_interpreted() else None
 
 
 def _preference(op: str, device: torch.device) -> tuple[str, ...]:
