@@ -36,6 +36,7 @@ from benchmarks.naive_loop import BATCH_TOKENS, naive_losses, naive_stage
 from benchmarks.workload import BLOCKS, CPU, LAYERS, SEQ_LEN, TOKENS, base_config, steps_of, trainer
 from cascade_fast.base import fill_store as ours_pass
 from cascade_fast.base.hidden_store import HiddenStore
+from cascade_fast.base.sequences import Sequences
 from cascade_fast.criteria import get_criterion
 from cascade_fast.losses import linear_cross_entropy
 from cascade_fast.runtime.compute import choose_dtype, keep_freed_memory
@@ -111,14 +112,14 @@ def our_base_pass(folder: Path, dtype: torch.dtype, criterion: str) -> Callable[
     model = AutoModelForCausalLM.from_config(
         base_config(), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
     ).eval()
-    ids_BT = torch.randint(0, 49_152, (BLOCKS, SEQ_LEN + 1), dtype=torch.int32)
+    sequences = Sequences.from_blocks(torch.randint(0, 49_152, (BLOCKS, SEQ_LEN + 1), dtype=torch.int32))
     store_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     tokens, needs, scores = BLOCKS * SEQ_LEN, ours_pass.BaseNeeds("residual"), get_criterion(criterion)
 
     def run() -> None:
         store = HiddenStore.create(folder, tokens, 576, store_dtype, with_loss=scores.needs_logits, meta={})
         with Progress("base pass", tokens) as progress:
-            ours_pass.fill_store(model, ids_BT, store, needs, scores, progress)
+            ours_pass.fill_store(model, sequences, store, needs, scores, progress)
 
     return run
 
