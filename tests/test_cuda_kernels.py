@@ -1,53 +1,40 @@
 """The CUDA kernels of csrc/cuda: emulated on the CPU, compiled, and (``-m gpu``) run on a card.
 
-The emulated tests compile the kernel headers alone to PTX for sm_75 and execute that in ``ptxsim``, a PTX emulator that
-also reports data races, accesses out of bounds and reads of memory nobody wrote. They skip where it or nvcc is missing.
-
 Shape legend: N rows (tokens), B independent selections, D hidden size, K selected rows, W workspace words.
 """
 
-import importlib.util
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_cases import (
+    CSRC,
+    DTYPES,
+    ROOT,
+    WORDS,
+    compile_headers,
+    cuda_card,
+    emulated,
+    mangled,
+    moved,
+    needs_nvcc,
+    randn,
+    wide,
+)
 from op_cases import assert_selected, special_scores
 
 from cascade_fast import ops
 from cascade_fast.ops import reference
 
-ROOT = Path(__file__).resolve().parent.parent
-CSRC = ROOT / "csrc" / "cuda"
-DTYPES = {torch.float32: "Float32", torch.float16: "Float16", torch.bfloat16: "BFloat16"}
-WORDS = {16: "uint4", 4: "uint32_t", 2: "uint16_t"}
 SCORE_TOL = 1e-6  # beyond the reference's own error, for another order of the float32 sums
-
-has_nvcc = shutil.which("nvcc") is not None
-emulated = pytest.mark.skipif(
-    not has_nvcc or importlib.util.find_spec("ptxsim") is None,
-    reason="needs nvcc and the PTX emulator ptxsim on PYTHONPATH",
-)
-needs_nvcc = pytest.mark.skipif(not has_nvcc, reason="needs nvcc")
-
-
-def wide(*matrices):
-    """Whether all rows start on 16 bytes, as rows_aligned in launch.cuh decides it."""
-    return all(
-        (m.storage_offset() * m.element_size()) % 16 == 0 and (m.stride(0) * m.element_size()) % 16 == 0
-        for m in matrices
-    )
 
 
 class Emulator:
     """The launchers of csrc/cuda/*.cu over again, for the emulator. Outputs start poisoned: as never written."""
 
     def __init__(self):
-        from ptxsim.cuda import compile_source
-
-        lines = [*(f'#include "{op}.cuh"' for op in ops.SELECTION_OPS), "namespace cascade {"]
+        lines = []
         for t, size in (("Float32", 4), ("Float16", 2), ("BFloat16", 2)):
             for width in (16, size):
                 word = WORDS[width]
@@ -62,7 +49,7 @@ class Emulator:
                 f"template __global__ void gather_rows_kernel<{word}>(const {word}*, int64_t, const int64_t*, {word}*,"
                 " int64_t, int, int64_t, CarriedList);"
             )
-        self.module = compile_source("\n".join([*lines, "}"]), arch="compute_75", include=[str(CSRC)])
+        self.module = compile_headers(ops.SELECTION_OPS, lines)
 
     def launch(self, kernel, blocks, threads, args, **options):
         return self.module.launch(kernel, max(int(blocks), 1), threads, args, **options)
@@ -73,7 +60,7 @@ class Emulator:
         n, d = a_ND.shape
         score_N = poison(torch.empty(n))
         width = 16 if wide(a_ND, b_ND) else a_ND.element_size()
-        name = f"cosine_score_kernelINS_{len(DTYPES[a_ND.dtype])}{DTYPES[a_ND.dtype]}ELi{width}E"
+        name = f"cosine_score_kernelI{mangled(a_ND.dtype)}Li{width}E"
         args = [a_ND, a_ND.stride(0), b_ND, b_ND.stride(0), score_N, n, d]
         return score_N, self.launch(name, -(-n // 8), 256, args, **options)
 
@@ -117,7 +104,7 @@ class Emulator:
         size = into_ND.element_size()
         width = 16 if wide(rows_KD, into_ND, out_ND) else size
         strides = [m.stride(0) * size // width for m in (rows_KD, into_ND)]
-        name = f"scatter_rows_kernelINS_{len(DTYPES[into_ND.dtype])}{DTYPES[into_ND.dtype]}ELi{width}E"
+        name = f"scatter_rows_kernelI{mangled(into_ND.dtype)}Li{width}E"
         args = [rows_KD, strides[0], slot_N, into_ND, strides[1], out_ND, n, d * size // width, int(add)]
         return out_ND, [*stats, self.launch(name, -(-n // 8), 256, args, **options)]
 
@@ -125,10 +112,6 @@ class Emulator:
 @pytest.fixture(scope="module")
 def emulator():
     return Emulator()
-
-
-def randn(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def permutation(n, k, seed=0):
@@ -279,11 +262,6 @@ def test_rows_are_moved_from_any_row_stride(emulator):
 # --- emulated: memory traffic ----------------------------------------------------------------------------------------
 
 
-def moved(*stats):
-    """Bytes of all 32-byte sectors that the kernels asked for, as if there were no cache."""
-    return sum(s.moved_bytes for s in stats)
-
-
 @emulated
 @pytest.mark.parametrize("d", [576, 2048, 4096])
 def test_bytes_moved_are_what_they_must_be(emulator, d):
@@ -338,12 +316,7 @@ def test_sources_compile_and_fit_on_every_card(tmp_path):
 
 @pytest.fixture(scope="module")
 def card():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    device = torch.device("cuda", torch.cuda.current_device())
-    reason = ops.why_not("cosine_score", device, "cuda")
-    assert reason is None, reason  # a GPU run without the CUDA bodies must not look green
-    return device, "cuda"
+    return cuda_card("cosine_score"), "cuda"
 
 
 @pytest.mark.gpu

@@ -35,6 +35,7 @@ from triton_cases import (
 )
 
 from cascade_fast import ops
+from cascade_fast.ops import backends
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -321,7 +322,7 @@ class TestCompile:
                 assert "ld.global.v4" in ptx, f"{entry['name']}: no 16-byte loads"
 
     def test_every_launcher_has_variants(self):
-        assert {entry["name"].split("-")[0] for entry in AOT} == set(LAUNCHERS) == set(ops.SELECTION_OPS)
+        assert {entry["name"].split("-")[0] for entry in AOT} == set(LAUNCHERS) == set(backends.TRITON_OPS)
 
 
 @pytest.mark.gpu

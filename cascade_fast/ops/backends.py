@@ -20,8 +20,7 @@ from cascade_fast.ops import reference
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 SELECTION_OPS = ("cosine_score", "select_hard", "gather_rows", "scatter_rows")
-# On a GPU plain torch serves these (and bitsandbytes the optimizer); nothing is missing there.
-CPU_OPS = (
+OTHER_OPS = (
     "cross_entropy_",
     "rms_norm",
     "rms_norm_backward",
@@ -36,7 +35,10 @@ CPU_OPS = (
     "softmax_backward_",
     "adamw8bit",
 )
-OPS = SELECTION_OPS + CPU_OPS
+OPS = SELECTION_OPS + OTHER_OPS
+# Those with kernels for GPUs. Plain torch serves the others there (and bitsandbytes the optimizer): nothing is missing.
+CUDA_OPS = SELECTION_OPS
+TRITON_OPS = SELECTION_OPS
 
 if importlib.util.find_spec("cascade_fast._C") is not None:
     # An extension that is there but fails to import is an error: a broken .so is not a missing one.
@@ -110,12 +112,11 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
 def _preference(op: str, device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         return ("cpp", "reference")
-    if device.type == "cuda" and op in SELECTION_OPS:
-        capability = _capability(device.index or 0)
-        if capability >= (8, 0):
-            return ("triton", "cuda", "reference")
-        return ("cuda", "triton", "reference") if capability >= (7, 5) else ("cuda", "reference")
-    return ("reference",)
+    if device.type != "cuda":
+        return ("reference",)
+    capability = _capability(device.index or 0)
+    cuda, triton = ("cuda",) * (op in CUDA_OPS), ("triton",) * (op in TRITON_OPS and capability >= (7, 5))
+    return (*triton, *cuda, "reference") if capability >= (8, 0) else (*cuda, *triton, "reference")
 
 
 @functools.cache
