@@ -15,6 +15,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
       "add_rms_norm_backward(Tensor grad_sum, Tensor grad, Tensor sum, Tensor weight, Tensor inv_rms) -> "
       "(Tensor, Tensor)");
   m.def("scale_into_(Tensor(a!)[] into, Tensor[] from, float scale) -> ()");
+  m.def("low_rank(Tensor x, Tensor a) -> Tensor");
+  m.def(
+      "low_rank_backward(Tensor grad, Tensor both, Tensor a, Tensor[] grads, int[] ranks, float scale) -> "
+      "(Tensor, Tensor, Tensor[])");
   m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
   m.def("silu_mul_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
   m.def("rotate_rows(Tensor x, Tensor cos, Tensor sin, Tensor index, Tensor into) -> Tensor");

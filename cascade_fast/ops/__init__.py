@@ -26,6 +26,7 @@ from cascade_fast.ops.layers import (
     silu_mul,
     softmax_backward_,
 )
+from cascade_fast.ops.low_rank import low_rank, low_rank_backward
 
 __all__ = [
     "BACKENDS",
@@ -37,6 +38,8 @@ __all__ = [
     "cosine_score",
     "cross_entropy_",
     "gather_rows",
+    "low_rank",
+    "low_rank_backward",
     "masked_softmax_",
     "rms_norm",
     "rotate_rows",

@@ -33,6 +33,8 @@ OTHER_OPS = (
     "rotate_rows_backward",
     "masked_softmax_",
     "softmax_backward_",
+    "low_rank",
+    "low_rank_backward",
     "adamw8bit",
 )
 OPS = SELECTION_OPS + OTHER_OPS

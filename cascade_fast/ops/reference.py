@@ -220,6 +220,26 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     return (_in_blocks(values) * absmax[:, None]).flatten()[: codes.numel()].view(codes.shape)
 
 
+def low_rank(x: Tensor, a: Tensor) -> Tensor:
+    """See :func:`cascade_fast.ops.low_rank`."""
+    both = x.new_empty(x.shape[0], x.shape[1] + a.shape[0])
+    both[:, : x.shape[1]] = x
+    if a.shape[0]:
+        both[:, x.shape[1] :] = x @ a.t()
+    return both
+
+
+def low_rank_backward(
+    grad: Tensor, both: Tensor, a: Tensor, grads: list[Tensor], ranks: list[int], scale: float
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """See :func:`cascade_fast.ops.low_rank_backward`."""
+    d = a.shape[1]
+    low_parts, low_grad = both[:, d:].split(ranks, dim=1), grad[:, d:]
+    of_x = torch.addmm(grad[:, :d], low_grad, a)
+    of_a = (low_grad.t() @ both[:, :d]).float() * scale
+    return of_x, of_a, [(one.t() @ low).float() for one, low in zip(grads, low_parts, strict=True)]
+
+
 def adamw8bit(
     params: list[Tensor],
     grads: list[Tensor],

@@ -202,13 +202,14 @@ class FusedProjections:
     Attributes:
         weights: ``(F, D + R)`` each.
         a_RD: all A, times the scale.
+        ranks: of each layer's update; 0: it has none.
         parts: of the R columns, of each layer; None: it has no update.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        ranks = [layer.lora_A.weight.shape[0] if layer.scale else 0 for layer in layers]
-        ends = list(itertools.accumulate(ranks))
-        self.parts = [slice(end - rank, end) if rank else None for end, rank in zip(ends, ranks, strict=True)]
+        self.ranks = [layer.lora_A.weight.shape[0] if layer.scale else 0 for layer in layers]
+        ends = list(itertools.accumulate(self.ranks))
+        self.parts = [slice(end - rank, end) if rank else None for end, rank in zip(ends, self.ranks, strict=True)]
         frozen = [layer.frozen for layer in layers]
         self.inputs = frozen[0].weight.shape[1]
         self.scale = max(layer.scale for layer in layers)  # one for all that have an update
@@ -253,11 +254,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_KD: Tensor, together: FusedProjections, *updates: Tensor):
-        a_RD, inputs = together.a_RD, together.inputs
-        both_KC = a_RD.new_empty(x_KD.shape[0], inputs + a_RD.shape[0])  # x beside low
-        both_KC[:, :inputs] = x_KD
-        if a_RD.shape[0]:
-            both_KC[:, inputs:] = x_KD.to(a_RD.dtype) @ a_RD.t()
+        both_KC = ops.low_rank(x_KD.to(together.a_RD.dtype), together.a_RD)
         ctx.save_for_backward(both_KC)
         ctx.together = together
         pairs = zip(together.weights, together.biases, strict=True)
@@ -268,20 +265,17 @@ class _Project(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         (both_KC,) = ctx.saved_tensors
         together: FusedProjections = ctx.together
-        inputs, weights = together.inputs, together.weights
         grads = tuple(grad.to(both_KC.dtype) for grad in grads)
-        grad_KC = grads[0] @ weights[0]
-        for grad, weight_FC in zip(grads[1:], weights[1:], strict=True):
+        grad_KC = grads[0] @ together.weights[0]
+        for grad, weight_FC in zip(grads[1:], together.weights[1:], strict=True):
             grad_KC.addmm_(grad, weight_FC)
         if not together.a_RD.shape[0]:
             return grad_KC, None
-        x_KD, low_KR = both_KC[:, :inputs], both_KC[:, inputs:]
-        low_grad_KR = grad_KC[:, inputs:]
-        grad_a_RD = low_grad_KR.t() @ x_KD
-        if together.scale != 1.0:
-            grad_a_RD *= together.scale
+        grad_x_KD, grad_a_RD, grads_b = ops.low_rank_backward(
+            grad_KC, both_KC, together.a_RD, grads, together.ranks, together.scale
+        )
         updates: list[Tensor] = []
-        for grad, part in zip(grads, together.parts, strict=True):
-            if part is not None:  # autograd brings them to the updates' dtype
-                updates += [grad_a_RD[part], grad.t() @ low_KR[:, part]]
-        return torch.addmm(grad_KC[:, :inputs], low_grad_KR, together.a_RD), None, *updates
+        for grad_b, part in zip(grads_b, together.parts, strict=True):
+            if part is not None:
+                updates += [grad_a_RD[part], grad_b]
+        return grad_x_KD, None, *updates
