@@ -23,8 +23,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
   m.def("silu_mul_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
   m.def("rotate_rows(Tensor x, Tensor cos, Tensor sin, Tensor index, Tensor into) -> Tensor");
   m.def("rotate_rows_backward(Tensor grad, Tensor cos, Tensor sin, Tensor index, int heads, int tokens) -> Tensor");
-  m.def("masked_softmax_(Tensor(a!) scores, Tensor mask) -> ()");
-  m.def("softmax_backward_(Tensor(a!) grad, Tensor weights) -> ()");
+  m.def("attention(Tensor query, Tensor key, Tensor value, Tensor mask) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor mask, Tensor weights) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def(
       "adamw8bit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, "
       "Tensor(e!)[] absmax2, int[] steps, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");

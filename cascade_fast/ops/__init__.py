@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from cascade_fast.ops import schema  # noqa: F401  (declares the operators)
+from cascade_fast.ops.attention import attention, attention_backward
 from cascade_fast.ops.backends import BACKENDS, OPS, SELECTION_OPS, choose, why_not
 from cascade_fast.ops.layers import (
     add_rms_norm,
-    masked_softmax_,
     rotate_rows,
     rotate_rows_backward,
     scale_into_,
     silu_mul,
-    softmax_backward_,
 )
 from cascade_fast.ops.low_rank import low_rank, low_rank_backward
 
@@ -34,13 +33,14 @@ __all__ = [
     "SELECTION_OPS",
     "adamw8bit",
     "add_rms_norm",
+    "attention",
+    "attention_backward",
     "choose",
     "cosine_score",
     "cross_entropy_",
     "gather_rows",
     "low_rank",
     "low_rank_backward",
-    "masked_softmax_",
     "rms_norm",
     "rotate_rows",
     "rotate_rows_backward",
@@ -48,7 +48,6 @@ __all__ = [
     "scatter_rows",
     "select_hard",
     "silu_mul",
-    "softmax_backward_",
     "why_not",
 ]
 

@@ -1,9 +1,8 @@
-"""Operators of a decoder layer: sum and norm, the gated MLP's product, rotary positions, the softmax of attention.
+"""Operators of a decoder layer: sum and norm, the gated MLP's product, rotary positions.
 
 Stated as in ``schema.py``; on the CPU the extension has faster bodies.
 
-Shape legend: N tokens, F intermediate size, K tokens, H heads, E head size, P rows of one head, Y = K * H, B sequences,
-Q queries, S keys.
+Shape legend: N tokens, F intermediate size, K tokens, H heads, E head size, P rows of one head, Y = K * H.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,8 +30,6 @@ _LIB.define(
     "rotate_rows_backward(Tensor grad, Tensor cos, Tensor sin, Tensor index, SymInt heads, SymInt tokens, "
     "*, str backend='auto') -> Tensor"
 )
-_LIB.define("masked_softmax_(Tensor(a!) scores, Tensor mask, *, str backend='auto') -> ()")
-_LIB.define("softmax_backward_(Tensor(a!) grad, Tensor weights, *, str backend='auto') -> ()")
 
 
 def add_rms_norm(
@@ -124,32 +121,6 @@ def rotate_rows_backward(
     return _op("rotate_rows_backward")(grad_PE, cos_KF, sin_KF, index_Y, heads, tokens, backend=backend)
 
 
-def masked_softmax_(scores_BHQS: Tensor, mask_B1QS: Tensor, *, backend: str = "auto") -> None:
-    """``softmax(scores + mask)`` over the last dimension, in float32, rounded once, in the scores' place.
-
-    Args:
-        scores_BHQS: ``(B, H, Q, S)`` float32, float16 or bfloat16, contiguous; overwritten. Not differentiable.
-        mask_B1QS: ``(B, 1, Q, S)`` of the scores' dtype, contiguous; not all of a row -inf.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not match; names the argument.
-    """
-    _op("masked_softmax_")(scores_BHQS, mask_B1QS, backend=backend)
-
-
-def softmax_backward_(grad: Tensor, weights: Tensor, *, backend: str = "auto") -> None:
-    """``weights * (grad - sum(grad * weights))`` over the last dimension, the gradient of a softmax's inputs, in
-    float32, rounded once, in the place of ``grad``.
-
-    Args:
-        grad, weights: one shape and dtype of float32, float16, bfloat16, contiguous; ``grad`` is overwritten.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not match; names the argument.
-    """
-    _op("softmax_backward_")(grad, weights, backend=backend)
-
-
 # --- argument rules ---------------------------------------------------------------------------------------------------
 
 
@@ -213,25 +184,6 @@ def _check_rotate_rows(x: Tensor, cos: Tensor, sin: Tensor, index: Tensor, into:
         check(t.device == x.device, lambda: f"{name}: {shape_of(t)}; must be on the device of x, {x.device}")
 
 
-def _check_masked_softmax(scores: Tensor, mask: Tensor) -> None:
-    check(scores.dim() == 4, lambda: f"scores: {shape_of(scores)}; must have 4 dimensions (B, H, Q, S)")
-    _check_float("scores", scores)
-    wanted = (scores.shape[0], 1, *scores.shape[2:])
-    check(tuple(mask.shape) == wanted, lambda: f"mask: {shape_of(mask)}; must have shape {wanted}")
-    check(mask.dtype == scores.dtype, lambda: f"mask: {shape_of(mask)}; must have the dtype of scores, {scores.dtype}")
-    check(mask.device == scores.device, lambda: f"mask: {shape_of(mask)}; must be on the device of scores")
-    for name, t in (("scores", scores), ("mask", mask)):
-        check(t.is_contiguous(), lambda: f"{name}: strides {tuple(t.stride())}; must be contiguous")
-
-
-def _check_softmax_backward(grad: Tensor, weights: Tensor) -> None:
-    check(grad.dim() >= 1, lambda: f"grad: {shape_of(grad)}; must have a dimension")
-    _check_float("grad", grad)
-    _check_alike("weights", weights, "grad", grad)
-    for name, t in (("grad", grad), ("weights", weights)):
-        check(t.is_contiguous(), lambda: f"{name}: strides {tuple(t.stride())}; must be contiguous")
-
-
 # --- fakes ------------------------------------------------------------------------------------------------------------
 
 
@@ -271,16 +223,6 @@ def _(x, cos, sin, index, into, *, backend="auto"):
 @torch.library.register_fake("cascade_fast::rotate_rows_backward", lib=_LIB)
 def _(grad, cos, sin, index, heads, tokens, *, backend="auto"):
     return grad.new_empty(tokens, heads, grad.shape[1])
-
-
-@torch.library.register_fake("cascade_fast::masked_softmax_", lib=_LIB)
-def _(scores, mask, *, backend="auto"):
-    _check_masked_softmax(scores, mask)
-
-
-@torch.library.register_fake("cascade_fast::softmax_backward_", lib=_LIB)
-def _(grad, weights, *, backend="auto"):
-    _check_softmax_backward(grad, weights)
 
 
 # --- bodies -----------------------------------------------------------------------------------------------------------
@@ -325,19 +267,9 @@ def _rotate_rows_backward(
     return backends.body("rotate_rows_backward", grad.device, backend)(grad, cos, sin, index, heads, tokens)
 
 
-def _masked_softmax_(scores: Tensor, mask: Tensor, *, backend: str = "auto") -> None:
-    _check_masked_softmax(scores, mask)
-    backends.body("masked_softmax_", scores.device, backend)(scores, mask)
-
-
-def _softmax_backward_(grad: Tensor, weights: Tensor, *, backend: str = "auto") -> None:
-    _check_softmax_backward(grad, weights)
-    backends.body("softmax_backward_", grad.device, backend)(grad, weights)
-
-
 _BODIES = (
     _add_rms_norm, _add_rms_norm_backward, _scale_into_, _silu_mul, _silu_mul_backward,
-    _rotate_rows, _rotate_rows_backward, _masked_softmax_, _softmax_backward_,
+    _rotate_rows, _rotate_rows_backward,
 )  # fmt: skip
 _BY_NAME = {body.__name__[1:]: body for body in _BODIES}
 for _name, _body in _BY_NAME.items():

@@ -160,15 +160,38 @@ def _turned(x_KHE: Tensor, cos_KF: Tensor, sin_KF: Tensor) -> Tensor:
     return torch.cat((first * cos_K1F - second * sin_K1F, second * cos_K1F + first * sin_K1F), dim=-1)
 
 
-def masked_softmax_(scores_BHQS: Tensor, mask_B1QS: Tensor) -> None:
-    """``softmax(scores + mask)`` in float32, rounded once, in the scores' place."""
-    scores_BHQS.copy_((scores_BHQS.float() + mask_B1QS.float()).softmax(dim=-1))
+ATTENTION_CHUNK = 32  # keys
 
 
-def softmax_backward_(grad_RS: Tensor, weights_RS: Tensor) -> None:
-    """The gradient of the scores, in the place of the weights' ``grad``."""
-    grad, weights = grad_RS.float(), weights_RS.float()
-    grad_RS.copy_(weights * (grad - (grad * weights).sum(-1, keepdim=True)))
+def attention_width(keys: int) -> int:
+    """Columns of the weights of :func:`attention`."""
+    return -(-keys // ATTENTION_CHUNK) * ATTENTION_CHUNK
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`cascade_fast.ops.attention`."""
+    n, r, keys = query.shape[0], query.shape[1], key.shape[1]
+    scores = torch.bmm(query, key.transpose(1, 2)).float()
+    # (B, heads, Q, S): a sequence's heads in order, whichever key head they have.
+    masked = scores.reshape(mask.shape[0], -1, *mask.shape[2:]) + mask.float()
+    weights = masked.softmax(dim=-1).to(query.dtype).reshape(n, r, keys)
+    padded = torch.nn.functional.pad(weights, (0, attention_width(keys) - keys))
+    return torch.bmm(weights, value), padded
+
+
+def attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`cascade_fast.ops.attention_backward`."""
+    weights = weights[..., : key.shape[1]]
+    of_weights = torch.bmm(grad, value.transpose(1, 2)).float()
+    wide = weights.float()
+    of_scores = (wide * (of_weights - (of_weights * wide).sum(-1, keepdim=True))).to(query.dtype)
+    return (
+        torch.bmm(of_scores, key),
+        torch.bmm(of_scores.transpose(1, 2), query),
+        torch.bmm(weights.transpose(1, 2), grad),
+    )
 
 
 # --- 8-bit AdamW -----------------------------------------------------------------------------------------------------

@@ -143,13 +143,11 @@ class _Attend(torch.autograd.Function):
         # The H / G heads of a group are (H / G) * Q queries of its one key head.
         query = query_PE.view(sequences * groups, -1, size)
         key, value = (of_PE.view(-1, seq_len, size) for of_PE in (key_PE, value_PE))
-        weights = torch.bmm(query, key.transpose(1, 2))
-        ops.masked_softmax_(weights.view(sequences, heads, inputs.queries, seq_len), inputs.mask_B1QS)
-        attended_PE = torch.bmm(weights, value).view(rows, size)
+        attended, weights = ops.attention(query, key, value, inputs.mask_B1QS)
         ctx.save_for_backward(query, key, value, weights)
         ctx.inputs = inputs
         tokens = query_KHE.shape[0]
-        return ops.rotate_rows_backward(attended_PE, as_it_is, as_it_is, inputs.slot_Y, heads, tokens)
+        return ops.rotate_rows_backward(attended.view(rows, size), as_it_is, as_it_is, inputs.slot_Y, heads, tokens)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -160,11 +158,7 @@ class _Attend(torch.autograd.Function):
         as_it_is = grad_KHE.new_empty(0, dtype=torch.float32)
         room_PE = grad_KHE.new_zeros(1, size).expand(rows, size)
         grad = ops.rotate_rows(grad_KHE, as_it_is, as_it_is, inputs.slot_Y, room_PE).view(query.shape)
-        grad_value = torch.bmm(weights.transpose(1, 2), grad)
-        grad_scores = torch.bmm(grad, value.transpose(1, 2))
-        ops.softmax_backward_(grad_scores, weights)
-        grad_query = torch.bmm(grad_scores, key)
-        grad_key = torch.bmm(grad_scores.transpose(1, 2), query)
+        grad_query, grad_key, grad_value = ops.attention_backward(grad, query, key, value, inputs.mask_B1QS, weights)
         groups = inputs.kv_BGSE[1]
         return (
             ops.rotate_rows_backward(grad_query.view(-1, size), *inputs.query_angles, inputs.slot_Y, heads, tokens),

@@ -12,33 +12,12 @@
 namespace cascade_fast {
 namespace {
 
-constexpr int64_t kTile = 16;  // rows of a tile, and columns of a sum
-static_assert(kColumns == 32, "bfloat16 values in a row of a tile");
-constexpr int64_t kWords = kTile * kTile;  // pairs of bfloat16 in a tile
-
-// A matrix (16 a group, 32 a chunk) as right-hand tiles: of `groups` x `chunks` of them, [chunk][group] one after
-// another, the word at (i, j) of a tile is what `word(row j, pair i)` says.
-struct PackedRows {  // rows of a_RD become columns: for x A^T
-  std::vector<uint32_t> words;
-  int64_t groups;
-
-  PackedRows(const BFloat16* a_RD, int64_t r, int64_t d) : groups(ceil_div(r, kTile)) {
-    words.resize(d / kColumns * groups * kWords);
-    for (int64_t rank = 0; rank < r; ++rank) {
-      for (int64_t chunk = 0; chunk < d / kColumns; ++chunk) {
-        uint32_t* tile = words.data() + (chunk * groups + rank / kTile) * kWords + rank % kTile;
-        for (int64_t i = 0; i < kTile; ++i) {
-          std::memcpy(tile + i * kTile, a_RD + rank * d + chunk * kColumns + 2 * i, sizeof(uint32_t));
-        }
-      }
-    }
-  }
-};
+static_assert(kColumns == kTileColumns);
 
 struct TiledLowRank {
   const BFloat16* x_KD;
   int64_t x_stride;
-  const PackedRows* a;
+  const uint32_t* a;  // as pack_rows leaves it
   BFloat16* both_KC;
   int64_t d, r;
 
@@ -62,70 +41,24 @@ struct TiledLowRank {
         x = few.data();
         stride = d;
       }
-      for (int64_t group = 0; group < a->groups; ++group) {
-        const uint32_t* words = a->words.data() + group * kWords;
+      const uint32_t* words = a;
+      for (int64_t rank = 0; rank < r; rank += kTile) {
         _tile_zero(0);
-        for (int64_t j = 0; j < d; j += kColumns, words += a->groups * kWords) {
+        for (int64_t j = 0; j < d; j += kColumns, words += kWords) {
           _tile_loadd(2, x + j, stride * sizeof(BFloat16));
           _tile_loadd(3, words, kTile * sizeof(uint32_t));
           _tile_dpbf16ps(0, 2, 3);
         }
         _tile_stored(0, sum, kTile * sizeof(float));
-        const int64_t ranks = std::min(kTile, r - group * kTile);
+        const int64_t ranks = std::min(kTile, r - rank);
         for (int64_t i = 0; i < rows; ++i) {
-          BFloat16* low = both_KC + (first + i) * c + d + group * kTile;
+          BFloat16* low = both_KC + (first + i) * c + d + rank;
           for (int64_t j = 0; j < ranks; ++j) narrow(sum[i * kTile + j], low + j);
         }
       }
     }
   }
 };
-
-// Two rows of 16-bit values become pairs: of columns 0-3, 8-11, 16-19, 24-27 in the one, of the others in the other.
-CASCADE_AMX_TARGET inline void interleave(const void* row, const void* next, uint32_t* lower, uint32_t* upper) {
-  const __m512i a = _mm512_loadu_si512(row), b = _mm512_loadu_si512(next);
-  _mm512_storeu_si512(lower, _mm512_unpacklo_epi16(a, b));
-  _mm512_storeu_si512(upper, _mm512_unpackhi_epi16(a, b));
-}
-
-// Which of 32 columns stands at place j of `lower` (half 0) or `upper` (half 1).
-inline int64_t interleaved_column(int64_t j, int64_t half) { return j / 4 * 8 + half * 4 + j % 4; }
-
-const BFloat16 kZeros[kColumns] = {};
-
-// Columns [first, first + 32) of rows as right-hand tiles: [chunk of 32 rows][half], rows beyond n are zero.
-CASCADE_AMX_TARGET inline void pack_columns(const BFloat16* rows, int64_t stride, int64_t n, uint32_t* words) {
-  for (int64_t start = 0; start < n; start += kColumns, words += 2 * kWords) {
-    for (int64_t i = 0; i < kTile; ++i) {
-      const int64_t row = start + 2 * i;
-      interleave(row < n ? rows + row * stride : kZeros, row + 1 < n ? rows + (row + 1) * stride : kZeros,
-                 words + i * kTile, words + kWords + i * kTile);
-    }
-  }
-}
-
-// Columns [first, first + 16) of rows, turned: 16 rows of n values, padded to whole chunks of 32. Rows are token pairs of
-// words first, which a gather then takes by columns. Columns from r on are zero.
-CASCADE_AMX_TARGET inline void turn_columns(
-    const BFloat16* rows, int64_t stride, int64_t n, int64_t r, uint32_t* turned, int64_t words_per_row) {
-  alignas(64) uint32_t pairs[kWords];
-  const auto mask = static_cast<__mmask16>((1u << r) - 1);
-  const __m512i every_row = _mm512_mullo_epi32(
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(kTile));
-  for (int64_t start = 0; start < n; start += kColumns, turned += kTile) {
-    for (int64_t i = 0; i < kTile; ++i) {
-      const int64_t row = start + 2 * i;
-      const __m256i a = row < n ? _mm256_maskz_loadu_epi16(mask, rows + row * stride) : _mm256_setzero_si256();
-      const __m256i b = row + 1 < n ? _mm256_maskz_loadu_epi16(mask, rows + (row + 1) * stride) : _mm256_setzero_si256();
-      _mm256_store_si256(reinterpret_cast<__m256i*>(pairs + i * kTile), _mm256_unpacklo_epi16(a, b));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(pairs + i * kTile + 8), _mm256_unpackhi_epi16(a, b));
-    }
-    for (int64_t j = 0; j < kTile; ++j) {
-      const int64_t place = j / 8 * 4 + j % 4 + j % 8 / 4 * 8;  // of column j among the pairs
-      _mm512_storeu_si512(turned + j * words_per_row, _mm512_i32gather_epi32(every_row, pairs + place, 4));
-    }
-  }
-}
 
 struct TiledBackward {
   const LowRankGrads* of;
@@ -174,12 +107,12 @@ struct TiledBackward {
       for (int64_t i = 0; i < rows; ++i) {
         const BFloat16* grad = static_cast<const BFloat16*>(of->grad_KC) + (first + i) * c + j;
         BFloat16* out = static_cast<BFloat16*>(of->grad_x_KD) + (first + i) * d + j;
-        alignas(64) float total[kColumns];
-        for (int64_t q = 0; q < kColumns; q += 8) {
-          for (int64_t s = 0; s < 4; ++s) total[q + s] = sum[0][i * kTile + q / 2 + s];
-          for (int64_t s = 0; s < 4; ++s) total[q + 4 + s] = sum[1][i * kTile + q / 2 + s];
+        for (int64_t half = 0; half < 2; ++half) {
+          Vectors<16>::Floats x, update;
+          load<Vectors<16>>(grad + half * kTile, x);
+          load<Vectors<16>>(sum[half] + i * kTile, update);
+          store_rounded(out + half * kTile, x + update);
         }
-        for (int64_t q = 0; q < kColumns; ++q) narrow(widen(grad[q]) + total[q], out + q);
       }
     }
   }
@@ -205,7 +138,7 @@ struct TiledBackward {
       const int64_t ranks = std::min(kTile, grad.r - rank);
       for (int64_t half = 0; half < 2; ++half) {
         for (int64_t j = 0; j < kTile; ++j) {
-          const int64_t column = first + interleaved_column(j, half);
+          const int64_t column = first + half * kTile + j;
           for (int64_t i = 0; i < ranks; ++i) {
             grad.at(rank + i, column) = grad.scale * sum[half][i * kTile + j];
           }
@@ -251,8 +184,9 @@ void low_rank_by_tiles(
     [[maybe_unused]] const Tensor& x_KD, [[maybe_unused]] const Tensor& a_RD, [[maybe_unused]] const Tensor& both_KC) {
 #if CASCADE_AMX
   const int64_t k = x_KD.size(0), d = x_KD.size(1), r = a_RD.size(0);
-  const PackedRows packed(static_cast<const BFloat16*>(a_RD.const_data_ptr()), r, d);
-  const TiledLowRank body{static_cast<const BFloat16*>(x_KD.const_data_ptr()), x_KD.stride(0), &packed,
+  std::vector<uint32_t> a(ceil_div(r, kTile) * kTile * d / 2);
+  pack_rows(static_cast<const BFloat16*>(a_RD.const_data_ptr()), d, r, d, a.data());
+  const TiledLowRank body{static_cast<const BFloat16*>(x_KD.const_data_ptr()), x_KD.stride(0), a.data(),
                           static_cast<BFloat16*>(both_KC.mutable_data_ptr()), d, r};
   parallel_blocks(k, 4 * kTile, [&](int64_t begin, int64_t end) { body.run(begin, end); });
 #endif

@@ -1,7 +1,9 @@
-// masked_softmax_: the softmax of attention scores with a mask added, in their place, and its gradient in the place of
-// the weights' gradient. A row stays in the core's cache.
+// The softmax of attention scores with a mask added, in their place, and its gradient in the place of the weights'
+// gradient. A row stays in the core's cache.
 //
 // Shape legend: B sequences, H heads, Q queries, S keys.
+#pragma once
+
 #include "exponential.h"
 
 #include <limits>
@@ -116,16 +118,17 @@ void SoftmaxGrad::run(int64_t begin, int64_t end) const {
   }
 }
 
-void masked_softmax_(const Tensor& scores_BHQS, const Tensor& mask_B1QS) {
-  const int64_t keys = scores_BHQS.size(3), rows = keys == 0 ? 0 : scores_BHQS.numel() / keys;
-  const Softmax body{scores_BHQS.mutable_data_ptr(), mask_B1QS.const_data_ptr(), scores_BHQS.size(1),
-                     scores_BHQS.size(2), keys};
-  const auto run = run_for_this_cpu<Softmax>(scores_BHQS.scalar_type());
+// `scores` has H * Q rows a sequence, `mask` Q.
+void masked_softmax(const Tensor& scores, const Tensor& mask_B1QS) {
+  const int64_t keys = mask_B1QS.size(3), queries = mask_B1QS.size(2);
+  const int64_t rows = keys == 0 ? 0 : scores.numel() / keys, masked = mask_B1QS.size(0) * queries;
+  const Softmax body{scores.mutable_data_ptr(), mask_B1QS.const_data_ptr(), masked == 0 ? 0 : rows / masked, queries, keys};
+  const auto run = run_for_this_cpu<Softmax>(scores.scalar_type());
   parallel_blocks(rows, std::max<int64_t>(1, kItemsPerBlock / std::max<int64_t>(keys, 1)),
                   [&](int64_t begin, int64_t end) { run(body, begin, end); });
 }
 
-void softmax_backward_(const Tensor& grad, const Tensor& weights) {
+void softmax_backward(const Tensor& grad, const Tensor& weights) {
   const int64_t keys = grad.size(-1), rows = keys == 0 ? 0 : grad.numel() / keys;
   const SoftmaxGrad body{grad.mutable_data_ptr(), weights.const_data_ptr(), keys};
   const auto run = run_for_this_cpu<SoftmaxGrad>(grad.scalar_type());
@@ -134,10 +137,4 @@ void softmax_backward_(const Tensor& grad, const Tensor& weights) {
 }
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(cascade_fast_native, CPU, m) {
-  m.impl("masked_softmax_", TORCH_BOX(&masked_softmax_));
-  m.impl("softmax_backward_", TORCH_BOX(&softmax_backward_));
-}
-
 }  // namespace cascade_fast
