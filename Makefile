@@ -32,8 +32,11 @@ $(VENV)/.dev: $(VENV)/.installed
 train: setup
 	$(PY) -m cascade_fast.train --preset lora $(ARGS)
 
+# A process for each core, of one thread: most of a test is Python, and processes of many threads hold each other up.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/.dev
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(VENV)/.dev
 	$(PY) -m pytest -m slow $(ARGS)
@@ -48,8 +51,8 @@ test-oldest: $(VENV)/.dev
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --no-compile "$(TORCH)" "setuptools>=77" wheel ninja
 	CASCADE_FAST_NO_EXT=1 $(VENV)-oldest/bin/python -m pip install --quiet --no-compile -c constraints-oldest.txt \
-		--no-build-isolation -e ".[gguf]" pytest
-	$(VENV)-oldest/bin/python -m pytest $(OLDEST) $(ARGS)
+		--no-build-isolation -e ".[gguf]" pytest pytest-xdist
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest $(PARALLEL) $(OLDEST) $(ARGS)
 
 # torch is the Makefile's, and triton the one that goes with it.
 constraints:
