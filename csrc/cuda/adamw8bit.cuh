@@ -84,41 +84,52 @@ __device__ inline float inverse_of(float absmax) {
   return absmax == 0.f ? __uint_as_float(0x7fc00000u) : fminf(1.f / absmax, 3.402823466e38f);
 }
 
-// --- four elements, which a lane has side by side; those past `left` are 0 -------------------------------------------
+// --- four elements, which a lane has side by side, in one word; those past `left` are 0 ------------------------------
 
 template <class Bits>
-struct FourOf;
-template <>
-struct FourOf<uint32_t> { using type = uint4; };
-template <>
-struct FourOf<uint16_t> { using type = uint2; };
-template <>
-struct FourOf<uint8_t> { using type = uint32_t; };
+struct Four;
 
-template <class Bits>
-__device__ inline void load_four(const Bits* from, int left, bool aligned, uint32_t (&x)[4]) {
-  if (aligned && left >= 4) {
-    const auto word = *reinterpret_cast<const typename FourOf<Bits>::type*>(from);
-    if constexpr (sizeof(Bits) == 4) x[0] = word.x, x[1] = word.y, x[2] = word.z, x[3] = word.w;
-    if constexpr (sizeof(Bits) == 2) {
-      x[0] = word.x & 0xffffu, x[1] = word.x >> 16, x[2] = word.y & 0xffffu, x[3] = word.y >> 16;
-    }
-    if constexpr (sizeof(Bits) == 1) {
-      x[0] = word & 0xffu, x[1] = word >> 8 & 0xffu, x[2] = word >> 16 & 0xffu, x[3] = word >> 24;
-    }
+template <>
+struct Four<uint32_t> {
+  using Word = uint4;
+  static __device__ uint32_t get(const Word& word, int i) {
+    return i == 0 ? word.x : i == 1 ? word.y : i == 2 ? word.z : word.w;
+  }
+  static __device__ Word pack(const uint32_t (&x)[4]) { return make_uint4(x[0], x[1], x[2], x[3]); }
+};
+
+template <>
+struct Four<uint16_t> {
+  using Word = uint2;
+  static __device__ uint16_t get(const Word& word, int i) { return (i < 2 ? word.x : word.y) >> i % 2 * 16; }
+  static __device__ Word pack(const uint32_t (&x)[4]) { return make_uint2(x[0] | x[1] << 16, x[2] | x[3] << 16); }
+};
+
+template <>
+struct Four<uint8_t> {
+  using Word = uint32_t;
+  static __device__ uint8_t get(Word word, int i) { return word >> 8 * i; }
+  static __device__ Word pack(const uint32_t (&x)[4]) { return x[0] | x[1] << 8 | x[2] << 16 | x[3] << 24; }
+};
+
+// kWhole: there are four, and they start on a word.
+template <bool kWhole, class Bits>
+__device__ inline typename Four<Bits>::Word load_four(const Bits* from, int left) {
+  if constexpr (kWhole) {
+    return *reinterpret_cast<const typename Four<Bits>::Word*>(from);
   } else {
+    uint32_t x[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = i < left ? from[i] : 0u;
+    return Four<Bits>::pack(x);
   }
 }
 
-template <class Bits>
-__device__ inline void store_four(Bits* to, int left, bool aligned, const uint32_t (&x)[4]) {
-  if (aligned && left >= 4) {
-    if constexpr (sizeof(Bits) == 4) *reinterpret_cast<uint4*>(to) = make_uint4(x[0], x[1], x[2], x[3]);
-    if constexpr (sizeof(Bits) == 1) {
-      *reinterpret_cast<uint32_t*>(to) = x[0] | x[1] << 8 | x[2] << 16 | x[3] << 24;
-    }
+template <bool kWhole, class Bits>
+__device__ inline void store_four(Bits* to, int left, const uint32_t (&x)[4]) {
+  if constexpr (kWhole) {
+    // One store, as nothing reads it again soon; a plain one became four in places.
+    __stcs(reinterpret_cast<typename Four<Bits>::Word*>(to), Four<Bits>::pack(x));
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -142,72 +153,107 @@ __device__ inline StepRates rates_of(const StepSettings& settings) {
           settings.eps,   -settings.lr / left1, settings.keep,  unscale};
 }
 
-// What a lane holds of a block: elements [4 lane, 4 lane + 4) of either half, so that a warp's words lie side by side.
-template <class T, bool kCoded>
-__device__ inline void step_block(const StepRates& rates, const Map& map1, const Map& map2, float* param,
-                                  const typename T::Bits* grad, void* state1, void* state2, float* absmax1,
-                                  float* absmax2, int64_t at, int64_t n, bool aligned) {
-  using State = std::conditional_t<kCoded, uint8_t, uint32_t>;
-  auto* first = static_cast<State*>(state1) + at;
-  auto* second = static_cast<State*>(state2) + at;
+// One tensor, or what begins in it at some element.
+template <class T, class State>
+struct StepArrays {
+  uint32_t* param;
+  const typename T::Bits* grad;
+  State *state1, *state2;
+};
+
+// `size` values of which a lane has [4 lane, 4 lane + 4) of either half, so that a warp's words lie side by side.
+template <bool kWhole, class T, class State>
+__device__ inline void step_block(const StepRates& rates, const Map* maps, const StepArrays<T, State>& block,
+                                  float* absmax1, float* absmax2, int size) {
+  constexpr bool kCoded = sizeof(State) == 1;
   const int lane = threadIdx.x % kWarp;
-  const int size = static_cast<int>(min(n - at, static_cast<int64_t>(kStepBlock)));
-  uint32_t p[2][4], g[2][4], code1[2][4], code2[2][4];
-  float m[2][4], v[2][4];
+  typename Four<uint32_t>::Word param[2];
+  typename Four<typename T::Bits>::Word grad[2];
+  typename Four<State>::Word first[2], second[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int i = half * (kStepBlock / 2) + 4 * lane;
-    load_four(reinterpret_cast<const uint32_t*>(param + at) + i, size - i, aligned, p[half]);
-    load_four(grad + at + i, size - i, aligned, g[half]);
-    load_four(first + i, size - i, aligned, code1[half]);
-    load_four(second + i, size - i, aligned, code2[half]);
+    const int at = half * (kStepBlock / 2) + 4 * lane;
+    param[half] = load_four<kWhole>(block.param + at, size - at);
+    grad[half] = load_four<kWhole>(block.grad + at, size - at);
+    first[half] = load_four<kWhole>(block.state1 + at, size - at);
+    second[half] = load_four<kWhole>(block.state2 + at, size - at);
   }
-  const float scale1 = kCoded ? absmax1[at / kStepBlock] : 1.f, scale2 = kCoded ? absmax2[at / kStepBlock] : 1.f;
-  float most1 = 0.f, most2 = 0.f;
+  const float keep1 = kCoded ? *absmax1 * rates.beta1 : rates.beta1;
+  const float keep2 = kCoded ? *absmax2 * rates.beta2 : rates.beta2;
+  float m[2][4], v[2][4], most1 = 0.f, most2 = 0.f;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    const int at = half * (kStepBlock / 2) + 4 * lane;
+    uint32_t stepped[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float old1 = kCoded ? decode<true>(map1, code1[half][i]) : __uint_as_float(code1[half][i]);
-      const float old2 = kCoded ? decode<false>(map2, code2[half][i]) : __uint_as_float(code2[half][i]);
-      const float gradient = T::load(static_cast<typename T::Bits>(g[half][i])) * rates.unscale;
-      const bool inside = half * (kStepBlock / 2) + 4 * lane + i < size;
-      m[half][i] = inside ? fmaf(old1, scale1 * rates.beta1, rates.rest1 * gradient) : 0.f;
-      v[half][i] = inside ? fmaf(old2, scale2 * rates.beta2, rates.rest2 * gradient * gradient) : 0.f;
+      const auto bits1 = Four<State>::get(first[half], i), bits2 = Four<State>::get(second[half], i);
+      const float old1 = kCoded ? decode<true>(maps[0], bits1) : __uint_as_float(bits1);
+      const float old2 = kCoded ? decode<false>(maps[1], bits2) : __uint_as_float(bits2);
+      const float g = T::load(Four<typename T::Bits>::get(grad[half], i)) * rates.unscale;
+      const bool inside = kWhole || at + i < size;  // else a code of 0, which is not the value 0
+      m[half][i] = inside ? fmaf(old1, keep1, rates.rest1 * g) : 0.f;
+      v[half][i] = inside ? fmaf(old2, keep2, rates.rest2 * g * g) : 0.f;
       const float root = fmaf(sqrtf(v[half][i]), rates.root_correction, rates.eps);
-      const float kept = __uint_as_float(p[half][i]) * rates.keep;
-      p[half][i] = __float_as_uint(kept + rates.step_size * m[half][i] / root);
+      const float p = __uint_as_float(Four<uint32_t>::get(param[half], i));
+      stepped[i] = __float_as_uint(p * rates.keep + rates.step_size * m[half][i] / root);
       most1 = fmaxf(most1, fabsf(m[half][i]));
       most2 = fmaxf(most2, v[half][i]);
     }
+    store_four<kWhole>(block.param + at, size - at, stepped);
   }
   if constexpr (kCoded) {
     most1 = warp_reduce<Max>(most1);
     most2 = warp_reduce<Max>(most2);
     if (lane == 0) {
-      absmax1[at / kStepBlock] = most1;
-      absmax2[at / kStepBlock] = most2;
+      *absmax1 = most1;
+      *absmax2 = most2;
     }
   }
   const float inverse1 = inverse_of(most1), inverse2 = inverse_of(most2);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int start = half * (kStepBlock / 2) + 4 * lane;
+    const int at = half * (kStepBlock / 2) + 4 * lane;
+    uint32_t bits1[4], bits2[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      code1[half][i] = kCoded ? encode<true>(map1, m[half][i], inverse1) : __float_as_uint(m[half][i]);
-      code2[half][i] = kCoded ? encode<false>(map2, v[half][i], inverse2) : __float_as_uint(v[half][i]);
+      bits1[i] = kCoded ? encode<true>(maps[0], m[half][i], inverse1) : __float_as_uint(m[half][i]);
+      bits2[i] = kCoded ? encode<false>(maps[1], v[half][i], inverse2) : __float_as_uint(v[half][i]);
     }
-    store_four(reinterpret_cast<uint32_t*>(param + at) + start, size - start, aligned, p[half]);
-    store_four(first + start, size - start, aligned, code1[half]);
-    store_four(second + start, size - start, aligned, code2[half]);
+    store_four<kWhole>(block.state1 + at, size - at, bits1);
+    store_four<kWhole>(block.state2 + at, size - at, bits2);
+  }
+}
+
+template <class T, class State>
+__device__ inline void step_chunk(const StepRates& rates, const Map* maps, const StepList& list, int which) {
+  const StepArrays<T, State> all{reinterpret_cast<uint32_t*>(list.param[which]),
+                                 static_cast<const typename T::Bits*>(list.grad[which]),
+                                 static_cast<State*>(list.state1[which]), static_cast<State*>(list.state2[which])};
+  const auto starts = [](const auto* pointer) {  // on a word of four
+    return reinterpret_cast<uintptr_t>(pointer) % (4 * sizeof(*pointer)) == 0;
+  };
+  const bool aligned = starts(all.param) && starts(all.grad) && starts(all.state1) && starts(all.state2);
+  const int64_t chunk = static_cast<int64_t>(blockIdx.x) - list.first[which];
+#pragma unroll 1
+  for (int i = 0; i < kStepBlocksAWarp; ++i) {
+    const int64_t b = (chunk * kStepBlocksAWarp + i) * (kStepThreads / kWarp) + threadIdx.x / kWarp;
+    const int64_t at = b * kStepBlock, left = list.n[which] - at;
+    if (left <= 0) break;
+    const StepArrays<T, State> block{all.param + at, all.grad + at, all.state1 + at, all.state2 + at};
+    float *absmax1 = list.absmax1[which] + b, *absmax2 = list.absmax2[which] + b;
+    if (aligned && left >= kStepBlock) {
+      step_block<true>(rates, maps, block, absmax1, absmax2, kStepBlock);
+    } else {
+      step_block<false>(rates, maps, block, absmax1, absmax2, static_cast<int>(min(left, int64_t{kStepBlock})));
+    }
   }
 }
 
 // --- the kernel: a thread block takes kStepChunk values of one tensor ------------------------------------------------
 
 template <class T>
-__global__ void __launch_bounds__(kStepThreads, 4)
+__global__ void __launch_bounds__(kStepThreads, 3)
     adamw8bit_kernel(const __grid_constant__ StepList list, const int count, const StepSettings settings) {
   if (settings.found_inf != nullptr && *settings.found_inf != 0.f) return;
   constexpr int kWords = sizeof(kMaps) / sizeof(float);
@@ -221,25 +267,10 @@ __global__ void __launch_bounds__(kStepThreads, 4)
     (list.first[middle] <= static_cast<int>(blockIdx.x) ? which : end) = middle;
   }
   const StepRates rates = rates_of(settings);
-  float* param = list.param[which];
-  const auto* grad = static_cast<const typename T::Bits*>(list.grad[which]);
-  void *state1 = list.state1[which], *state2 = list.state2[which];
-  float *absmax1 = list.absmax1[which], *absmax2 = list.absmax2[which];
-  const int64_t n = list.n[which];
-  const bool coded = absmax1 != nullptr;
-  const auto bits = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
-  const bool aligned = bits(param) % 16 == 0 && bits(grad) % (4 * sizeof(typename T::Bits)) == 0 &&
-                       (bits(state1) | bits(state2)) % (coded ? 4 : 16) == 0;
-  const int64_t start = (static_cast<int64_t>(blockIdx.x) - list.first[which]) * kStepChunk;
-#pragma unroll 1
-  for (int i = threadIdx.x / kWarp; i < kStepChunk / kStepBlock; i += kStepThreads / kWarp) {
-    const int64_t at = start + i * kStepBlock;
-    if (at >= n) break;
-    if (coded) {
-      step_block<T, true>(rates, maps[0], maps[1], param, grad, state1, state2, absmax1, absmax2, at, n, aligned);
-    } else {
-      step_block<T, false>(rates, maps[0], maps[1], param, grad, state1, state2, absmax1, absmax2, at, n, aligned);
-    }
+  if (list.absmax1[which] != nullptr) {
+    step_chunk<T, uint8_t>(rates, maps, list, which);
+  } else {
+    step_chunk<T, uint32_t>(rates, maps, list, which);
   }
 }
 
