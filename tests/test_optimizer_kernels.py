@@ -1,4 +1,4 @@
-"""The CUDA kernel of adamw8bit: emulated on the CPU, and (``-m gpu``) run on a card; and what the optimizer makes of it."""
+"""The CUDA kernel of adamw8bit, emulated on the CPU and (``-m gpu``) run on a card; the optimizer that calls it."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Loss scale, clip and left-out steps within the optimizer: as in passes of their own, without waiting for the device."""
+"""Loss scale, clip and left-out steps within the optimizer: as in passes of their own, and nothing waits."""
 
 import importlib.util
 import json

@@ -213,9 +213,9 @@ def adamw8bit(
             contiguous, in the parameters' shapes; changed.
         absmax1, absmax2: float32 scales, one for each 256 values or what is left; empty for float32 moments; changed.
         steps: the number of this step, from 1.
-        grad_scale, found_inf, skipped: ``()`` float32 on the parameters' device, which nothing waits for. Gradients are
-            divided by ``grad_scale`` (up to 1e15); unless ``found_inf`` is 0 nothing is changed; ``skipped`` is taken off
-            all ``steps``, as the host cannot know how many were left out.
+        grad_scale, found_inf, skipped: ``()`` float32 on the parameters' device; no GPU body waits for them. Gradients
+            are divided by ``grad_scale`` (up to 1e15); nothing is changed unless ``found_inf`` is 0; ``skipped`` is
+            taken off all ``steps``: steps left out before, whose number the host does not know.
 
     Raises:
         ValueError: a shape, dtype, device or memory layout that does not fit; names the argument.

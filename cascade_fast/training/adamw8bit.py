@@ -72,10 +72,11 @@ class AdamW8bit(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             states = [self.state[p] or self._new_state(p) for p in params]
             steps = [state["step"] + 1 for state in states]
-            none = torch.empty(0, device=params[0].device) if params else None
+            none = torch.empty(0, device=params[0].device if params else None)
+            grads: list[Any] = [p.grad for p in params]
             ops.adamw8bit(
                 params,
-                [p.grad for p in params],
+                grads,
                 [state["state1"] for state in states],
                 [state["state2"] for state in states],
                 [state.get("absmax1", none) for state in states],

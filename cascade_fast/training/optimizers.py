@@ -16,9 +16,9 @@ from cascade_fast.training.adamw8bit import NESTED, AdamW8bit
 def build_optimizer(
     parameters: Iterable[nn.Parameter], settings: RunSettings, device: torch.device
 ) -> torch.optim.Optimizer:
-    """``adamw`` is torch's fused AdamW. ``adamw8bit`` is our own :class:`~cascade_fast.training.adamw8bit.AdamW8bit` and,
-    with the same state, bitsandbytes' on a GPU for which the extension has no kernel. ``paged_adamw8bit`` is
-    bitsandbytes' on a GPU and the same as ``adamw8bit`` on the CPU, where there is nothing to page.
+    """``adamw`` is torch's fused AdamW. ``adamw8bit`` is our :class:`~cascade_fast.training.adamw8bit.AdamW8bit`; where
+    the extension has no kernel for the GPU, bitsandbytes', with the same state. ``paged_adamw8bit`` is bitsandbytes' on
+    a GPU and the same as ``adamw8bit`` on the CPU, where there is nothing to page.
 
     Raises:
         InputError: bitsandbytes is needed and not installed.

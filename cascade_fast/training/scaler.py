@@ -30,7 +30,7 @@ class FoldingScaler(torch.amp.GradScaler):
         Returns:
             The norm of the gradients, scaled by the loss scale, 0-dimensional; None if it was not needed.
         """
-        scale = self._scale if self.is_enabled() else None
+        scale, growth = (self._scale, self._growth_tracker) if self.is_enabled() else (None, None)
         if scale is None and clip == 0:
             optimizer.step()
             return None
@@ -49,9 +49,7 @@ class FoldingScaler(torch.amp.GradScaler):
             optimizer.step()
         finally:
             del optimizer.grad_scale, optimizer.found_inf
-        if scale is not None:
-            torch._amp_update_scale_(  # what update() calls
-                scale, self._growth_tracker, left_out,
-                self._growth_factor, self._backoff_factor, self._growth_interval,
-            )  # fmt: skip
+        if scale is not None and growth is not None and left_out is not None:
+            factors = (self._growth_factor, self._backoff_factor)
+            torch._amp_update_scale_(scale, growth, left_out, *factors, self._growth_interval)  # as update() does
         return norm

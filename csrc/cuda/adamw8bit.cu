@@ -1,4 +1,4 @@
-// Launcher of adamw8bit: a launch for each 64 tensors, of one dtype of gradients and one step number each.
+// Launcher of adamw8bit: a launch for each 64 tensors of one step number and one dtype of gradients.
 #include "adamw8bit.cuh"
 
 #include <cmath>
