@@ -29,5 +29,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
       "(Tensor, Tensor, Tensor)");
   m.def(
       "adamw8bit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, "
-      "Tensor(e!)[] absmax2, int[] steps, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");
+      "Tensor(e!)[] absmax2, int[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "Tensor? grad_scale, Tensor? found_inf, Tensor? skipped) -> ()");
 }

@@ -16,6 +16,7 @@ from cascade_fast.stages.stage import StageConfig
 from cascade_fast.stages.tokens import StageTokens
 from cascade_fast.training import trainer as training
 from cascade_fast.training.optimizers import learning_rate
+from cascade_fast.training.scaler import FoldingScaler
 from cascade_fast.training.stage_trainer import StageTrainer
 
 TOKENS = 96
@@ -60,9 +61,12 @@ def test_a_batch_in_parts_is_the_batch(tmp_path, preset, parts):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_a_float16_step_that_overflows_is_left_out_and_counted(tmp_path):
-    trainer = _trainer(tmp_path / "run", dtype=torch.float16, head_scale=0.3)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # overflows float16's range at first
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("folds", [False, True], ids=["as on the CPU", "as on a GPU"])
+def test_a_float16_step_that_overflows_is_left_out_and_counted(tmp_path, folds, optimizer):
+    trainer = _trainer(tmp_path / "run", dtype=torch.float16, head_scale=0.3, optimizer=optimizer)
+    trainer.folds = folds
+    trainer.scaler = FoldingScaler("cpu", init_scale=2.0**40)  # overflows float16's range at first
     before = [p.detach().clone() for p in trainer.parameters]
     trainer.train_step(torch.arange(32))
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
@@ -74,6 +78,8 @@ def test_a_float16_step_that_overflows_is_left_out_and_counted(tmp_path):
     skipped = trainer.totals[2].item()
     assert 1 < skipped < 40
     assert trainer.totals[1].item() == (41 - skipped) * 32
+    counts = {int(state["step"]) for state in trainer.optimizer.state_dict()["state"].values()}
+    assert counts == {41 - skipped}
     assert not all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
     assert trainer._look()
     (line,) = _events(trainer, "steps")

@@ -193,6 +193,9 @@ def adamw8bit(
     beta2: float,
     eps: float,
     weight_decay: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    skipped: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """One step of AdamW (arXiv 1711.05101) in place, with moments in blockwise 8-bit codes (arXiv 2110.02861).
@@ -212,6 +215,9 @@ def adamw8bit(
             contiguous, in the parameters' shapes; changed.
         absmax1, absmax2: float32 scales, one for each 256 values or what is left; empty for float32 moments; changed.
         steps: the number of this step, from 1.
+        grad_scale, found_inf, skipped: ``()`` float32 on the parameters' device; no GPU body waits for them. Gradients
+            are divided by ``grad_scale`` (up to 1e15); nothing is changed unless ``found_inf`` is 0; ``skipped`` is
+            taken off all ``steps``: steps left out before, whose number the host does not know.
 
     Raises:
         ValueError: a shape, dtype, device or memory layout that does not fit; names the argument.
@@ -219,5 +225,6 @@ def adamw8bit(
     """
     torch.ops.cascade_fast.adamw8bit(
         list(params), list(grads), list(state1), list(state2), list(absmax1), list(absmax2), list(steps),
-        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, backend=backend,
+        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+        grad_scale=grad_scale, found_inf=found_inf, skipped=skipped, backend=backend,
     )  # fmt: skip

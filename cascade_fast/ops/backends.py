@@ -38,8 +38,8 @@ OTHER_OPS = (
     "adamw8bit",
 )
 OPS = SELECTION_OPS + OTHER_OPS
-# Those with kernels for GPUs. Plain torch serves the others there (and bitsandbytes the optimizer): nothing is missing.
-CUDA_OPS = SELECTION_OPS
+# Those with kernels for GPUs. Plain torch serves the others there: nothing is missing.
+CUDA_OPS = (*SELECTION_OPS, "adamw8bit")
 TRITON_OPS = SELECTION_OPS
 
 if importlib.util.find_spec("cascade_fast._C") is not None:

@@ -276,10 +276,18 @@ def adamw8bit(
     beta2: float,
     eps: float,
     weight_decay: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    skipped: Tensor | None = None,
 ) -> None:
     """One step in place, see :func:`cascade_fast.ops.adamw8bit`."""
-    for i, (param, step) in enumerate(zip(params, steps, strict=True)):
-        grad, coded = grads[i].float(), state1[i].dtype == torch.uint8
+    if found_inf is not None and found_inf != 0:
+        return
+    left_out = 0 if skipped is None else int(skipped)
+    for i, param in enumerate(params):
+        step, grad, coded = steps[i] - left_out, grads[i].float(), state1[i].dtype == torch.uint8
+        if grad_scale is not None:
+            grad = grad / grad_scale
         m = dequantize_blockwise(state1[i], absmax1[i], True) if coded else state1[i]
         v = dequantize_blockwise(state2[i], absmax2[i], False) if coded else state2[i]
         m = m * beta1 + grad * (1.0 - beta1)

@@ -33,7 +33,7 @@ _LIB.define(
 _LIB.define(
     "adamw8bit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, "
     "Tensor(e!)[] absmax2, int[] steps, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
-    "str backend='auto') -> ()"
+    "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? skipped=None, str backend='auto') -> ()"
 )
 
 
@@ -130,6 +130,7 @@ def _check_adamw8bit(
     absmax1: list[Tensor],
     absmax2: list[Tensor],
     steps: list[int],
+    **scalars: Tensor | None,
 ) -> None:
     lists: dict[str, Sequence] = {
         "grads": grads,
@@ -148,6 +149,10 @@ def _check_adamw8bit(
         first, second, scale1, scale2 = state1[i], state2[i], absmax1[i], absmax2[i]
         blocks = -(-param.numel() // reference.BLOCK) if first.dtype == torch.uint8 else 0
         check(param.dtype == torch.float32, lambda: f"params[{i}]: {shape_of(param)}; must be float32")
+        check(
+            param.device == params[0].device,
+            lambda: f"params[{i}]: {shape_of(param)}; must be on the device of the first, {params[0].device}",
+        )
         check(
             param.is_contiguous(),
             lambda: f"params[{i}]: {shape_of(param)}, strides {param.stride()}; must be contiguous",
@@ -181,6 +186,10 @@ def _check_adamw8bit(
                 ),
             )
         check(steps[i] >= 1, lambda: f"steps[{i}]: {steps[i]}; must be 1 for the first step, or more")
+    for name, value in scalars.items():
+        if value is not None and params:
+            good = value.shape == () and value.dtype == torch.float32 and value.device == params[0].device
+            check(good, lambda: f"{name}: {shape_of(value)}; must be one float32 number () on {params[0].device}")
 
 
 # --- fakes: shapes and dtypes of the results -------------------------------------------------------------------------
@@ -230,8 +239,10 @@ def _(grad, x, weight, inv_rms, weight_grad=True, *, backend="auto"):
 
 
 @torch.library.register_fake("cascade_fast::adamw8bit", lib=_LIB)
-def _(params, grads, state1, state2, absmax1, absmax2, steps, *, lr, beta1, beta2, eps, weight_decay, backend="auto"):
-    _check_adamw8bit(params, grads, state1, state2, absmax1, absmax2, steps)
+def _(params, grads, state1, state2, absmax1, absmax2, steps, *, lr, beta1, beta2, eps, weight_decay, grad_scale=None,
+      found_inf=None, skipped=None, backend="auto"):  # fmt: skip
+    scalars = {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": skipped}
+    _check_adamw8bit(params, grads, state1, state2, absmax1, absmax2, steps, **scalars)
 
 
 # --- bodies: checked, then handed to whoever serves this device ------------------------------------------------------
@@ -293,12 +304,17 @@ def _adamw8bit(
     beta2: float,
     eps: float,
     weight_decay: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    skipped: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    _check_adamw8bit(params, grads, state1, state2, absmax1, absmax2, steps)
+    scalars = {"grad_scale": grad_scale, "found_inf": found_inf, "skipped": skipped}
+    _check_adamw8bit(params, grads, state1, state2, absmax1, absmax2, steps, **scalars)
     if params:
         step = backends.body("adamw8bit", params[0].device, backend)
-        step(params, grads, state1, state2, absmax1, absmax2, steps, lr, beta1, beta2, eps, weight_decay)
+        settings = (lr, beta1, beta2, eps, weight_decay)
+        step(params, grads, state1, state2, absmax1, absmax2, steps, *settings, *scalars.values())
 
 
 _LIB.impl("cosine_score", _cosine_score, "CompositeExplicitAutograd")

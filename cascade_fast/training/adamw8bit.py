@@ -1,4 +1,4 @@
-"""AdamW with 8-bit moments on the CPU, in bitsandbytes' own state."""
+"""AdamW with 8-bit moments, in bitsandbytes' own state."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -22,6 +22,10 @@ class AdamW8bit(torch.optim.Optimizer):
     fewer than 4,096 elements has ``step`` and float32 ``state1`` and ``state2``. ``state_dict()`` loads into
     ``bitsandbytes.optim.AdamW8bit``, and its own loads here.
 
+    As in torch's fused optimizers, a step divides gradients by the attribute ``grad_scale`` and is left out where
+    ``found_inf`` is not 0, both ``()`` float32 or None, and never waits for the device. ``state[p]["step"]`` counts
+    such steps, too, until ``state_dict()`` asks the device how many there were.
+
     Args:
         parameters: contiguous float32 tensors, or parameter groups of them. Gradients: float32, float16 or bfloat16.
         lr, betas, eps, weight_decay: as in :class:`torch.optim.AdamW`.
@@ -29,6 +33,10 @@ class AdamW8bit(torch.optim.Optimizer):
     Raises:
         ValueError: a setting out of range; a parameter that is not float32 or not contiguous (on the first step).
     """
+
+    _step_supports_amp_scaling = True  # what GradScaler goes by
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -44,6 +52,8 @@ class AdamW8bit(torch.optim.Optimizer):
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas: {betas}; must be in [0, 1)")
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.skipped: Tensor | None = None  # steps left out, on the device: those that `counted` have in common
+        self.counted: list[Tensor] = []
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -52,14 +62,21 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if list(map(id, stepped)) != list(map(id, self.counted)):
+            self._settle()
+            self.counted = stepped
+        if self.found_inf is not None and self.skipped is None:
+            self.skipped = torch.zeros_like(self.found_inf)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             states = [self.state[p] or self._new_state(p) for p in params]
             steps = [state["step"] + 1 for state in states]
-            none = torch.empty(0)
+            none = torch.empty(0, device=params[0].device if params else None)
+            grads: list[Any] = [p.grad for p in params]
             ops.adamw8bit(
                 params,
-                [p.grad for p in params],
+                grads,
                 [state["state1"] for state in states],
                 [state["state2"] for state in states],
                 [state.get("absmax1", none) for state in states],
@@ -70,11 +87,29 @@ class AdamW8bit(torch.optim.Optimizer):
                 beta2=group["betas"][1],
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
+                grad_scale=self.grad_scale,
+                found_inf=self.found_inf,
+                skipped=self.skipped,
             )
             torch.autograd.graph.increment_version(params)
             for state, step in zip(states, steps, strict=True):
                 state["step"] = step
+        if self.found_inf is not None and self.skipped is not None:
+            self.skipped += self.found_inf
         return loss
+
+    def _settle(self) -> None:
+        """Takes the steps left out off the parameters' counts; waits for the device if there may be any."""
+        if self.skipped is not None:
+            left_out = int(self.skipped.item())
+            for p in self.counted:
+                self.state[p]["step"] -= left_out
+            self.skipped = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Waits for the device if there may be steps left out."""
+        self._settle()
+        return super().state_dict()
 
     def _new_state(self, p: Tensor) -> dict[str, Any]:
         state = self.state[p]
@@ -84,7 +119,7 @@ class AdamW8bit(torch.optim.Optimizer):
             state[f"state{number}"] = torch.zeros_like(p, dtype=torch.uint8 if coded else torch.float32)
             if coded:
                 state[f"qmap{number}"] = dynamic_map(signed=number == 1)
-                state[f"absmax{number}"] = torch.zeros(-(-p.numel() // BLOCK))
+                state[f"absmax{number}"] = torch.zeros(-(-p.numel() // BLOCK), device=p.device)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -101,6 +136,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 entries = dict(state_dict["state"][index])
                 entries |= entries.pop(NESTED, {})
                 states[p] = _copied(entries, p, index)
+        self.skipped = None
         # It would turn the codes into floats, too, and therefore sees the groups only.
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.state.update(states)
@@ -124,10 +160,10 @@ def _copied(entries: dict[str, Any], p: Tensor, index: int) -> dict[str, Any]:
                 f"state of parameter {index}, {name}: {tuple(tensor.shape)} {tensor.dtype}; "
                 f"must be {tuple(shape)} {dtype}"
             )
-        state[name] = tensor.detach().to(p.device, copy=True).contiguous()
-    for number in (1, 2) if coded else ():
-        own = dynamic_map(signed=number == 1)
-        if not torch.allclose(state[f"qmap{number}"].cpu(), own, rtol=1e-6, atol=0):
-            raise ValueError(f"state of parameter {index}, qmap{number}: not the dynamic map")
-        state[f"qmap{number}"] = own
+        if name.startswith("qmap"):  # where the parameter is, nothing reads it
+            state[name] = own = dynamic_map(signed=name == "qmap1")
+            if not torch.allclose(tensor.cpu(), own, rtol=1e-6, atol=0):
+                raise ValueError(f"state of parameter {index}, {name}: not the dynamic map")
+        else:
+            state[name] = tensor.detach().to(p.device, copy=True).contiguous()
     return state

@@ -24,6 +24,7 @@ from cascade_fast.runtime.compute import Compute, trim_host_memory, wait_for
 from cascade_fast.runtime.console import Progress, epoch_line, say
 from cascade_fast.settings import RunSettings
 from cascade_fast.training.optimizers import build_optimizer, learning_rate, set_learning_rate
+from cascade_fast.training.scaler import FoldingScaler
 
 EVAL_TOKENS = 2048  # tokens of a forward pass without gradients
 LOG_STEPS = 50  # steps between looks at the loss, a line of the log each
@@ -162,7 +163,10 @@ class Trainer:
         # A tied one is there once; frozen ones are not.
         self.parameters = [p for p in module.parameters() if p.requires_grad and id(p) not in without_gradient]
         self.optimizer = build_optimizer(self.parameters, settings, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute.dtype == torch.float16)
+        self.scaler = FoldingScaler(self.device.type, enabled=compute.dtype == torch.float16)
+        # On the CPU, clipped gradients are multiplied, not divided: runs keep their bits.
+        folds = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        self.folds = self.device.type != "cpu" and folds
         self.batch_units = train.units_of(settings.batch_tokens)
         self.micro_batch_units = train.units_of(micro_batch_tokens or settings.batch_tokens)
         self.steps_per_epoch = math.ceil(train.units / self.batch_units)
@@ -263,25 +267,34 @@ class Trainer:
                 part = part * (len(label_M) / tokens)
             self.scaler.scale(part).backward()
             loss += part.detach()
-        finite = torch.isfinite(loss)
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)
-        if settings.grad_clip > 0 or self.scaler.is_enabled():
-            gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            finite &= torch.isfinite(norm)
-            if settings.grad_clip > 0:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, settings.grad_clip, norm)
-        self.scaler.step(self.optimizer)  # float16 only: leaves a step with an infinite gradient out
-        self.scaler.update()
+        gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
+        norm = (self._folded_step if self.folds else self._plain_step)(gradients)
+        finite = (loss if norm is None else loss + norm) < math.inf  # neither is negative; not so for NaN
         self.optimizer.zero_grad(set_to_none=True)
         if self.decayed_only:  # AdamW with a zero gradient: decay and nothing else
             with torch.no_grad():
                 torch._foreach_mul_(self.decayed_only, 1.0 - lr * settings.weight_decay)
-        self.totals[0] += torch.where(finite, loss.double() * tokens, 0.0)
-        self.totals[1] += finite * tokens
-        self.totals[2] += ~finite
+        loss_sum, seen, not_finite = self.totals.unbind()
+        loss_sum.add_(torch.where(finite, loss, 0.0), alpha=tokens)  # exact: a product of float32 and a count
+        seen.add_(finite, alpha=tokens)
+        not_finite.add_(~finite)
         return tokens
+
+    def _folded_step(self, gradients: list[Tensor]) -> Tensor | None:
+        return self.scaler.fold(self.optimizer, gradients, self.settings.grad_clip)
+
+    def _plain_step(self, gradients: list[Tensor]) -> Tensor | None:
+        """The same in passes of their own. The norm of ``gradients``, where it was needed."""
+        norm = None
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        if self.settings.grad_clip > 0 or self.scaler.is_enabled():
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if self.settings.grad_clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.grad_clip, norm)
+        self.scaler.step(self.optimizer)  # float16 only: leaves a step with an infinite gradient out
+        self.scaler.update()
+        return norm
 
     def _learning_rate(self, step: int) -> float:
         """Of ``step`` of this epoch."""

@@ -4,13 +4,12 @@
 // A block of 256 values is read once, its moments live in the first-level cache until their scales are known, and is
 // written once: 16 bytes a parameter with a float32 gradient.
 //
-// A table lookup for each value would cost more than the memory does, so codes are computed. The map's values are
-// evenly spaced within a decade and each decade has twice the values of the one below. So, with the values of one sign
-// numbered by *position*, value(position) is made of straight lines, one for each power of two, found by the float's
-// exponent; and position(value) is the integer part of the least of three lines for each power of four.
+// A table lookup for each value would cost more than the memory does, so codes are computed: see dynamic_map.h.
+#include "../dynamic_map.h"
 #include "vectors.h"
 
 #include <limits>
+#include <optional>
 
 namespace cascade_fast {
 namespace {
@@ -19,52 +18,6 @@ constexpr int64_t kBlock = 256;        // values that share a scale
 constexpr int64_t kBlocksAtOnce = 64;  // that a thread takes
 
 // --- the dynamic map: values, and the code nearest to a value --------------------------------------------------------
-
-constexpr int kDecades = 7;  // 1e-7 to 1, in powers of ten
-
-struct Line {
-  float offset, slope;
-};
-
-// One sign of a map. Its values are numbered by position: p = first * 2^i, first * 2^i + 1, ... are those of decade i.
-struct Map {
-  Line value[8];        // of a position, by its exponent modulo 8
-  Line position[3][8];  // the least of three lines of a grid point's number, by that number's power of four
-  float last, top;      // position of the last value, 1; grid points above `top` belong to it
-  float position_scale; // positions are multiplied by it before they meet value[]
-
-  constexpr Map(int first, int scale) : value{}, position{}, last(128.0f * first), top(0), position_scale(scale) {
-    int exponent = 127;
-    for (int s = first * scale; s > 1; s /= 2) ++exponent;
-    double low = 1e-7;
-    for (int i = 0; i < kDecades; ++i, low *= 10) {  // value = low + (position - count + 1/2) * step
-      const double count = first * (1 << i), step = 9 * low / count;
-      value[(exponent + i) % 8] = {static_cast<float>(low + (0.5 - count) * step), static_cast<float>(step / scale)};
-      if (i == kDecades - 1) top = static_cast<float>((1 - step / 4) * kGrid);
-      // The first value of a decade takes over one fifth of a step after the decade begins, halfway from the last value
-      // of the decade before, whose steps are a fifth as long: a steeper line through that point and the next bound.
-      // A power of four has at most one such place in it.
-      double end = 4;
-      for (int power = 0; power < 8; ++power, end *= 4) {
-        if (i > 0 && low * kPoints < end) {
-          position[0][power] = on_grid(count / 2, low / 10, step / 5);
-          position[1][power] = on_grid(count - 0.25, low, 0.8 * step);
-          position[2][power] = on_grid(count, low, step);
-        }
-      }
-    }
-  }
-
-  static constexpr double kPoints = 65535, kGrid = 2 * kPoints;
-  // A hair below, so that a value at a bound does not depend on the last bit, and 1 itself stays in the last decade.
-  static constexpr Line on_grid(double at_low, double low, double step) {
-    return {static_cast<float>(at_low - low / step - 1e-4), static_cast<float>(1 / (kGrid * step))};
-  }
-};
-
-// Signed: code = 127 + position or 127 - position. The factor 4 leaves exponent 0 modulo 8 to position 0.
-constexpr Map kSigned(1, 4);
-constexpr Map kUnsigned(2, 1);  // code = position - 1; position 1 is the value 0, alone in its power of two
 
 template <class V>
 CASCADE_INLINE void least(typename V::Floats& x, const typename V::Floats& y) {
@@ -148,7 +101,7 @@ CASCADE_INLINE void encode(const typename V::Floats& x, float inverse, uint8_t* 
 // --- a block ---------------------------------------------------------------------------------------------------------
 
 struct Rates {  // of one step of one tensor
-  float beta1, rest1, beta2, rest2;  // rest = 1 - beta
+  float beta1, rest1, beta2, rest2;  // rest = 1 - beta, over the gradient's scale or its square
   float root_correction;             // 1 / sqrt(1 - beta2^step)
   float eps, step_size, keep;        // step_size = -lr / (1 - beta1^step), keep = 1 - lr * weight_decay
 };
@@ -282,7 +235,13 @@ void Job::run(int64_t begin, int64_t end) const {
 void adamw8bit(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& state1,
                const std::vector<Tensor>& state2, const std::vector<Tensor>& absmax1,
                const std::vector<Tensor>& absmax2, const std::vector<int64_t>& steps, double lr, double beta1,
-               double beta2, double eps, double weight_decay) {
+               double beta2, double eps, double weight_decay, const std::optional<Tensor>& grad_scale,
+               const std::optional<Tensor>& found_inf, const std::optional<Tensor>& skipped) {
+  const auto number = [](const std::optional<Tensor>& given, double otherwise) {
+    return given ? static_cast<double>(*given->const_data_ptr<float>()) : otherwise;
+  };
+  if (number(found_inf, 0.0) != 0.0) return;
+  const double unscale = 1.0 / number(grad_scale, 1.0), left_out = number(skipped, 0.0);
   std::vector<Tensor> contiguous_grads;  // keeps copies alive
   std::vector<Job> jobs;
   std::vector<int64_t> ends;  // blocks of the tensors up to and with this one
@@ -291,14 +250,14 @@ void adamw8bit(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
     contiguous_grads.push_back(grads[i].is_contiguous() ? grads[i] : torch::stable::contiguous(grads[i]));
     const Tensor& grad = contiguous_grads.back();
     const bool coded = state1[i].scalar_type() == ScalarType::Byte;
-    const double step = static_cast<double>(steps[i]);
+    const double step = static_cast<double>(steps[i]) - left_out;
     const double left1 = 1.0 - std::pow(beta1, step), left2 = 1.0 - std::pow(beta2, step);
     jobs.push_back({params[i].mutable_data_ptr<float>(), grad.const_data_ptr(), grad.scalar_type(),
                     state1[i].mutable_data_ptr(), state2[i].mutable_data_ptr(),
                     coded ? absmax1[i].mutable_data_ptr<float>() : nullptr,
                     coded ? absmax2[i].mutable_data_ptr<float>() : nullptr, params[i].numel(),
-                    {static_cast<float>(beta1), static_cast<float>(1.0 - beta1), static_cast<float>(beta2),
-                     static_cast<float>(1.0 - beta2), static_cast<float>(1.0 / std::sqrt(left2)),
+                    {static_cast<float>(beta1), static_cast<float>((1.0 - beta1) * unscale), static_cast<float>(beta2),
+                     static_cast<float>((1.0 - beta2) * unscale * unscale), static_cast<float>(1.0 / std::sqrt(left2)),
                      static_cast<float>(eps), static_cast<float>(-lr / left1),
                      static_cast<float>(1.0 - lr * weight_decay)}});
     blocks += ceil_div(params[i].numel(), kBlock);
