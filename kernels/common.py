@@ -34,7 +34,7 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
-def check_index_on_cpu(index_K: Tensor, n: int) -> None:
+def check_index_on_cpu(index_K: Tensor, n: int, name: str = "index") -> None:
     """An IndexError for an index outside ``[0, n)``; on a GPU nothing, as looking would wait for it."""
     if index_K.device.type == "cpu" and index_K.numel() and not ((index_K >= 0) & (index_K < n)).all():
-        raise IndexError(f"index: out of range for {n} rows")
+        raise IndexError(f"{name}: out of range, must be in [0, {n})")
