@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check_index_on_cpu, on_device_of
+from .common import check_index_on_cpu, on_device_of, round_to
 
 NUM_WARPS = 32  # a program is large so that few rows are under way at once: the second read should find them in the cache
 TILE_BYTES = 16384  # 16 of each thread
@@ -71,7 +71,7 @@ def _cross_entropy_kernel(
             v = (tl.cdiv(V, BV) - 1 - tile) * BV + tl.arange(0, BV)
             x = tl.load(row_ptr + v, mask=v < V, other=0.0).to(tl.float32)  # [BV]
             grad = tl.exp(x - row_most) * factor - tl.where(v == label, scale, 0.0)
-            tl.store(row_ptr + v, grad.to(logits_ptr.dtype.element_ty), mask=v < V)
+            tl.store(row_ptr + v, round_to(grad, logits_ptr.dtype.element_ty), mask=v < V)
 
 
 def cross_entropy_(logits_CV: Tensor, labels_C: Tensor, grad: bool, scale: float) -> tuple[Tensor, Tensor]:
