@@ -19,8 +19,8 @@ from cascade_fast.runtime.compute import PADDED_TO, padded_rows
 
 LARGEST_LOSS = 700.0  # nats; exp(710) is no float
 CHUNK_BYTES = 48 * 2**20  # of logits: 512 tokens of a vocabulary of 49,152 in 16 bit
-# Of gradients in float16 whose smallest number, 6e-8, most probabilities of a large vocabulary are near to. Their product
-# with the head, at most twice its largest weight in size, stays below 65,504 for weights up to 127.
+# Of d loss_sum / d logits in float16, where probabilities below 3e-8 / scale are 0. What is lost has one sign and adds
+# up over a batch. Products with the head are at most twice its largest weight times this: finite for weights up to 127.
 FLOAT16_SCALE = 256.0
 SPARE = 0.25  # of a chunk: on the CPU so many tokens too many go at once all the same, as two halves would take longer
 

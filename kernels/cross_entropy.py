@@ -7,9 +7,9 @@
 logits: (C, V) float32, float16 or bfloat16, contiguous. label: (C,) int64, any stride. loss, entropy: (C,) float32. All
 arithmetic in float32.
 
-A program reads its row once with an online softmax (Milakov and Gimelshein, arXiv 1805.02867): each of its lanes keeps a
-running maximum and two sums relative to it. For the gradient it reads the row again, from the end, as a cache still has
-what was read last. (The CUDA C++ kernel keeps up to 96 KB of a row in registers; Triton has no array of registers.)
+A program reads its row once with an online softmax (Milakov and Gimelshein, arXiv 1805.02867): each place of a tile
+keeps a running maximum and two sums relative to it. For the gradient it reads the row again, from the end, as a cache
+still has what was read last. (The CUDA C++ kernel keeps 96 KB of a row in registers; Triton has no array of them.)
 
 Shape legend: C tokens, V vocabulary.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .common import check_index_on_cpu, on_device_of, round_to
 
-NUM_WARPS = 32  # a program is large so that few rows are under way at once: the second read should find them in the cache
+NUM_WARPS = 32  # so many that few rows are under way at once: the second read should find them in the cache
 TILE_BYTES = 16384  # 16 of each thread
 LEAST_POWER = tl.constexpr(-200.0)  # exp of less is 0 in float32
 LOWEST = tl.constexpr(-3.4028234663852886e38)

@@ -52,7 +52,9 @@ def test_thread_counts_and_runs_agree_bit_for_bit(backend):
 def test_opcheck(backend, grad):
     logits, labels = cases.inputs(5, 33, torch.float32)
     torch.library.opcheck(
-        torch.ops.cascade_fast.cross_entropy_.default, (logits, labels), {"grad": grad, "scale": 2.0, "backend": backend}
+        torch.ops.cascade_fast.cross_entropy_.default,
+        (logits, labels),
+        {"grad": grad, "scale": 2.0, "backend": backend},
     )
 
 

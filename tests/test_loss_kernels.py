@@ -167,7 +167,9 @@ def on_card(device, op):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 7), (700, 577), (64, 4099), (300, 49_152), (5, 151_936)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 5), (1, 1), (3, 7), (700, 577), (64, 4099), (300, 49_152), (5, 151_936)], ids=str
+)
 @cases.dtypes
 def test_gpu_losses_entropies_and_gradients(card, dtype, shape):
     device, op, _ = card
@@ -239,7 +241,7 @@ def test_gpu_step(card, how):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
 def test_gpu_linear_cross_entropy(card, dtype, monkeypatch):
-    """Loss and gradients of a head on the card against the CPU's float32."""
+    """Loss and gradients on the card, where nothing waits for it, against the CPU's float32."""
     from cascade_fast.losses import linear_cross_entropy
 
     device, _, backend = card
@@ -250,8 +252,13 @@ def test_gpu_linear_cross_entropy(card, dtype, monkeypatch):
         if where.type == "cpu":
             monkeypatch.setenv("CASCADE_FAST_BACKEND", "reference")
         there = hidden.to(where).requires_grad_()
-        loss = linear_cross_entropy(there, head.to(where), labels.to(where), dtype=dtype_there)
-        loss.backward()
+        arguments = head.to(where), labels.to(where)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = linear_cross_entropy(there, *arguments, dtype=dtype_there)
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         results.append((loss.detach().cpu(), there.grad.cpu()))
     eps = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
     torch.testing.assert_close(results[0][0], results[1][0], rtol=eps, atol=eps)

@@ -145,7 +145,8 @@ def cross_entropy_(
 
     Args:
         logits_CV: ``(C, V)`` float32, float16 or bfloat16, contiguous, V >= 1. With ``grad`` it is overwritten by
-            ``scale * (softmax(logits) - one_hot(labels))``, the gradient of the *summed* loss, rounded once to its dtype.
+            ``scale * (softmax(logits) - one_hot(labels))``, the gradient of the *summed* loss for a scale of 1, rounded
+            once to its dtype.
         labels_C: ``(C,)`` int64 in ``[0, V)``.
         scale: of the gradient only, a positive number. In float16, probabilities below ``3e-8 / scale`` become 0.
 
