@@ -19,6 +19,9 @@ from cascade_fast.runtime.compute import PADDED_TO, padded_rows
 
 LARGEST_LOSS = 700.0  # nats; exp(710) is no float
 CHUNK_BYTES = 48 * 2**20  # of logits: 512 tokens of a vocabulary of 49,152 in 16 bit
+# Of d loss_sum / d logits in float16, where probabilities below 3e-8 / scale are 0. What is lost has one sign and adds
+# up over a batch. Products with the head are at most twice its largest weight times this: finite for weights up to 127.
+FLOAT16_SCALE = 256.0
 SPARE = 0.25  # of a chunk: on the CPU so many tokens too many go at once all the same, as two halves would take longer
 
 
@@ -62,26 +65,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
         with_grad = grad_hidden_ND is not None or grad_weight_VD is not None
+        # A sum over tokens, as the head's gradient is, has no bound that leaves room for a factor.
+        scale = FLOAT16_SCALE if dtype == torch.float16 and grad_weight_VD is None else 1.0
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         for rows, hidden_CD, logits_CV in _logit_chunks(hidden_ND.detach(), head_VD):
-            loss_C, _ = ops.cross_entropy_(logits_CV, labels_N[rows], grad=with_grad)
+            loss_C, _ = ops.cross_entropy_(logits_CV, labels_N[rows], grad=with_grad, scale=scale)
             loss_sum += loss_C.sum()
-            # Now d loss_sum / d logits. The 1/N of the mean comes in float32 at the end: in float16 it would push
-            # small probabilities below the smallest number.
+            # Now scale * d loss_sum / d logits. The 1/N of the mean comes in float32 at the end: in float16 it would
+            # push small probabilities below the smallest number.
             grad_CV = logits_CV
             if grad_hidden_ND is not None:
                 grad_hidden_ND[rows] = _times_head(grad_CV, head_VD)
             if grad_weight_VD is not None:
                 _add_product(grad_weight_VD, grad_CV.T, hidden_CD, first=rows.start == 0)
         ctx.grads = grad_hidden_ND, grad_weight_VD
-        ctx.n = n
+        ctx.divisor = n * scale
         return loss_sum / n
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         grad_hidden_ND, grad_weight_VD = ctx.grads
-        scale = grad / ctx.n
+        scale = grad / ctx.divisor
         if grad_hidden_ND is not None:
             grad_hidden_ND = grad_hidden_ND.mul_(scale)
         if grad_weight_VD is not None:

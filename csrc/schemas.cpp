@@ -7,7 +7,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
   m.def("select_hard(Tensor scores, int k) -> (Tensor, Tensor)");
   m.def("gather_rows(Tensor hidden, Tensor index, Tensor[] carried) -> (Tensor, Tensor[])");
   m.def("scatter_rows(Tensor rows, Tensor index, Tensor into, bool add) -> Tensor");
-  m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, bool grad) -> (Tensor, Tensor)");
+  m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, bool grad, float scale) -> (Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)");
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inv_rms, bool weight_grad) -> (Tensor, Tensor)");
   m.def("add_rms_norm(Tensor x, Tensor added, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)");

@@ -10,7 +10,7 @@ GPU compiles: D and the row strides divisible by 16, pointers aligned, one entry
 from collections.abc import Callable
 from typing import Any
 
-from . import cosine_score, gather_rows, scatter_rows, select_hard
+from . import cosine_score, cross_entropy, gather_rows, scatter_rows, select_hard
 from .common import tile_shape
 
 LAUNCHERS: dict[str, Callable] = {
@@ -18,6 +18,7 @@ LAUNCHERS: dict[str, Callable] = {
     "select_hard": select_hard.select_hard,
     "gather_rows": gather_rows.gather_rows,
     "scatter_rows": scatter_rows.scatter_rows,
+    "cross_entropy_": cross_entropy.cross_entropy_,
 }
 
 SIZE_OF = {"fp32": 4, "fp16": 2, "bf16": 2, "i32": 4, "i16": 2}
@@ -101,9 +102,21 @@ def _scatter_rows_entries() -> list[dict[str, Any]]:
     return entries
 
 
+def _cross_entropy_entries() -> list[dict[str, Any]]:
+    entries = []
+    for dtype in ("fp32", "fp16", "bf16"):
+        for grad in (False, True):
+            types = {"logits_ptr": f"*{dtype}", "label_ptr": "*i64", "loss_ptr": "*fp32", "entropy_ptr": "*fp32"}
+            sizes = {"stride_label": 1, "GRAD": grad, "BV": cross_entropy.TILE_BYTES // SIZE_OF[dtype]}
+            name, kernel = f"cross_entropy_-{dtype}{'-grad' * grad}", cross_entropy._cross_entropy_kernel
+            entries.append(_entry(name, kernel, types | {"scale": "fp32"}, sizes, cross_entropy.NUM_WARPS, "V"))
+    return entries
+
+
 AOT: list[dict[str, Any]] = [
     *_cosine_score_entries(),
     *_select_hard_entries(),
     *_gather_rows_entries(),
     *_scatter_rows_entries(),
+    *_cross_entropy_entries(),
 ]

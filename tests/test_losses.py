@@ -63,6 +63,35 @@ def test_float16_gradients_do_not_vanish_in_large_batches():
     torch.testing.assert_close(ours.grad, truth.grad, rtol=0.02, atol=1e-7)
 
 
+def _many_small_probabilities():
+    """4,094 of 2.5e-8 each: half of float16's smallest number. Their share of the gradient is in the second column."""
+    weight = torch.zeros(4096, 4)
+    weight[2:, 0], weight[2:, 1] = -17.5, 1.0
+    return torch.eye(1, 4).repeat(20, 1), weight, torch.zeros(20, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(("scale", "error"), [(1.0, 1.0), (losses.FLOAT16_SCALE, 0.005)])
+def test_float16_gradients_keep_small_probabilities(monkeypatch, scale, error):
+    """Without the scale they are lost, whose mass is what drives the second column."""
+    monkeypatch.setattr(losses, "FLOAT16_SCALE", scale)
+    hidden, weight, labels = _many_small_probabilities()
+    truth, ours = hidden.double().requires_grad_(), hidden.clone().requires_grad_()
+    F.cross_entropy(truth @ weight.double().T, labels).backward()
+    linear_cross_entropy(ours, weight, labels, dtype=torch.float16).backward()
+    found = (ours.grad - truth.grad)[:, 1].norm() / truth.grad[:, 1].norm()
+    assert 0.9 * error <= found <= error if scale == 1.0 else found <= error
+
+
+def test_float16_gradient_of_a_head_does_not_overflow():
+    """That of a label that many tokens have: 16 tokens of 600, 9,600 times the scale would be too much."""
+    hidden, weight = torch.full((64, 4), 600.0), torch.zeros(8, 4)
+    labels = torch.zeros(64, dtype=torch.int64)
+    truth, ours = weight.double().requires_grad_(), weight.clone().requires_grad_()
+    F.cross_entropy(hidden.double() @ truth.T, labels).backward()
+    linear_cross_entropy(hidden, ours, labels, dtype=torch.float16).backward()
+    torch.testing.assert_close(ours.grad, truth.grad.float(), rtol=2e-3, atol=0.0)
+
+
 def test_token_losses_and_entropies():
     hidden, weight, labels = _inputs()
     loss, entropy = token_losses(hidden, weight, labels)

@@ -17,6 +17,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import loss_cases
 from cascade_kernels import scatter_rows, select_hard
 from cascade_kernels.launchers import AOT, LAUNCHERS
 from op_cases import special_scores
@@ -185,6 +186,19 @@ class TestInterpreter:
             layouts(randn(33, 7, dtype=dtype, seed=1)), layouts(randn(45, 7).to(dtype)), strict=True
         ):
             assert_scatter_rows(rows, some_rows(45, 33), view, add)
+
+    @pytest.mark.parametrize("shape", [(0, 4), (3, 7), (2, 577), (2, 9000)], ids=str)
+    @DTYPE
+    def test_cross_entropy(self, dtype, shape):
+        loss_cases.check(LAUNCHERS["cross_entropy_"], *loss_cases.inputs(*shape, dtype, offset=1), scale=256.0)
+
+    @loss_cases.special
+    def test_cross_entropy_of_special_logits(self, case):
+        case(LAUNCHERS["cross_entropy_"])
+
+    def test_cross_entropy_of_a_label_that_is_none(self):
+        with pytest.raises(IndexError, match=r"labels: out of range, must be in \[0, 4\)"):
+            LAUNCHERS["cross_entropy_"](torch.zeros(1, 4), torch.tensor([4]), False, 1.0)
 
     @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)], ids=str)
     def test_nothing(self, shape):

@@ -138,7 +138,7 @@ def scatter_rows(
 
 
 def cross_entropy_(
-    logits_CV: Tensor, labels_C: Tensor, *, grad: bool = False, backend: str = "auto"
+    logits_CV: Tensor, labels_C: Tensor, *, grad: bool = False, scale: float = 1.0, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and entropy of every row of logits and, with ``grad``, the logits' gradient in their own place.
 
@@ -147,8 +147,10 @@ def cross_entropy_(
 
     Args:
         logits_CV: ``(C, V)`` float32, float16 or bfloat16, contiguous, V >= 1. With ``grad`` it is overwritten by
-            ``softmax(logits) - one_hot(labels)``, the gradient of the *summed* loss, rounded once to its dtype.
+            ``scale * (softmax(logits) - one_hot(labels))``, the gradient of the *summed* loss for a scale of 1, rounded
+            once to its dtype.
         labels_C: ``(C,)`` int64 in ``[0, V)``.
+        scale: of the gradient only, a positive number. In float16, probabilities below ``3e-8 / scale`` become 0.
 
     Returns:
         ``loss`` and ``entropy``, each ``(C,)`` float32, in nats. Not differentiable by autograd: see
@@ -158,7 +160,7 @@ def cross_entropy_(
         ValueError: shapes, dtypes or devices that do not match; names the argument.
         IndexError: on the CPU, a label outside ``[0, V)``. Undefined on a GPU.
     """
-    return torch.ops.cascade_fast.cross_entropy_(logits_CV, labels_C, grad=grad, backend=backend)
+    return torch.ops.cascade_fast.cross_entropy_(logits_CV, labels_C, grad=grad, scale=scale, backend=backend)
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, *, dtype: torch.dtype, backend: str = "auto") -> Tensor:

@@ -39,8 +39,8 @@ OTHER_OPS = (
 )
 OPS = SELECTION_OPS + OTHER_OPS
 # Those with kernels for GPUs. Plain torch serves the others there: nothing is missing.
-CUDA_OPS = (*SELECTION_OPS, "adamw8bit")
-TRITON_OPS = SELECTION_OPS
+CUDA_OPS = (*SELECTION_OPS, "cross_entropy_", "adamw8bit")
+TRITON_OPS = (*SELECTION_OPS, "cross_entropy_")
 
 if importlib.util.find_spec("cascade_fast._C") is not None:
     # An extension that is there but fails to import is an error: a broken .so is not a missing one.

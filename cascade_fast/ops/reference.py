@@ -75,15 +75,16 @@ def scatter_rows(rows_KD: Tensor, index_K: Tensor, into_ND: Tensor, add: bool) -
     return into_ND.index_copy(0, index_K, rows_KD.to(into_ND.dtype))
 
 
-def cross_entropy_(logits_CV: Tensor, labels_C: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
-    """Loss and entropy of each row, in float32; with ``grad`` the logits become the gradient of the summed loss."""
+def cross_entropy_(logits_CV: Tensor, labels_C: Tensor, grad: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Loss and entropy of each row, in float32; with ``grad`` the logits become ``scale`` times the sum's gradient."""
     labels_C1 = labels_C.unsqueeze(1)
     log_probs_CV = logits_CV.float().log_softmax(-1)
     loss_C = -log_probs_CV.gather(1, labels_C1).squeeze(1)
     probs_CV = log_probs_CV.exp()
     entropy_C = -torch.where(probs_CV == 0, 0.0, probs_CV * log_probs_CV).sum(-1)  # not 0 * -inf
     if grad:
-        logits_CV.copy_(probs_CV.scatter_add_(1, labels_C1, probs_CV.new_full(labels_C1.shape, -1.0)))
+        grad_CV = probs_CV.scatter_add_(1, labels_C1, probs_CV.new_full(labels_C1.shape, -1.0))
+        logits_CV.copy_(grad_CV.mul_(scale) if scale != 1.0 else grad_CV)
     return loss_C, entropy_C
 
 

@@ -7,6 +7,7 @@ and reaches the backward pass.
 Shape legend: N rows (tokens), B independent selections, D hidden size, K selected rows.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,7 +24,8 @@ _LIB.define("select_hard(Tensor scores, SymInt k, *, str backend='auto') -> (Ten
 _LIB.define("gather_rows(Tensor hidden, Tensor index, Tensor[] carried, *, str backend='auto') -> (Tensor, Tensor[])")
 _LIB.define("scatter_rows(Tensor rows, Tensor index, Tensor into, *, bool add=False, str backend='auto') -> Tensor")
 _LIB.define(
-    "cross_entropy_(Tensor(a!) logits, Tensor labels, *, bool grad=False, str backend='auto') -> (Tensor, Tensor)"
+    "cross_entropy_(Tensor(a!) logits, Tensor labels, *, bool grad=False, float scale=1.0, str backend='auto') -> "
+    "(Tensor, Tensor)"
 )
 _LIB.define("rms_norm(Tensor x, Tensor weight, float eps, *, ScalarType dtype, str backend='auto') -> (Tensor, Tensor)")
 _LIB.define(
@@ -104,13 +106,14 @@ def _check_scatter_rows(rows: Tensor, index: Tensor, into: Tensor) -> None:
     check(rows.device == into.device, lambda: f"rows: {shape_of(rows)}; must be on the device of into, {into.device}")
 
 
-def _check_cross_entropy(logits: Tensor, labels: Tensor) -> None:
+def _check_cross_entropy(logits: Tensor, labels: Tensor, scale: float) -> None:
     check(logits.dim() == 2, lambda: f"logits: {shape_of(logits)}; must have 2 dimensions (C, V)")
     check(logits.dtype in FLOAT_DTYPES, lambda: f"logits: {shape_of(logits)}; must be float32, float16 or bfloat16")
     check(logits.is_contiguous(), lambda: f"logits: strides {tuple(logits.stride())}; must be contiguous")
     check(labels.shape == logits.shape[:1], lambda: f"labels: {shape_of(labels)}; must have shape ({logits.shape[0]},)")
     check(labels.dtype == torch.int64, lambda: f"labels: {shape_of(labels)}; must be int64")
     check(labels.device == logits.device, lambda: f"labels: {shape_of(labels)}; must be on the device of logits")
+    check(0.0 < scale < math.inf, lambda: f"scale: {scale}; must be a positive number")
 
 
 def _check_rms_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
@@ -222,8 +225,8 @@ def _(rows, index, into, *, add=False, backend="auto"):
 
 
 @torch.library.register_fake("cascade_fast::cross_entropy_", lib=_LIB)
-def _(logits, labels, *, grad=False, backend="auto"):
-    _check_cross_entropy(logits, labels)
+def _(logits, labels, *, grad=False, scale=1.0, backend="auto"):
+    _check_cross_entropy(logits, labels, scale)
     return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
 
 
@@ -271,10 +274,10 @@ def _scatter_rows(rows: Tensor, index: Tensor, into: Tensor, *, add: bool = Fals
 
 
 def _cross_entropy_(
-    logits: Tensor, labels: Tensor, *, grad: bool = False, backend: str = "auto"
+    logits: Tensor, labels: Tensor, *, grad: bool = False, scale: float = 1.0, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    _check_cross_entropy(logits, labels)
-    return backends.body("cross_entropy_", logits.device, backend)(logits, labels, grad)
+    _check_cross_entropy(logits, labels, scale)
+    return backends.body("cross_entropy_", logits.device, backend)(logits, labels, grad, scale)
 
 
 def _rms_norm(

@@ -34,6 +34,7 @@ struct Logits {  // (C, V), contiguous
   float* loss_C;
   float* entropy_C;
   bool grad;
+  float scale;
 
   template <class V, class T>
   CASCADE_INLINE void run(int64_t begin, int64_t end) const;
@@ -80,19 +81,19 @@ CASCADE_INLINE void one_row(T* row_V, const Logits& all, int64_t c) {
   all.entropy_C[c] = log_s - t / s;
   if (!all.grad) return;
 
-  const float inverse = 1.0f / s;
-  const T label_grad = static_cast<T>(std::exp(static_cast<float>(row_V[label]) - most) * inverse - 1.0f);
+  const float factor = all.scale / s;
+  const T label_grad = static_cast<T>(std::exp(static_cast<float>(row_V[label]) - most) * factor - all.scale);
   for (int64_t i = 0; i < whole; i += kStep) {
     load_pair<V>(row_V + i, x, y);
     exp_of_negative<V>(x - most, e_x);
     exp_of_negative<V>(y - most, e_y);
-    store_pair<V>(row_V + i, e_x * inverse, e_y * inverse);
+    store_pair<V>(row_V + i, e_x * factor, e_y * factor);
   }
   if (rest > 0) {
     load_pair<V>(tail, x, y);
     exp_of_negative<V>(x - most, e_x);
     exp_of_negative<V>(y - most, e_y);
-    store_pair<V>(tail, e_x * inverse, e_y * inverse);
+    store_pair<V>(tail, e_x * factor, e_y * factor);
     std::memcpy(static_cast<void*>(row_V + whole), tail, rest * sizeof(T));
   }
   row_V[label] = label_grad;
@@ -103,7 +104,7 @@ void Logits::run(int64_t begin, int64_t end) const {
   for (int64_t c = begin; c < end; ++c) one_row<V>(static_cast<T*>(data) + c * v, *this, c);
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_(const Tensor& logits_CV, const Tensor& labels_C, bool grad) {
+std::tuple<Tensor, Tensor> cross_entropy_(const Tensor& logits_CV, const Tensor& labels_C, bool grad, double scale) {
   const int64_t c = logits_CV.size(0), v = logits_CV.size(1);
   const int64_t* labels = labels_C.const_data_ptr<int64_t>();
   const int64_t labels_stride = labels_C.stride(0);
@@ -117,7 +118,7 @@ std::tuple<Tensor, Tensor> cross_entropy_(const Tensor& logits_CV, const Tensor&
   const Tensor loss_C = torch::stable::new_empty(logits_CV, {c}, ScalarType::Float);
   const Tensor entropy_C = torch::stable::new_empty(logits_CV, {c}, ScalarType::Float);
   const Logits all{logits_CV.mutable_data_ptr(), v, labels, labels_stride, loss_C.mutable_data_ptr<float>(),
-                   entropy_C.mutable_data_ptr<float>(), grad};
+                   entropy_C.mutable_data_ptr<float>(), grad, static_cast<float>(scale)};
   const auto run = run_for_this_cpu<Logits>(logits_CV.scalar_type());
   const int64_t row_bytes = v * static_cast<int64_t>(logits_CV.element_size());
   parallel_blocks(c, rows_per_block(c, row_bytes + 16), [&](int64_t begin, int64_t end) { run(all, begin, end); });
