@@ -199,6 +199,25 @@ def ram_bytes() -> float:
     return total
 
 
+def free_ram_bytes() -> float:
+    """What this machine, or the control group this process is in, still has room for; pages of files that the system
+    can drop count as room."""
+    free = ram_bytes() - resident_bytes()  # all that some systems tell
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    for folder, limit, used, prefix in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            left = float((Path(folder) / limit).read_text()) - float((Path(folder) / used).read_text())
+            fields = dict(line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines())
+            droppable = sum(float(fields.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            free = min(free, left + droppable)
+    return free
+
+
 def resident_bytes() -> int:
     """Resident memory of this process now; 0 where the system does not tell."""
     try:

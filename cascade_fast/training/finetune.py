@@ -229,7 +229,7 @@ class Finetune(Trainer):
         return self.end_with_best()
 
     def save_best(self) -> None:
-        save_tensors(self.best, self._trained())
+        self.writer.write(self._trained(), lambda snapshot: save_tensors(self.best, snapshot))
 
     def load_best(self) -> None:
         best, _ = load_tensors(self.best)
