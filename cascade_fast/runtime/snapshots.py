@@ -53,7 +53,7 @@ class SnapshotWriter:
                 if arrived is not None:
                     arrived.synchronize()
                 write(snapshot)
-            except BaseException as error:  # for the thread that trains
+            except BaseException as error:  # for whoever waits
                 self._error = error
 
         # No daemon: the interpreter waits for it, however the program ends.
