@@ -224,8 +224,9 @@ class Finetune(Trainer):
     def run(self, base_loss: float) -> TrainingHistory:
         """Trains; the model ends as it was best, the base, with ``base_loss`` on validation, included."""
         self.history.best_val_loss = base_loss
-        self.save_best()
-        self.run_epochs()
+        with self.writer:  # also where training does not begin
+            self.save_best()
+            self.run_epochs()
         return self.end_with_best()
 
     def save_best(self) -> None:
