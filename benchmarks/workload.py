@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -57,13 +58,13 @@ def trainer(settings: RunSettings, folder: Path, dtype: torch.dtype) -> StageTra
     )  # fmt: skip
 
 
-def preset_trainer(preset: str, folder: Path, device: str) -> StageTrainer:
+def preset_trainer(preset: str, folder: Path, device: str, **changes: Any) -> StageTrainer:
     """The first stage of a preset on ``BLOCKS`` blocks, in the compute dtype of ``device``; validation is on the same.
 
     The base is random, and so are the states, keys and values that its pass would leave. Every token is hard, as in
-    ``lora``; what a step holds is the preset's ``batch_tokens``.
+    ``lora``; what a step holds is the preset's ``batch_tokens``. ``changes``: of its settings.
     """
-    settings = make_settings({"preset": preset, "seq_len": SEQ_LEN, "hard_ratio": 1.0})
+    settings = make_settings({"preset": preset, "seq_len": SEQ_LEN, "hard_ratio": 1.0, **changes})
     settings = with_layers(settings, base_config())
     compute, kind = Compute.choose(device, settings.dtype), get_kind(settings.stage_kind)
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 
@@ -73,6 +74,7 @@ def _child(command, request, files, counter) -> None:
     for number, file in zip((1, 2), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     folder, die_at, die_when = os.path.abspath(request["folder"]), request["die_at"], request["die_when"]
+    counting = threading.RLock()  # filling the disk is an operation, too
 
     def hook(event: str, args: tuple) -> None:
         if event == "open":
@@ -83,12 +85,13 @@ def _child(command, request, files, counter) -> None:
         path = args[0]
         if not isinstance(path, str | bytes | os.PathLike) or not os.path.abspath(os.fsdecode(path)).startswith(folder):
             return
-        done = int.from_bytes(counter[:], "little") + 1
-        if done == die_at or (die_when and any(Path(folder).glob(die_when))):
-            os.kill(os.getpid(), signal.SIGKILL)
-        counter[:] = done.to_bytes(8, "little")
-        if done == request["fill_at"]:
-            _fill_disk(os.path.join(folder, "ballast"))
+        with counting:  # checkpoints have a thread of their own
+            done = int.from_bytes(counter[:], "little") + 1
+            if done == die_at or (die_when and any(Path(folder).glob(die_when))):
+                os.kill(os.getpid(), signal.SIGKILL)
+            counter[:] = done.to_bytes(8, "little")
+            if done == request["fill_at"]:
+                _fill_disk(os.path.join(folder, "ballast"))
 
     sys.addaudithook(hook)
     code = 1

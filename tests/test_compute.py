@@ -51,3 +51,22 @@ def test_float16_products_on_a_gpu_sum_in_float32(card, device):
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
     Compute.choose(device, "float16")
     assert torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction == (device == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "prefix"),
+    [(".", "memory.max", "memory.current", ""), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")],
+)
+def test_free_memory_is_at_most_what_the_control_group_has_left(tmp_path, monkeypatch, folder, limit, used, prefix):
+    monkeypatch.setattr(compute, "CONTROL_GROUP", tmp_path)
+    all_of_it = compute.free_ram_bytes()
+    assert 0 < all_of_it <= compute.ram_bytes()
+    group = tmp_path / folder
+    group.mkdir(exist_ok=True)
+    (group / limit).write_text("1000000\n")
+    (group / used).write_text("900000\n")
+    (group / "memory.stat").write_text(f"{prefix}active_file 20000\n{prefix}inactive_file 3000\nanon 5\n")
+    assert compute.ram_bytes() == 1e6
+    assert compute.free_ram_bytes() == 123_000
+    (group / limit).write_text("max\n")  # as version 2 says it
+    assert compute.free_ram_bytes() > 1e6

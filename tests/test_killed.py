@@ -58,6 +58,15 @@ def test_killed_at_random(server, tiny_base, undisturbed, tmp_path, kind):
     _kill_and_resume(server, tiny_base, run, tmp_path, kind, random.Random(5).sample(range(FIRST, operations), 5))
 
 
+@pytest.mark.parametrize("file", ["stage-1/.checkpoint-*.tmp", "stage-2/.best-*.tmp"])
+def test_killed_within_a_file_of_the_background(server, tiny_base, undisturbed, tmp_path, file):
+    """Whatever training does at that moment."""
+    answer = server.run(tmp_path, *small_run(tiny_base, tmp_path, "append"), die_when=f"run/training/{file}")
+    assert answer["code"] == -9, answer
+    assert list(tmp_path.glob(f"run/training/{file}"))
+    _assert_resumes(server, tiny_base, tmp_path, "append", undisturbed["append"][0], file)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_several_times_in_one_run(server, tiny_base, undisturbed, tmp_path, kind):
     for die_at in (30, 40, 35, 60, 12):

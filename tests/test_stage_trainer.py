@@ -104,6 +104,7 @@ def test_the_scale_and_the_totals_survive_a_resume(tmp_path):
         trainer.step += 1
     trainer.scaler.update(512.0)
     trainer.save_checkpoint()
+    trainer.writer.wait()
     again = _trainer(tmp_path / "other", dtype=torch.float16)
     again.checkpoints = trainer.checkpoints
     again._resume()

@@ -27,6 +27,7 @@ from cascade_fast.planning.counts import (
     optimizer_bytes,
     saved_activation_bytes,
 )
+from cascade_fast.runtime.snapshots import snapshot_fits
 from cascade_fast.selection import hard_count
 from cascade_fast.settings import READ, RunSettings
 from cascade_fast.stages.exits import TOKENS_AT_ONCE as EVAL_TOKENS
@@ -154,6 +155,11 @@ def memory_plan(
         for phase in phases:
             phase.lasting = {**process, **phase.lasting}
             phase.mapped["hidden stores"] = stores if phase is not base else store_disk
+        # With a single epoch there is none, unless it takes longer than checkpoint_minutes.
+        snapshot = 4.0 * shape.counts.parameters() + optimizer_bytes(shape, settings.optimizer)
+        free = math.inf if memory_bytes is None else memory_bytes - step.needed
+        if settings.epochs > 1 and snapshot_fits(snapshot, free):
+            step.lasting["snapshot for a checkpoint"] = snapshot
     else:
         ram["process with CUDA (estimate)"] = HOST_BYTES
         if settings.num_stages > 1:
@@ -162,6 +168,7 @@ def memory_plan(
         if settings.optimizer.startswith("paged"):  # managed memory: the GPU's where there is room, else the host's
             ram[f"optimizer state ({settings.optimizer})"] = state
             state = 0.0
+        # A snapshot, or what is written at once. A snapshot has paged state, too, where the host has room for that.
         ram["a checkpoint on its way to disk"] = 4.0 * shape.counts.parameters() + state
         # In 4 bit the base goes to the GPU tensor by tensor.
         whole = 0.0 if settings.base_quantization == "nf4" else float(shape.base_parameters() * width)

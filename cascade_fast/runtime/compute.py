@@ -186,6 +186,8 @@ def trim_host_memory() -> None:
 
 # --- memory figures ---------------------------------------------------------------------------------------------------
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # this process's, as a container sees it; version 1 has a folder for memory
+
 
 def ram_bytes() -> float:
     """Of this machine, or of the control group (container) this process is in."""
@@ -193,10 +195,29 @@ def ram_bytes() -> float:
         total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, OSError, ValueError):  # Windows
         return math.inf
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
-            total = min(total, float(Path(limit).read_text()))
+            total = min(total, float((CONTROL_GROUP / limit).read_text()))
     return total
+
+
+def free_ram_bytes() -> float:
+    """What this machine, or the control group this process is in, still has room for; pages of files that the system
+    can drop count as room."""
+    free = ram_bytes() - resident_bytes()  # all that some systems tell
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    for folder, limit, used, prefix in (
+        (CONTROL_GROUP, "memory.max", "memory.current", ""),
+        (CONTROL_GROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            left = float((folder / limit).read_text()) - float((folder / used).read_text())
+            fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            droppable = sum(float(fields.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            free = min(free, left + droppable)
+    return free
 
 
 def resident_bytes() -> int:

@@ -224,12 +224,13 @@ class Finetune(Trainer):
     def run(self, base_loss: float) -> TrainingHistory:
         """Trains; the model ends as it was best, the base, with ``base_loss`` on validation, included."""
         self.history.best_val_loss = base_loss
-        self.save_best()
-        self.run_epochs()
+        with self.writer:  # also where training does not begin
+            self.save_best()
+            self.run_epochs()
         return self.end_with_best()
 
     def save_best(self) -> None:
-        save_tensors(self.best, self._trained())
+        self.writer.write(self._trained(), lambda snapshot: save_tensors(self.best, snapshot))
 
     def load_best(self) -> None:
         best, _ = load_tensors(self.best)

@@ -83,6 +83,7 @@ class StageTrainer(Trainer):
         )
         self.folder, self.log, self.log_size = folder, log, log_size
         self.checkpoints = Checkpoints(folder)
+        self.best_unsaved = False
 
     def run(self) -> TrainingHistory:
         """Trains, or goes on from the newest checkpoint; the stage ends with its best weights.
@@ -102,7 +103,9 @@ class StageTrainer(Trainer):
     # --- weights and checkpoints -------------------------------------------------------------------------------------
 
     def save_best(self) -> None:
-        save_tensors(self._best(self.history.best_epoch), self.module.state_dict())
+        """They are the weights of the checkpoint that follows, and are written from its snapshot, before it. Without
+        one training is over, and the stage has them."""
+        self.best_unsaved = True
 
     def load_best(self) -> None:
         if self.history.best_epoch:
@@ -115,7 +118,8 @@ class StageTrainer(Trainer):
         return self.folder / f"best-{epoch:06d}.safetensors"
 
     def save_checkpoint(self) -> None:
-        """All that training goes on from: module, optimizer, scaler, totals, and where it stands."""
+        """All that training goes on from: module, optimizer, scaler, totals, and where it stands. Written in the
+        background; ``state`` is plain values of this moment."""
         optimizer, optimizer_values = optimizer_tensors(self.optimizer)
         tensors = {f"stage.{name}": t for name, t in self.module.state_dict().items()}
         tensors |= {f"optimizer.{name}": t for name, t in optimizer.items()}
@@ -130,9 +134,18 @@ class StageTrainer(Trainer):
             "scaler": self.scaler.state_dict(),
             "metrics_size": self.log.size(),
         }
-        self.checkpoints.save((self.epoch - 1) * self.steps_per_epoch + self.step, tensors, state)
-        for old in sorted(self.folder.glob("best-*.safetensors"))[:-KEEP]:  # no checkpoint that is kept needs them
-            old.unlink()
+        number = (self.epoch - 1) * self.steps_per_epoch + self.step
+        best = self._best(self.history.best_epoch) if self.best_unsaved else None
+
+        def write(snapshot: dict[str, Tensor]) -> None:
+            if best is not None:
+                save_tensors(best, _part(snapshot, "stage"))
+            self.checkpoints.save(number, snapshot, state)
+            for old in sorted(self.folder.glob("best-*.safetensors"))[:-KEEP]:  # no checkpoint that is kept needs them
+                old.unlink()
+
+        self.writer.write(tensors, write)
+        self.best_unsaved = False
 
     def _check_best(self, state: dict[str, Any]) -> None:
         """Raises DamagedFile where the best weights that a checkpoint needs are not whole."""
@@ -146,13 +159,8 @@ class StageTrainer(Trainer):
         if found is None:
             return
         tensors, state = found
-        parts: dict[str, dict[str, Tensor]] = {"stage": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            if rest:
-                parts[part][rest] = tensor
-        self.module.load_state_dict(parts["stage"])
-        load_optimizer_tensors(self.optimizer, parts["optimizer"], state["optimizer"])
+        self.module.load_state_dict(_part(tensors, "stage"))
+        load_optimizer_tensors(self.optimizer, _part(tensors, "optimizer"), state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.totals.copy_(tensors["totals"])
@@ -161,3 +169,8 @@ class StageTrainer(Trainer):
         self.history = TrainingHistory.from_dict(state["training"])
         self.log_event("resume", epoch=self.epoch, step=self.step)
         say(f"  resumed at epoch {self.epoch}, step {self.step}")
+
+
+def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Those of a checkpoint whose names begin with ``part``, by the rest of their names."""
+    return {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}

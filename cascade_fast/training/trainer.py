@@ -22,6 +22,7 @@ from cascade_fast.losses import linear_cross_entropy, perplexity, token_losses
 from cascade_fast.records import Epoch
 from cascade_fast.runtime.compute import Compute, trim_host_memory, wait_for
 from cascade_fast.runtime.console import Progress, epoch_line, say
+from cascade_fast.runtime.snapshots import SnapshotWriter
 from cascade_fast.settings import RunSettings
 from cascade_fast.training.optimizers import build_optimizer, learning_rate, set_learning_rate
 from cascade_fast.training.scaler import FoldingScaler
@@ -171,6 +172,7 @@ class Trainer:
         self.micro_batch_units = train.units_of(micro_batch_tokens or settings.batch_tokens)
         self.steps_per_epoch = math.ceil(train.units / self.batch_units)
         self.trims = self.device.type == "cpu" and train.batches_differ
+        self.writer = SnapshotWriter(self.device)
         self.history = TrainingHistory()
         self.signals: Sequence[int] = ()  # those that ask for an end, once they have come
         self.epoch, self.step = 1, 0  # the epoch being run, and its next step
@@ -188,11 +190,11 @@ class Trainer:
         """What has happened, for a log."""
 
     def save_best(self) -> None:
-        """Keeps the weights, those of ``self.history.best_epoch``."""
+        """Keeps the weights, those of ``self.history.best_epoch``; at the latest with the checkpoint that follows."""
         raise NotImplementedError
 
     def load_best(self) -> None:
-        """Brings back the weights that were kept last."""
+        """Brings back the weights that were kept last. Nothing is being written by then."""
         raise NotImplementedError
 
     def save_checkpoint(self) -> None:
@@ -205,14 +207,16 @@ class Trainer:
 
         Raises:
             Interrupted: a signal has come; a checkpoint has been saved.
+            DiskFull: what is written in the background had no room; it shows at the next checkpoint, or at the end.
         """
-        while not self.history.stopped:
-            if self._run_epoch():
-                self._end_epoch()
-            if self.signals or not self.history.stopped:  # when it is over, what came of it is written at once
-                self.save_checkpoint()
-            if self.signals:
-                raise Interrupted(self.signals[0])
+        with self.writer:
+            while not (self.history.stopped or self.signals):
+                if self._run_epoch():
+                    self._end_epoch()
+                if self.signals or not self.history.stopped:  # when it is over, what came of it is written at once
+                    self.save_checkpoint()
+        if self.signals:
+            raise Interrupted(self.signals[0])
 
     def end_with_best(self) -> TrainingHistory:
         """The module gets its best weights, unless it has them."""
