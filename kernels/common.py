@@ -1,4 +1,4 @@
-"""What every launcher shares: tile sizes, row strides, the launch device.
+"""What kernels and launchers share: rounding, tile sizes, row strides, the launch device.
 
 Shape legend: N rows (tokens), B independent selections, D hidden size, K selected rows.
 """
@@ -7,6 +7,7 @@ import contextlib
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -38,3 +39,15 @@ def check_index_on_cpu(index_K: Tensor, n: int) -> None:
     """An IndexError for an index outside ``[0, n)``; on a GPU nothing, as looking would wait for it."""
     if index_K.device.type == "cpu" and index_K.numel() and not ((index_K >= 0) & (index_K < n)).all():
         raise IndexError(f"index: out of range for {n} rows")
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 to ``dtype``, to nearest even; for bfloat16 in integers, as sm_75 has no instruction for it."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        out = tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        out = x.to(dtype)
+    return out

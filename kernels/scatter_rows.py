@@ -17,22 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import as_ints, check_index_on_cpu, on_device_of, tile_shape, unit_stride
+from .common import as_ints, check_index_on_cpu, on_device_of, round_to, tile_shape, unit_stride
 
 INVERT_BLOCK = 1024
 LAUNCH_BYTES = 1 << 20  # what a T4 moves in the time of a launch, about 4 us
-
-
-@triton.jit
-def _round_to(x, dtype: tl.constexpr):
-    """float32 to ``dtype``, to nearest even; for bfloat16 in integers, as sm_75 has no instruction for it."""
-    if dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        out = tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        out = x.to(dtype)
-    return out
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -60,7 +48,7 @@ def _scatter_rows_merge_kernel(
         x = tl.load(from_ptr[:, None] + col[None, :], mask=hit[:, None] & in_cols, other=0)  # [BN, BD]
         if ADD:
             y = tl.load(into_ptr[:, None] + col[None, :], mask=in_rows[:, None] & in_cols, other=0)
-            out = tl.where(hit[:, None], _round_to(x.to(tl.float32) + y.to(tl.float32), y.dtype), y)
+            out = tl.where(hit[:, None], round_to(x.to(tl.float32) + y.to(tl.float32), y.dtype), y)
         else:
             y = tl.load(into_ptr[:, None] + col[None, :], mask=(in_rows & ~hit)[:, None] & in_cols, other=0)
             out = tl.where(hit[:, None], x, y)
@@ -81,7 +69,7 @@ def _scatter_rows_put_kernel(
         x = tl.load((rows_ptr + i * stride_rows)[:, None] + col[None, :], mask=mask, other=0)  # [BK, BD]
         if ADD:
             y = tl.load((into_ptr + row * stride_into)[:, None] + col[None, :], mask=mask, other=0)
-            x = _round_to(x.to(tl.float32) + y.to(tl.float32), y.dtype)
+            x = round_to(x.to(tl.float32) + y.to(tl.float32), y.dtype)
         tl.store((out_ptr + row * D)[:, None] + col[None, :], x, mask=mask)
 
 

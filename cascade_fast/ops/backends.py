@@ -37,8 +37,11 @@ OTHER_OPS = (
 )
 OPS = SELECTION_OPS + OTHER_OPS
 # Those with kernels for GPUs. Plain torch serves the others there (and bitsandbytes the optimizer): nothing is missing.
-CUDA_OPS = SELECTION_OPS
-TRITON_OPS = SELECTION_OPS
+LAYER_OPS = (
+    "rms_norm", "rms_norm_backward", "add_rms_norm", "add_rms_norm_backward", "silu_mul", "silu_mul_backward"
+)  # fmt: skip
+CUDA_OPS = (*SELECTION_OPS, *LAYER_OPS)
+TRITON_OPS = (*SELECTION_OPS, *LAYER_OPS)
 
 if importlib.util.find_spec("cascade_fast._C") is not None:
     # An extension that is there but fails to import is an error: a broken .so is not a missing one.
