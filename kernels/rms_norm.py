@@ -35,6 +35,20 @@ def norm_tile(d: int) -> tuple[int, int, int]:
 
 
 @triton.jit
+def _columns(BD: tl.constexpr):
+    """[BD], of which a thread takes four next to each other: 16 bytes of float32. In 16 bit it would take eight, and
+    then the float32 of the same tile in two words 32 bytes apart, half a sector each."""
+    return tl.max_contiguous(tl.arange(0, BD), 4)
+
+
+@triton.jit
+def _times(a, b):
+    """a * b, which the compiler cannot draw into a sum across threads, where it would make fma(a, b, the other
+    thread's product): rounded once in one thread and twice in the other, so that the two disagree on the sum."""
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def _summed(x_ptr, added_ptr, row, col, mask, stride_x, stride_added, ADD: tl.constexpr):
     """[BN, BD] of x, or of x + added."""
     s = tl.load(x_ptr + (row * stride_x)[:, None] + col[None, :], mask=mask, other=0.0)
@@ -48,7 +62,7 @@ def _rms_norm_kernel(
     x_ptr, added_ptr, weight_ptr, sum_ptr, out_ptr, inv_rms_ptr, N, D, TURNS, eps, stride_x, stride_added,
     ADD: tl.constexpr, HELD: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    col = tl.arange(0, BD)  # [BD]
+    col = _columns(BD)  # [BD]
     if HELD:
         weight = tl.load(weight_ptr + col, mask=col < D, other=0.0)  # [BD]
     for turn in range(TURNS):
@@ -60,7 +74,7 @@ def _rms_norm_kernel(
             s = _summed(x_ptr, added_ptr, row, col, mask, stride_x, stride_added, ADD)  # [BN, BD]
             if ADD:
                 tl.store(sum_ptr + at, s, mask=mask)
-            squares = s * s
+            squares = _times(s, s)
         else:
             squares = tl.zeros([BN, BD], tl.float32)
             for start in range(0, D, BD):
@@ -99,7 +113,7 @@ def _rms_norm_backward_kernel(
     stride_grad, stride_x, stride_sum,
     ADD: tl.constexpr, WEIGHT: tl.constexpr, HELD: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    col = tl.arange(0, BD)  # [BD]
+    col = _columns(BD)  # [BD]
     part_ptr = parts_ptr + tl.program_id(0).to(tl.int64) * D + col
     if HELD:
         weight = tl.load(weight_ptr + col, mask=col < D, other=0.0)  # [BD]
@@ -117,7 +131,7 @@ def _rms_norm_backward_kernel(
         if HELD:
             grad = tl.load(grad_ptr + grad_at, mask=mask, other=0.0).to(tl.float32)  # [BN, BD]
             x = tl.load(x_ptr + x_at, mask=mask, other=0.0)  # [BN, BD]
-            products = grad * weight[None, :] * x
+            products = _times(grad * weight[None, :], x)
         else:
             products = tl.zeros([BN, BD], tl.float32)
             for start in range(0, D, BD):
