@@ -153,6 +153,12 @@ def choose(op: str, device: torch.device, backend: str = "auto") -> str:
     return wanted[taken]
 
 
+def fused(op: str, device: torch.device) -> bool:
+    """Whether ``op`` is worth its call in training: on a GPU that nobody but ``reference`` serves, and where
+    torch.compile makes kernels of its own, torch's own operators do as well."""
+    return device.type == "cpu" or (not torch.compiler.is_compiling() and choose(op, device) != "reference")
+
+
 def body(op: str, device: torch.device, backend: str) -> Callable:
     """The function that computes ``op`` on ``device``; same arguments and results for every backend."""
     name = choose(op, device, backend)
