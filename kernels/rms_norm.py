@@ -98,7 +98,9 @@ def _rms_norm_kernel(
 
 
 @triton.jit
-def _grad_x(grad, x, weight, inv_rms, share, grad_sum_ptr, grad_x_ptr, grad_added_ptr, sum_at, at, mask, ADD: tl.constexpr):
+def _grad_x(
+    grad, x, weight, inv_rms, share, grad_sum_ptr, grad_x_ptr, grad_added_ptr, sum_at, at, mask, ADD: tl.constexpr
+):
     """Writes the gradient of a [BN, BD] tile of x, and with ADD the same for what was added."""
     grad_x = inv_rms[:, None] * (grad * weight[None, :] - x * share[:, None])
     if ADD:
@@ -222,7 +224,8 @@ def _backward(
     grad_weight_D = torch.empty(d if weight_grad else 0, dtype=torch.float32, device=x_ND.device)
     if n == 0 or d == 0:
         return grad_x_ND, grad_added_ND, grad_weight_D.zero_()
-    grad_ND, x_ND, weight_D, inv_rms_N = unit_stride(grad_ND), unit_stride(x_ND), weight_D.contiguous(), inv_rms_N.contiguous()
+    grad_ND, x_ND = unit_stride(grad_ND), unit_stride(x_ND)
+    weight_D, inv_rms_N = weight_D.contiguous(), inv_rms_N.contiguous()
     grad_sum = x_ND if grad_sum_ND is None else unit_stride(grad_sum_ND)
     bn, bd, warps = norm_tile(d)
     tiles = triton.cdiv(n, bn)

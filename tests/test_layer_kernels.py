@@ -4,8 +4,6 @@ interpreted, and (``-m gpu``) both on a card. That they compile for every card: 
 Shape legend: N rows, D hidden or intermediate size, P parts of a weight's gradient.
 """
 
-import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -15,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_cases import DTYPES, compile_headers, cuda_card, emulated, mangled, moved, randn, wide
-from layer_op_cases import EPS, assert_rounded_once, bits_equal, norm_inputs
+from layer_kernel_cases import LAYOUTS, check_all, check_non_finite
+from layer_op_cases import EPS, bits_equal, norm_inputs
 
 from cascade_fast import ops
 from cascade_fast.ops import backends
@@ -25,89 +24,6 @@ SHAPES = [(0, 8), (1, 1), (3, 7), (9, 64), (5, 576), (3, 577), (2, 4096)]
 LONG = [(3, 2051), (2, 8200)]  # rows that a program does not hold: of CUDA in elements, of both in 16-byte words
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
 NATIVE = torch.ops.cascade_fast
-
-
-# --- right answers, of whoever has the bodies: functions like those of ops/reference.py -------------------------------
-
-
-def norm_truth(x, added, weight, grads):
-    """Outputs and gradients of ``add_rms_norm``, in float64."""
-    x, added, weight = (t.double().requires_grad_() for t in (x, added, weight))
-    total = x + added
-    normed = weight * total * torch.rsqrt(total.square().mean(-1, keepdim=True) + EPS)
-    torch.autograd.backward((total, normed), [g.double() for g in grads])
-    return total.detach(), normed.detach(), x.grad, weight.grad
-
-
-def check_norms(body, x, added, weight, grads):
-    """The four norm operators on these arguments; those without a sum, and the weight's gradient, on ``added = 0``."""
-    dtype = added.dtype
-    total, normed, grad_x, _ = norm_truth(x, added, weight, grads)
-    got_total, got_normed, inv_rms = body("add_rms_norm")(x, added, weight, EPS)
-    assert torch.equal(got_total, x + added)
-    assert_rounded_once(got_normed, normed, dtype, atol=2e-6)
-    assert_rounded_once(inv_rms, torch.rsqrt(total.square().mean(-1) + EPS), torch.float32)
-    got = body("add_rms_norm_backward")(*grads, got_total, weight, inv_rms)
-    assert_rounded_once(got[0], grad_x, torch.float32, atol=1e-5)
-    assert torch.equal(got[1], got[0].to(dtype))
-
-    nothing = torch.zeros_like(grads[0])
-    _, normed, grad_x, grad_weight = norm_truth(x, nothing, weight, (nothing, grads[1]))
-    got_normed, inv_rms = body("rms_norm")(x, weight, EPS, dtype)
-    assert_rounded_once(got_normed, normed, dtype, atol=2e-6)
-    for asked in (False, True):
-        got = body("rms_norm_backward")(grads[1], x, weight, inv_rms, asked)
-        assert_rounded_once(got[0], grad_x, torch.float32, atol=1e-5)
-        assert got[1].shape == (weight.shape if asked else (0,))
-    assert_rounded_once(got[1], grad_weight, torch.float32, atol=1e-5 * max(1, len(x)) ** 0.5)
-
-
-def check_silu(body, gate, up, grad):
-    truth = [t.double().requires_grad_() for t in (gate, up)]
-    out = torch.nn.functional.silu(truth[0]) * truth[1]
-    out.backward(grad.double())
-    assert_rounded_once(body("silu_mul")(gate, up), out.detach(), gate.dtype)
-    for got, wanted in zip(body("silu_mul_backward")(grad, gate, up), truth, strict=True):
-        assert_rounded_once(got, wanted.grad, gate.dtype, atol=2e-6)
-
-
-def check_all(body, shape, dtype, layout=lambda t: t, device="cpu"):
-    x, added, weight, grads = norm_inputs(*shape, dtype)
-    x, added, *grads = (layout(t.to(device)) for t in (x, added, *grads))
-    check_norms(body, x, added, weight.to(device), grads)
-    gates = (randn(*shape, dtype=dtype, seed=i).mul(4) for i in range(2))  # of float16: no overflow, no subnormals
-    check_silu(body, *(layout(t.to(device)) for t in (*gates, grads[1])))
-
-
-def rows_apart(room, begin):
-    """A layout: rows in a larger array, ``begin`` elements into it."""
-
-    def layout(t):
-        base = t.new_full((t.shape[0], t.shape[1] + room), torch.nan)
-        base[:, begin : begin + t.shape[1]] = t
-        return base[:, begin : begin + t.shape[1]]
-
-    return layout
-
-
-LAYOUTS = {
-    "16-byte rows with gaps": ((6, 72), rows_apart(56, 0)),
-    "rows in the middle of a word": ((6, 72), rows_apart(56, 3)),
-    "rows that end in the middle of a word": ((6, 77), rows_apart(51, 0)),
-}
-
-
-def check_non_finite(body):
-    x, _, weight, (_, grad) = norm_inputs(4, 24, torch.float16)
-    x[0], x[1, 3], x[2, 4] = 0, torch.nan, torch.inf
-    out, inv_rms = body("rms_norm")(x, weight, EPS, torch.float16)
-    assert torch.equal(out[0], torch.zeros(24, dtype=torch.float16))
-    assert out[1].isnan().all()
-    assert out[2].isnan().nonzero().tolist() == [[4]]  # inf * 0
-    assert body("rms_norm_backward")(grad, x, weight, inv_rms, False)[0][[0, 3]].isfinite().all()
-    gate = torch.tensor([[0.0, -0.0, 200.0, -200.0, torch.inf, torch.nan]])
-    assert body("silu_mul")(gate, torch.ones_like(gate))[0, :5].tolist() == [0, 0, 200, 0, torch.inf]
-    assert body("silu_mul")(gate, torch.ones_like(gate))[0, 5].isnan()
 
 
 # --- CUDA C++, emulated -----------------------------------------------------------------------------------------------
@@ -129,8 +45,8 @@ class Emulator:
             for count in (4, 1):
                 for add in ("false", "true"):
                     lines.append(
-                        f"template __global__ void rms_norm_kernel<{t}, {count}, {add}>(const uint32_t*, int64_t, {read},"
-                        f" int64_t, const uint32_t*, uint32_t*, {bits}, float*, int64_t, int, float, int);"
+                        f"template __global__ void rms_norm_kernel<{t}, {count}, {add}>(const uint32_t*, int64_t,"
+                        f" {read}, int64_t, const uint32_t*, uint32_t*, {bits}, float*, int64_t, int, float, int);"
                     )
                 for flags in ("false, false", "false, true", "true, false"):
                     lines.append(
@@ -458,77 +374,3 @@ def test_gpu_step(card, how):
         got = step()
     torch.cuda.synchronize()
     assert bits_equal([t.cpu() for t in got], [t.cpu() for t in want])
-
-
-# --- on a pretend card: who calls them --------------------------------------------------------------------------------
-
-# Prints launches by operator, and how far a layer on the card is from the CPU's. The card's kernels cannot run here:
-# the extension's CPU bodies stand in for them.
-PRETEND = """
-import collections, copy, json, pretend_gpu
-pretend_gpu.install("gpu", card="t4", poison=True)
-import torch
-from cascade_fast.base.fused_norms import fused_norms
-from cascade_fast.ops import backends
-from cascade_fast.stages.append import AppendedLayer
-from cascade_fast.stages.stage import StageConfig
-from second_look_cases import family_model
-
-plain, found = backends._native_op, {}
-backends._native_op = lambda op, key: plain(op, "CPU") if op in backends.LAYER_OPS else plain(op, key)
-
-def outputs_of(layer, device):
-    layer = copy.deepcopy(layer).to(device)
-    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1)).to(device)
-    out = layer(x.requires_grad_())
-    total, normed = layer.post_attention_layernorm.requires_grad_(False).after(out, x.detach())
-    (total.sin() + normed).sum().backward()
-    return [t.detach().cpu() for t in (out, total, normed, *(p.grad for p in layer.parameters() if p.grad is not None))]
-
-with pretend_gpu.as_cuda():
-    base = family_model("qwen3").eval().requires_grad_(False)  # which has norms of heads, too
-    layer = AppendedLayer(StageConfig.from_base(base.config, layers=1, init="identity", head="shared", reads="residual"))
-    wanted = outputs_of(layer, "cpu")
-    with pretend_gpu.ledger() as led:
-        got = outputs_of(layer, "cuda")
-    found["calls"] = collections.Counter(k.op.split(".")[1] for k in led.kernels if "cascade_fast" in k.op)
-    found["layer"] = [max((a - b).abs().max().item() for a, b in zip(wanted, got, strict=True))]
-
-    tokens = torch.arange(24).view(2, 12)
-    for dtype in (torch.float32, torch.float16):
-        cpu = base.to("cpu", dtype).model(tokens).last_hidden_state.float()
-        with fused_norms(base):
-            found.setdefault("cpu", []).append(torch.equal(base.model(tokens).last_hidden_state.float(), cpu))
-        model = base.to("cuda").model
-        with pretend_gpu.ledger() as before:
-            model(tokens.to("cuda"))
-        with fused_norms(base), pretend_gpu.ledger() as after:
-            fused = model(tokens.to("cuda")).last_hidden_state
-        found.setdefault("base", []).append((fused.float().cpu() - cpu).abs().max().item())
-        saved = sum(type(m).__name__ == "Qwen3RMSNorm" for m in base.modules())
-        found.setdefault("saved", []).append((before.launches - after.launches) / saved)
-        assert "forward" not in vars(base.model.norm)
-print(json.dumps(found))
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("pretend_gpu") is None, reason="needs the package pretend_gpu on the path")
-def test_layers_and_the_base_on_a_pretend_card():
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, "-c", PRETEND],
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    found = json.loads(run.stdout.splitlines()[-1])
-    once = ("silu_mul", "silu_mul_backward", "add_rms_norm", "add_rms_norm_backward")
-    assert found["calls"] == {"rms_norm": 2, "rms_norm_backward": 2, **dict.fromkeys(once, 1)}
-    assert found["layer"][0] < 1e-5
-    assert found["cpu"] == [True, True]
-    assert found["base"][0] < 1e-5
-    assert found["base"][1] < 0.02
-    assert min(found["saved"]) >= 5  # of a norm; in float32 nothing is cast

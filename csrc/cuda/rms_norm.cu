@@ -30,7 +30,8 @@ struct NormLaunch {
 
 // Calls run.template operator()<T, kCount>().
 template <class Run>
-void for_norm(ScalarType dtype, int dim, const Tensor& weight_D, std::initializer_list<const Tensor*> matrices, Run run) {
+void for_norm(
+    ScalarType dtype, int dim, const Tensor& weight_D, std::initializer_list<const Tensor*> matrices, Run run) {
   const bool weight_aligned = reinterpret_cast<uintptr_t>(weight_D.const_data_ptr()) % 16 == 0;
   const bool wide = dim % 4 == 0 && weight_aligned && rows_aligned(matrices);
   for_dtype(dtype, [&]<class T>() {
@@ -97,8 +98,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cuda(
       const int64_t most = std::min(kNormParts, (rows + kNormRowsPerPart - 1) / kNormRowsPerPart);
       const NormLaunch shape(rows, dim, kCount, weight_grad ? most : rows);
       if (weight_grad) parts_PD = torch::stable::new_empty(x_ND, {parts = shape.teams, dim});
-      const auto kernel =
-          weight_grad ? rms_norm_backward_kernel<T, kCount, false, true> : rms_norm_backward_kernel<T, kCount, false, false>;
+      const auto kernel = weight_grad ? rms_norm_backward_kernel<T, kCount, false, true>
+                                      : rms_norm_backward_kernel<T, kCount, false, false>;
       kernel<<<shape.blocks, shape.threads, 0, stream>>>(
           static_cast<const typename T::Bits*>(grad_ND.const_data_ptr()), row_stride(grad_ND), float_bits(x_ND),
           row_stride(x_ND), float_bits(weight_D), static_cast<const float*>(inv_rms_N.const_data_ptr()), nullptr, 0,

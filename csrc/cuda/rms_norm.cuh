@@ -54,8 +54,8 @@ __device__ inline void store_word(typename T::Bits* row, int at, const NormWord<
 template <class T, int kCount, bool kAdd>
 __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(
     const uint32_t* __restrict__ x_ND, int64_t x_stride, const typename T::Bits* __restrict__ added_ND,
-    int64_t added_stride, const uint32_t* __restrict__ weight_D, uint32_t* sum_ND, typename T::Bits* __restrict__ out_ND,
-    float* __restrict__ inv_rms_N, int64_t rows, int dim, float eps, int team) {
+    int64_t added_stride, const uint32_t* __restrict__ weight_D, uint32_t* sum_ND,
+    typename T::Bits* __restrict__ out_ND, float* __restrict__ inv_rms_N, int64_t rows, int dim, float eps, int team) {
   using Wide = NormWord<Float32, kCount>;
   __shared__ float shared[2][kNormThreads / kWarp];
   const int words = dim / kCount, held = team * kNormHeld, lane = threadIdx.x % team;
