@@ -17,7 +17,7 @@ def norm_truth(x, added, weight, grads):
 
 
 def check_norms(body, x, added, weight, grads):
-    """The four norm operators on these arguments, those without a sum on ``x`` alone. ``body(op)`` gives a function like
+    """The four norm operators on these arguments, those without a sum on ``x`` alone. ``body(op)``: a function like
     that of ops/reference.py."""
     dtype = added.dtype
     total, normed, grad_x, _ = norm_truth(x, added, weight, grads)

@@ -52,7 +52,7 @@ __device__ inline void store_word(typename T::Bits* row, int at, const NormWord<
 
 // out_ND = weight_D * s / rms(s), with s = x, or with kAdd s = x + added, which is left in sum_ND. Outputs contiguous.
 template <class T, int kCount, bool kAdd>
-__global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(
+__global__ void __launch_bounds__(kNormThreads, 1) rms_norm_kernel(
     const uint32_t* __restrict__ x_ND, int64_t x_stride, const typename T::Bits* __restrict__ added_ND,
     int64_t added_stride, const uint32_t* __restrict__ weight_D, uint32_t* sum_ND,
     typename T::Bits* __restrict__ out_ND, float* __restrict__ inv_rms_N, int64_t rows, int dim, float eps, int team) {
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(
 // come back to x, and the same in grad's dtype in grad_added_ND. kWeight: each team leaves its rows' sum of
 // grad * x * inv_rms in its row of grad_weight_PD. Outputs contiguous.
 template <class T, int kCount, bool kAdd, bool kWeight>
-__global__ void __launch_bounds__(kNormThreads) rms_norm_backward_kernel(
+__global__ void __launch_bounds__(kNormThreads, 1) rms_norm_backward_kernel(
     const typename T::Bits* __restrict__ grad_ND, int64_t grad_stride, const uint32_t* __restrict__ x_ND,
     int64_t x_stride, const uint32_t* __restrict__ weight_D, const float* __restrict__ inv_rms_N,
     const uint32_t* __restrict__ grad_sum_ND, int64_t grad_sum_stride, uint32_t* __restrict__ grad_x_ND,
