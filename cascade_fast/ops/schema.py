@@ -377,9 +377,10 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_ND: Tensor):
+        x_ND, weight_D, inv_rms_N = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1]
-        grad_x_ND, grad_weight_D = _rms_norm_backward(grad_ND, *ctx.saved_tensors, wanted, backend=ctx.backend)
-        return grad_x_ND, grad_weight_D if wanted else None, None, None, None
+        grads = _rms_norm_backward(grad_ND, x_ND, weight_D, inv_rms_N, wanted, backend=ctx.backend)
+        return grads[0], grads[1] if wanted else None, None, None, None
 
 
 def _rms_norm_setup(ctx, inputs, keyword_only_inputs, output):
