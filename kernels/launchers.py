@@ -10,7 +10,7 @@ GPU compiles: D and the row strides divisible by 16, pointers aligned, one entry
 from collections.abc import Callable
 from typing import Any
 
-from . import cosine_score, cross_entropy, gather_rows, scatter_rows, select_hard
+from . import cosine_score, cross_entropy, gather_rows, rms_norm, scatter_rows, select_hard, silu_mul
 from .common import tile_shape
 
 LAUNCHERS: dict[str, Callable] = {
@@ -19,6 +19,12 @@ LAUNCHERS: dict[str, Callable] = {
     "gather_rows": gather_rows.gather_rows,
     "scatter_rows": scatter_rows.scatter_rows,
     "cross_entropy_": cross_entropy.cross_entropy_,
+    "rms_norm": rms_norm.rms_norm,
+    "rms_norm_backward": rms_norm.rms_norm_backward,
+    "add_rms_norm": rms_norm.add_rms_norm,
+    "add_rms_norm_backward": rms_norm.add_rms_norm_backward,
+    "silu_mul": silu_mul.silu_mul,
+    "silu_mul_backward": silu_mul.silu_mul_backward,
 }
 
 SIZE_OF = {"fp32": 4, "fp16": 2, "bf16": 2, "i32": 4, "i16": 2}
@@ -113,10 +119,44 @@ def _cross_entropy_entries() -> list[dict[str, Any]]:
     return entries
 
 
+def _rms_norm_entries() -> list[dict[str, Any]]:
+    r = rms_norm
+    names = ("x", "weight", "sum", "inv_rms", "grad_sum", "grad_x", "parts", "grad_weight")
+    floats, sizes = {f"{name}_ptr": "*fp32" for name in names}, {"BP": r.SUM_BP, "BD": r.SUM_BD}
+    entries = [_entry("rms_norm_backward-sum", r._rms_norm_sum_parts_kernel, floats, sizes, 4, "D")]
+    for dtype in ("fp32", "fp16", "bf16"):
+        types = floats | {f"{name}_ptr": f"*{dtype}" for name in ("added", "out", "grad", "grad_added")}
+        types |= {"eps": "fp32"}
+        for d in (*AOT_WIDTHS, 2 * r.MAX_HELD):
+            bn, bd, warps = r.norm_tile(d)
+            tile, aligned = {"HELD": d <= bd, "BN": bn, "BD": bd}, "D stride_x stride_added stride_grad stride_sum"
+            what = f"{dtype}-BD{bd}{'' if d <= bd else '-parts'}"
+            for add in (False, True):
+                name, sizes = "add_rms_norm" if add else "rms_norm", {"ADD": add, **tile}
+                entries.append(_entry(f"{name}-{what}", r._rms_norm_kernel, types, sizes, warps, aligned))
+                for weight in (False,) if add else (False, True):
+                    sizes = {"ADD": add, "WEIGHT": weight, **tile}
+                    called = f"{name}_backward-{what}{'-weight' if weight else ''}"
+                    entries.append(_entry(called, r._rms_norm_backward_kernel, types, sizes, warps, aligned))
+    return entries
+
+
+def _silu_mul_entries() -> list[dict[str, Any]]:
+    s, entries, aligned = silu_mul, [], "F stride_grad stride_gate stride_up"
+    kernels = {"silu_mul": s._silu_mul_kernel, "silu_mul_backward": s._silu_mul_backward_kernel}
+    for dtype in ("fp32", "fp16", "bf16"):
+        for name, kernel in kernels.items():
+            types = {arg: f"*{dtype}" for arg in kernel.arg_names if arg.endswith("_ptr")}
+            entries.append(_entry(f"{name}-{dtype}", kernel, types, {"BLOCK": s.BLOCK}, 4, aligned))
+    return entries
+
+
 AOT: list[dict[str, Any]] = [
     *_cosine_score_entries(),
     *_select_hard_entries(),
     *_gather_rows_entries(),
     *_scatter_rows_entries(),
     *_cross_entropy_entries(),
+    *_rms_norm_entries(),
+    *_silu_mul_entries(),
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade_fast.base.cache_name import with_cache
+from cascade_fast.base.fused_norms import fused_norms
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.sequences import NO_LABEL, Sequences
 from cascade_fast.criteria import Criterion, TokensAtExit
@@ -80,6 +81,7 @@ def fill_store(
     with contextlib.ExitStack() as ends:
         ends.callback(hook.remove)
         ends.enter_context(_first_layers(model, layers))
+        ends.enter_context(fused_norms(model))
         for some in sequences.batches(TOKENS_AT_ONCE.get(device.type, 2048)):
             padded = sequences.padded(some)
             kept = _Kept(padded.real_BS if needs.context else padded.labelled_BS, padded.labelled_BS, device)

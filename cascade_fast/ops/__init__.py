@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cascade_fast.ops import schema  # noqa: F401  (declares the operators)
+from cascade_fast.ops import schema  # declares the operators
 from cascade_fast.ops.attention import attention, attention_backward
-from cascade_fast.ops.backends import BACKENDS, OPS, SELECTION_OPS, choose, why_not
+from cascade_fast.ops.backends import BACKENDS, OPS, SELECTION_OPS, choose, fused, why_not
 from cascade_fast.ops.layers import (
     add_rms_norm,
     rotate_rows,
@@ -38,6 +38,7 @@ __all__ = [
     "choose",
     "cosine_score",
     "cross_entropy_",
+    "fused",
     "gather_rows",
     "low_rank",
     "low_rank_backward",
@@ -178,7 +179,9 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, *, dtype: torch.dtype, 
     Raises:
         ValueError: shapes, dtypes or devices that do not match; names the argument.
     """
-    return torch.ops.cascade_fast.rms_norm(x_ND, weight_D, eps, dtype=dtype, backend=backend)[0]
+    if torch.compiler.is_compiling():
+        return torch.ops.cascade_fast.rms_norm(x_ND, weight_D, eps, dtype=dtype, backend=backend)[0]
+    return schema.RMSNorm.apply(x_ND, weight_D, eps, dtype, backend)
 
 
 def adamw8bit(

@@ -73,7 +73,9 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) ->
     check(good, lambda: f"mask: {shape_of(mask)}; must have shape (B, 1, Q, {s}), B a divisor of {n} and Q of {r}")
     for name, t in (("key", key), ("value", value), ("mask", mask)):
         check(t.dtype == query.dtype, lambda: f"{name}: {shape_of(t)}; must have the dtype of query, {query.dtype}")
-        check(t.device == query.device, lambda: f"{name}: {shape_of(t)}; must be on the device of query, {query.device}")
+        check(
+            t.device == query.device, lambda: f"{name}: {shape_of(t)}; must be on the device of query, {query.device}"
+        )
 
 
 @torch.library.register_fake("cascade_fast::attention", lib=_LIB)

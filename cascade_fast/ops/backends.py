@@ -38,9 +38,12 @@ OTHER_OPS = (
     "adamw8bit",
 )
 OPS = SELECTION_OPS + OTHER_OPS
+LAYER_OPS = (
+    "rms_norm", "rms_norm_backward", "add_rms_norm", "add_rms_norm_backward", "silu_mul", "silu_mul_backward"
+)  # fmt: skip
 # Those with kernels for GPUs. Plain torch serves the others there: nothing is missing.
-CUDA_OPS = (*SELECTION_OPS, "cross_entropy_", "adamw8bit")
-TRITON_OPS = (*SELECTION_OPS, "cross_entropy_")
+CUDA_OPS = (*SELECTION_OPS, *LAYER_OPS, "cross_entropy_", "adamw8bit")
+TRITON_OPS = (*SELECTION_OPS, *LAYER_OPS, "cross_entropy_")
 
 if importlib.util.find_spec("cascade_fast._C") is not None:
     # An extension that is there but fails to import is an error: a broken .so is not a missing one.
@@ -150,6 +153,12 @@ def choose(op: str, device: torch.device, backend: str = "auto") -> str:
     if taken > 0:
         _warn_once(device.type, wanted[0], wanted[taken], str(reasons[0]))
     return wanted[taken]
+
+
+def fused(op: str, device: torch.device) -> bool:
+    """Whether ``op`` is worth its call in training: on a GPU that nobody but ``reference`` serves, and where
+    torch.compile makes kernels of its own, torch's own operators do as well."""
+    return device.type == "cpu" or (not torch.compiler.is_compiling() and choose(op, device) != "reference")
 
 
 def body(op: str, device: torch.device, backend: str) -> Callable:

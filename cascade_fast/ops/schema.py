@@ -383,6 +383,25 @@ def _scatter_rows_backward(ctx, grad_ND):
     return grad_rows_KD, None, grad_into_ND
 
 
+class RMSNorm(torch.autograd.Function):
+    """The operator ``rms_norm`` without ``1 / rms``; takes a third of the time of what is registered below."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, backend: str):
+        out_ND, inv_rms_N = _rms_norm(x_ND, weight_D, eps, dtype=dtype, backend=backend)
+        ctx.save_for_backward(x_ND, weight_D, inv_rms_N)
+        ctx.backend = backend
+        return out_ND
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_ND: Tensor):
+        x_ND, weight_D, inv_rms_N = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1]
+        grads = _rms_norm_backward(grad_ND, x_ND, weight_D, inv_rms_N, wanted, backend=ctx.backend)
+        return grads[0], grads[1] if wanted else None, None, None, None
+
+
 def _rms_norm_setup(ctx, inputs, keyword_only_inputs, output):
     x, weight, _eps = inputs
     ctx.save_for_backward(x, weight, output[1])

@@ -18,16 +18,19 @@ class RMSNorm(nn.Module):
         """``x + added`` (None: ``x``), and its norm."""
         if added_KD is None:
             return x_KD, self(x_KD)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-        if x_KD.device.type == "cpu" and not self.weight.requires_grad and added_KD.dtype == dtype:
+        fits = not self.weight.requires_grad and added_KD.dtype == _compute_dtype(x_KD.device)
+        if fits and ops.fused("add_rms_norm", x_KD.device):
             return ops.add_rms_norm(x_KD, added_KD, self.weight.float(), self.eps)
         x_KD = x_KD + added_KD
         return x_KD, self(x_KD)
 
     def forward(self, x_KD: Tensor) -> Tensor:
-        device = x_KD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        if device == "cpu":
+        dtype = _compute_dtype(x_KD.device)
+        if ops.fused("rms_norm", x_KD.device):
             rows_ND = x_KD.float().reshape(-1, x_KD.shape[-1])  # of heads, too
             return ops.rms_norm(rows_ND, self.weight.float(), self.eps, dtype=dtype).view(x_KD.shape)
         return nn.functional.rms_norm(x_KD.float(), x_KD.shape[-1:], self.weight.float(), self.eps).to(dtype)
+
+
+def _compute_dtype(device: torch.device) -> torch.dtype:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32

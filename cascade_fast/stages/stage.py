@@ -97,7 +97,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_KD: Tensor) -> Tensor:
         gate_KF, up_KF = project(x_KD, (self.gate_proj, self.up_proj))
-        if self.silu and gate_KF.device.type == "cpu":
+        if self.silu and ops.fused("silu_mul", gate_KF.device):
             return project(ops.silu_mul(gate_KF, up_KF), (self.down_proj,))[0]
         return project(self.activation(gate_KF) * up_KF, (self.down_proj,))[0]
 

@@ -40,6 +40,8 @@ struct WordOf;
 template <>
 struct WordOf<16> { using type = uint4; };
 template <>
+struct WordOf<8> { using type = uint2; };
+template <>
 struct WordOf<4> { using type = uint32_t; };
 template <>
 struct WordOf<2> { using type = uint16_t; };
@@ -53,15 +55,18 @@ struct Elements {
   static constexpr int kCount = kBytes / sizeof(Bits);
   float value[kCount];
 
+  Elements() = default;
+
   __device__ explicit Elements(Word word) {
     if constexpr (kCount == 1) {
       value[0] = T::load(word);
     } else {
-      const uint32_t part[4] = {word.x, word.y, word.z, word.w};
+      uint32_t part[kBytes / 4] = {word.x, word.y};
+      if constexpr (kBytes == 16) part[2] = word.z, part[3] = word.w;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        if constexpr (kCount == 4) value[i] = T::load(part[i]);
-        if constexpr (kCount == 8) value[i] = T::load(static_cast<Bits>(part[i / 2] >> (i % 2 * 16)));
+        if constexpr (sizeof(Bits) == 4) value[i] = T::load(part[i]);
+        if constexpr (sizeof(Bits) == 2) value[i] = T::load(static_cast<Bits>(part[i / 2] >> (i % 2 * 16)));
       }
     }
   }
@@ -70,13 +75,14 @@ struct Elements {
     if constexpr (kCount == 1) {
       return T::store(value[0]);
     } else {
-      uint32_t part[4] = {};
+      uint32_t part[kBytes / 4] = {};
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        if constexpr (kCount == 4) part[i] = T::store(value[i]);
-        if constexpr (kCount == 8) part[i / 2] |= static_cast<uint32_t>(T::store(value[i])) << (i % 2 * 16);
+        if constexpr (sizeof(Bits) == 4) part[i] = T::store(value[i]);
+        if constexpr (sizeof(Bits) == 2) part[i / 2] |= static_cast<uint32_t>(T::store(value[i])) << (i % 2 * 16);
       }
-      return make_uint4(part[0], part[1], part[2], part[3]);
+      if constexpr (kBytes == 8) return make_uint2(part[0], part[1]);
+      if constexpr (kBytes == 16) return make_uint4(part[0], part[1], part[2], part[3]);
     }
   }
 };

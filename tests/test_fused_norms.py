@@ -1,0 +1,82 @@
+"""Layers on a GPU call the fused operators, and the base's norms are one launch: counted on a pretend card."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Prints launches by operator, and how far a layer on the card is from the CPU's. The card's kernels cannot run here:
+# the extension's CPU bodies stand in for them.
+PRETEND = """
+import collections, copy, json, pretend_gpu
+pretend_gpu.install("gpu", card="t4", poison=True)
+import torch
+from cascade_fast.base.fused_norms import fused_norms
+from cascade_fast.ops import backends
+from cascade_fast.stages.append import AppendedLayer
+from cascade_fast.stages.stage import StageConfig
+from second_look_cases import family_model
+
+plain, found = backends._native_op, {}
+backends._native_op = lambda op, key: plain(op, "CPU") if op in backends.LAYER_OPS else plain(op, key)
+
+def outputs_of(layer, device):
+    layer = copy.deepcopy(layer).to(device)
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1)).to(device)
+    out = layer(x.requires_grad_())
+    total, normed = layer.post_attention_layernorm.requires_grad_(False).after(out, x.detach())
+    (total.sin() + normed).sum().backward()
+    return [t.detach().cpu() for t in (out, total, normed, *(p.grad for p in layer.parameters() if p.grad is not None))]
+
+with pretend_gpu.as_cuda():
+    base = family_model("qwen3").eval().requires_grad_(False)  # which has norms of heads, too
+    shape = StageConfig.from_base(base.config, layers=1, init="identity", head="shared", reads="residual")
+    layer = AppendedLayer(shape)
+    wanted = outputs_of(layer, "cpu")
+    with pretend_gpu.ledger() as led:
+        got = outputs_of(layer, "cuda")
+    found["calls"] = collections.Counter(k.op.split(".")[1] for k in led.kernels if "cascade_fast" in k.op)
+    found["layer"] = [max((a - b).abs().max().item() for a, b in zip(wanted, got, strict=True))]
+
+    tokens = torch.arange(24).view(2, 12)
+    for dtype in (torch.float32, torch.float16):
+        cpu = base.to("cpu", dtype).model(tokens).last_hidden_state.float()
+        with fused_norms(base):
+            found.setdefault("cpu", []).append(torch.equal(base.model(tokens).last_hidden_state.float(), cpu))
+        model = base.to("cuda").model
+        with pretend_gpu.ledger() as before:
+            model(tokens.to("cuda"))
+        with fused_norms(base), pretend_gpu.ledger() as after:
+            fused = model(tokens.to("cuda")).last_hidden_state
+        found.setdefault("base", []).append((fused.float().cpu() - cpu).abs().max().item())
+        saved = sum(type(m).__name__ == "Qwen3RMSNorm" for m in base.modules())
+        found.setdefault("saved", []).append((before.launches - after.launches) / saved)
+        assert "forward" not in vars(base.model.norm)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pretend_gpu") is None, reason="needs the package pretend_gpu on the path")
+def test_layers_and_the_base_on_a_pretend_card():
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-c", PRETEND],
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    once = ("silu_mul", "silu_mul_backward", "add_rms_norm", "add_rms_norm_backward")
+    assert found["calls"] == {"rms_norm": 2, "rms_norm_backward": 2, **dict.fromkeys(once, 1)}
+    assert found["layer"][0] < 1e-5
+    assert found["cpu"] == [True, True]
+    assert found["base"][0] < 1e-5
+    assert found["base"][1] < 0.02
+    assert min(found["saved"]) >= 5  # of a norm; in float32 nothing is cast
