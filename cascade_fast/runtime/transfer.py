@@ -1,5 +1,6 @@
 """From the host's memory to a GPU's: in large pinned pieces, so that nobody waits for a copy."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,7 +25,10 @@ def upload(array: Tensor, device: torch.device) -> Tensor:
 
 
 def send(parts: Sequence[Tensors], device: torch.device) -> list[Tensors]:
-    """Tensors of the host's memory on a GPU, all of them in one pinned buffer and one copy that nobody waits for."""
+    """Tensors of the host's memory on a GPU, all of them in one pinned buffer and one copy that nobody waits for. For
+    the CPU: as they are."""
+    if device.type == "cpu":
+        return list(parts)
     places, size = list[int](), 0
     for tensor in (t for part in parts for t in part.values()):
         places.append(size)
@@ -40,14 +44,21 @@ def _view(buffer: Tensor, begin: int, like: Tensor) -> Tensor:
     return buffer[begin : begin + like.nbytes].view(like.dtype).view(like.shape)
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the whole process: freed memory serves only the stream that it was taken on."""
+    return torch.cuda.Stream(device)
+
+
 def send_ahead(
     make: Callable[[Any], tuple[Tensors, Any]], items: Sequence[Any], device: torch.device
 ) -> Iterator[tuple[Tensors, Any]]:
     """What ``make`` gives for each of ``items``: tensors, which arrive on a GPU, and something of the host's.
 
-    While one is in use, a thread makes the next one and sends it, on a stream of its own.
+    While one is in use, a thread makes the next one and sends it, on a stream of its own. Whoever asks for the next one
+    has given the GPU all it has to do with the one before.
     """
-    stream = torch.cuda.Stream(device)
+    stream = _side_stream(device)
 
     def made(item: Any) -> tuple[Tensors, Any, Any]:
         with torch.cuda.stream(stream):
@@ -62,6 +73,7 @@ def send_ahead(
             coming += [thread.submit(made, item) for item in items[number + 1 : number + 2]]
             using = torch.cuda.current_stream(device)
             using.wait_event(arrived)
-            for tensor in there.values():
-                tensor.record_stream(using)  # its memory belongs to the other stream
-            yield there, more
+            try:
+                yield dict(there), more
+            finally:  # ``there`` has kept the memory; it goes back to the stream, which waits for those who read it
+                stream.wait_event(using.record_event())

@@ -115,14 +115,17 @@ class StageTokens:
 
     def batch(self, picked: Tensor, device: torch.device) -> tuple[Any, Tensor]:
         """What the stage reads of the units ``picked``, here hidden states ``(K, D)``, and the labels ``(K,)``."""
-        return next(self.batches([picked], device))
+        listed, size = self._listed(picked)
+        (listed,) = send([listed], self.store.device)
+        gathered = self._gathered(listed)
+        if self.store.device.type != device.type:
+            (gathered,) = send([gathered], device)
+        return self._put_together(gathered, size)
 
     def batches(self, picks: Sequence[Tensor], device: torch.device) -> Generator[tuple[Any, Tensor], None, None]:
         """As :meth:`batch` for each of ``picks``, on the CPU or the GPU that the store is on or beside."""
         if device.type == "cpu":
-            for picked in picks:
-                listed, size = self._listed(picked)
-                yield self._put_together(self._gathered(listed), size)
+            yield from (self.batch(picked, device) for picked in picks)
         elif self.store.device.type == "cpu":
             for gathered, size in send_ahead(self._listed_and_gathered, picks, device):
                 yield self._put_together(gathered, size)
