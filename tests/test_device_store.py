@@ -1,7 +1,7 @@
-"""Hidden states beside a GPU: batches are the CPU's, bit for bit, wherever the stores are; between two looks at the loss
-a step waits for nothing, and copies nothing where they are on the GPU, one pinned buffer where they are not.
+"""Hidden states beside a GPU: batches are the CPU's, bit for bit, wherever the stores are. Between two looks at the
+loss a step waits for nothing, and copies nothing where they are on the GPU, one pinned buffer where they are not.
 
-On a pretend card, in a process of its own, where the package pretend_gpu is on the path.
+Steps run on a pretend card, in a process of its own, where the package pretend_gpu is on the path.
 """
 
 import dataclasses
@@ -16,6 +16,12 @@ import pytest
 import torch
 from conftest import english_texts
 
+from cascade_fast.planning.base_configs import base_configuration
+from cascade_fast.planning.devices import find_device
+from cascade_fast.planning.memory import CONTEXT_BYTES, GIB, LIST_BYTES
+from cascade_fast.planning.plan import make_plan
+from cascade_fast.selection import hard_count
+from cascade_fast.settings import make_settings
 from cascade_fast.stages.exits import hardest_of_store, select_below
 from cascade_fast.stages.kind import get_kind
 
@@ -36,7 +42,7 @@ def found(tiny_base, tmp_path_factory) -> dict:
         pytest.skip("the package pretend_gpu is not on the path")
     folder = tmp_path_factory.mktemp("device store")
     texts = folder / "texts.jsonl"  # of several lengths, so that packs share rows
-    rows = [{"text": text[: 9 + 7 * (i % 4)]} for i, text in enumerate(english_texts(160, 40))]
+    rows = [{"text": text[: 9 + 7 * (i % 4)]} for i, text in enumerate(english_texts(80, 40))]
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = subprocess.run(
         [sys.executable, __file__, str(tiny_base), str(texts), str(folder)],
@@ -64,6 +70,42 @@ def test_a_step_waits_for_nothing_and_copies_what_it_must(found, kind, store):
     assert seen["syncs"] == ["wait_for", "_look"]
     assert seen["to the host"] == ["_look"]
     assert seen["to the device"] == ["send, pinned, non-blocking"] * (1 if store == "device" else seen["steps"])
+
+
+def planned(memory_gib: float | None = None, **settings):
+    device = find_device("t4", "auto", memory_gib=memory_gib)
+    return make_plan(make_settings(settings), base_configuration("smollm2-135m"), device)
+
+
+def test_the_plan_keeps_hidden_states_on_the_gpu_where_they_fit():
+    blocks, stored = 320 + 64, 576 * 2  # the defaults: of training and validation; float16
+    of_base, lists = blocks * 128 * stored, 320 * 128 * 0.6 * LIST_BYTES
+    one, two = planned(num_stages=1), planned(num_stages=2)
+    assert one.settings.store == two.settings.store == "device"
+    assert one.memory.store_on_gpu == of_base + lists
+    # Of the second stage: what the first has left, in float32, 60 % of the tokens; the base's for validation.
+    left = hard_count(0.6, blocks * 128) * 576 * 4
+    assert two.memory.store_on_gpu == max(of_base, left + 64 * 128 * stored) + lists
+    host = planned(num_stages=1, store="host")
+    assert host.memory.store_on_gpu == 0
+    assert host.store_line.startswith("store: host")
+    for of_store, of_host in zip(one.memory.phases[1:], host.memory.phases[1:], strict=True):
+        sent = of_host.lasting["the next batch"]
+        assert of_store.peak - of_host.peak == pytest.approx(of_base + lists - sent)
+    small = (host.memory.needed + CONTEXT_BYTES) / GIB + 0.01
+    assert planned(small, num_stages=1).settings.store == "host"
+    assert planned(small, num_stages=1).fits
+    asked = planned(small, num_stages=1, store="device")
+    assert asked.settings.store == "device"
+    assert not asked.fits or asked.memory.micro_batch_tokens < 512
+
+
+def test_keys_and_values_of_every_exit_are_counted():
+    look = {"stage_kind": "second-look", "layers_per_stage": 8, "kv": "store"}
+    kv, tokens = 8 * 2 * 3 * 64, (320 + 64) * 128
+    one, two = (planned(**look, num_stages=n).memory.store_on_gpu for n in (1, 2))
+    assert one == tokens * (576 + kv) * 2 + 320 * 128 * (0.6 * LIST_BYTES + 8)
+    assert two - one == hard_count(0.6, tokens) * (576 + kv) * 4
 
 
 # --- in a process of its own ------------------------------------------------------------------------------------------
@@ -104,7 +146,6 @@ def of_a_kind(kind: str, changes: dict, folder: Path) -> dict:
     from cascade_fast.base.texts import load_sequences
     from cascade_fast.runtime.compute import Compute
     from cascade_fast.runtime.metrics_log import MetricsLog
-    from cascade_fast.settings import make_settings
     from cascade_fast.stages.kind import base_needs, find_base_for_stages
     from cascade_fast.training.stage_trainer import StageTrainer
 
@@ -169,8 +210,8 @@ def main(base: str, texts: str, folder: str) -> None:
     import pretend_gpu
 
     settings = {
-        "base": base, "dataset": texts, "general_dataset": "none", "seq_len": 32, "train_tokens": 1600,
-        "val_tokens": 300, "test_tokens": 0, "layers_per_stage": 2, "epochs": 2, "batch_tokens": 120, "lr": 1e-3,
+        "base": base, "dataset": texts, "general_dataset": "none", "seq_len": 32, "train_tokens": 800,
+        "val_tokens": 300, "test_tokens": 0, "layers_per_stage": 2, "epochs": 2, "batch_tokens": 80, "lr": 1e-3,
         "warmup_steps": 2, "store_dtype": "float32", "seed": 7,
     }  # fmt: skip
     pretend_gpu.install(card="t4", poison=True, late_copies=True)

@@ -22,7 +22,13 @@ RUNS = {
     "adapters, every token": {"stage_kind": "second-look", "adapter": "lora", "hard_ratio": 1, "num_stages": 1},
     "seed": {"preset": "seed", "num_stages": 2},
 }
-SLOW = ("warm, from the host", "second-look, from the host", "second-look, recompute", "adapters", "seed")  # on the pretend card
+SLOW = (
+    "warm, from the host",
+    "second-look, from the host",
+    "second-look, recompute",
+    "adapters",
+    "seed",
+)  # on the pretend card
 HALF = {"warm": {}, "adapters, every token": RUNS["adapters, every token"]}
 LOSSES = ("val_ppl", "all_token_val_ppl", "all_token_test_ppl", "train_loss", "val_loss")
 
