@@ -313,7 +313,8 @@ def _store_bytes(settings: RunSettings, shape: Shape, width: int) -> tuple[float
     """(mapped at most, of the base pass alone): 16 bit where the values fit; hard tokens of a stage or two."""
     train_val = settings.expected_tokens("train") + settings.expected_tokens("val")
     size = shape.stage.hidden_size
-    stored, handed_on = _number_bytes(settings, width)
+    stored = _number_bytes(settings)
+    handed_on = 2 if width == 2 and stored == 2 else 4
     numbers = shape.memory(settings, width).kv_numbers  # keys and values of a token
     kept = numbers if shape.needs.keys_and_values else 0
     base = sum(map(settings.expected_tokens, READ)) * ((size + kept) * stored + TOKEN_BYTES)
@@ -328,13 +329,13 @@ def _store_bytes(settings: RunSettings, shape: Shape, width: int) -> tuple[float
 def _read_by_gpu(settings: RunSettings, shape: Shape, width: int, micro: int) -> dict[str, float]:
     """Where ``settings.store`` is ``device``: the hidden states, keys and values that training reads, and an epoch's
     lists. Else the batch that is sent ahead."""
-    stored, handed_on = _number_bytes(settings, width)
+    stored, handed_on = _number_bytes(settings), 4  # in bfloat16 2: a bound
     numbers = shape.memory(settings, width).kv_numbers
     kept = numbers if shape.needs.keys_and_values else 0
     size, attends = shape.stage.hidden_size, shape.kind.attends
     if settings.store != "device":
         context = micro / settings.hard_ratio * kept * stored
-        return {"the next batch": micro * (size * max(stored, handed_on) + LIST_BYTES) + context}
+        return {"the next batch": micro * (size * handed_on + LIST_BYTES) + context}
     train, val = settings.expected_tokens("train"), settings.expected_tokens("val")
     live, later = (train + val) * (size + kept) * stored, 0.0
     most, tokens = float(live), train + val
@@ -348,10 +349,9 @@ def _read_by_gpu(settings: RunSettings, shape: Shape, width: int, micro: int) ->
     return {STORES_ON_GPU: most + lists}
 
 
-def _number_bytes(settings: RunSettings, width: int) -> tuple[int, int]:
-    """Of a number in the base's stores and in later ones: 16 bit where the values fit."""
-    stored = 4 if settings.store_dtype == "float32" else 2  # float16 of a float32 base, where it fits
-    return stored, 2 if width == 2 and stored == 2 else 4
+def _number_bytes(settings: RunSettings) -> int:
+    """Of a number in the base's stores: 16 bit where the values fit, float16 of a float32 base."""
+    return 4 if settings.store_dtype == "float32" else 2
 
 
 def base_tokens_at_once(settings: RunSettings, on_cpu: bool) -> int:
