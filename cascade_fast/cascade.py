@@ -88,9 +88,11 @@ class CascadeRun:
     def train(self) -> None:
         """Steps 3 to 6 of the algorithm, for each stage."""
         settings = self.settings
+        stores = self.base_pass.stores
+        stores["val"] = self._near(stores["val"])  # read after every stage
         # What the base and each stage so far have left. Tokens on their way are in the last store; those that attend
         # read all of them.
-        train, val = [self.base_pass.stores["train"]], [self.base_pass.stores["val"]]
+        train, val = [self._near(stores["train"])], [stores["val"]]
         for number in range(1, settings.num_stages + 1):
             selection = hardest_of_store(train[-1], settings.hard_ratio)
             hard = self.kind.tokens(train, selection.index_K, self.recompute)
@@ -105,8 +107,14 @@ class CascadeRun:
             if not record.accepted or record.stopped in (TIME_IS_UP, NON_FINITE_LOSS):
                 break
             if number < settings.num_stages:
-                train = [*train, self._advance(number, hard, "train")]
-                val = [*val, self._advance(number, hard_val, "val")]
+                if not self.kind.attends:  # nobody reads the stores before these
+                    train, val = [], []
+                train = [*train, self._near(self._advance(number, hard, "train"))]
+                val = [*val, self._near(self._advance(number, hard_val, "val"))]
+
+    def _near(self, store: HiddenStore) -> HiddenStore:
+        """``store`` where stages read it: see ``--store``, which the plan has settled beside a GPU."""
+        return store.to(self.compute.device) if self.settings.store == "device" else store
 
     def _hard_validation_index(self, val: HiddenStore, threshold: float) -> Tensor:
         """By the training threshold, as inference must; or, as the seed did, by validation's own quantile."""
@@ -130,13 +138,7 @@ class CascadeRun:
     def recompute(self) -> Recompute | None:
         return self.kind.recompute(self.settings, self.base.config, self.base_pass, self.compute)
 
-    def _stage(
-        self,
-        number: int,
-        threshold: float,
-        hard: StageTokens,
-        hard_val: StageTokens,
-    ) -> StageRecord:
+    def _stage(self, number: int, threshold: float, hard: StageTokens, hard_val: StageTokens) -> StageRecord:
         """Trains stage ``number``, keeps it if it is worth it, and leaves its record; or finds all that done."""
         done = self._done(number)
         if done is not None:

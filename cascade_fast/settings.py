@@ -30,6 +30,7 @@ CRITERIA = ["cosine", "entropy", "random"]  # criteria.register_criterion adds t
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_QUANTIZATIONS = ("none", "nf4")
+STORES = ("auto", "device", "host")
 EXIT_THRESHOLDS = ("trained", "validation")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 LOSS_ON = ("assistant", "all")
@@ -97,6 +98,9 @@ class RunSettings:
         "base model",
         "hidden states on disk: auto takes 16 bit when the values fit",
         choices=("auto", "float32"),
+    )
+    store: str = _setting(
+        "auto", "base model", "where a GPU reads hidden states; auto: on the device if they fit", choices=STORES
     )
 
     dataset: str = _setting(
@@ -404,7 +408,7 @@ def _plain(f: "dataclasses.Field[Any]", value: Any) -> Any:
 _FIELDS = {f.name: f for f in dataclasses.fields(RunSettings)}
 # What may differ between a run and its resumption: where things lie and when to stop, not what is computed.
 RESUME_MAY_CHANGE = (
-    "out", "resume", "max_minutes", "checkpoint_minutes", "cache_dir", "report_to", "sample_prompt",
+    "out", "resume", "max_minutes", "checkpoint_minutes", "cache_dir", "report_to", "sample_prompt", "store",
 )  # fmt: skip
 
 

@@ -14,13 +14,21 @@ import pytest
 
 RUNS = {
     "warm": {},
+    "warm, from the host": {"store": "host"},
     "second-look": {"stage_kind": "second-look", "kv": "store"},
+    "second-look, from the host": {"stage_kind": "second-look", "kv": "store", "store": "host"},
     "second-look, recompute": {"stage_kind": "second-look", "kv": "recompute", "num_stages": 1},
     "adapters": {"stage_kind": "second-look", "adapter": "lora", "lora_rank": 4},
     "adapters, every token": {"stage_kind": "second-look", "adapter": "lora", "hard_ratio": 1, "num_stages": 1},
     "seed": {"preset": "seed", "num_stages": 2},
 }
-SLOW = ("second-look, recompute", "adapters", "seed")  # on the pretend card
+SLOW = (
+    "warm, from the host",
+    "second-look, from the host",
+    "second-look, recompute",
+    "adapters",
+    "seed",
+)  # on the pretend card
 HALF = {"warm": {}, "adapters, every token": RUNS["adapters, every token"]}
 LOSSES = ("val_ppl", "all_token_val_ppl", "all_token_test_ppl", "train_loss", "val_loss")
 

@@ -16,6 +16,7 @@ GPU = torch.device("cuda")  # named only
     ("settings", "said"),
     [
         ({}, "select_hard, gather_rows: cpp on cpu"),
+        ({"store": "device"}, "select_hard, gather_rows: cuda on cuda"),
         ({"criterion": "cosine"}, "select_hard, gather_rows: cpp on cpu; cosine_score: cuda on cuda"),
         (
             {"stage_kind": "second-look", "hard_ratio": 1.0},
@@ -23,7 +24,7 @@ GPU = torch.device("cuda")  # named only
         ),
     ],
 )
-def test_on_a_gpu_the_stores_are_served_by_the_host(monkeypatch, settings, said):
+def test_the_stores_are_served_where_they_are(monkeypatch, settings, said):
     monkeypatch.delenv("CASCADE_FAST_BACKEND", raising=False)
     monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
     monkeypatch.setattr(backends, "why_not", lambda op, device, backend: None)

@@ -177,7 +177,7 @@ def test_activations_are_what_autograd_saves(dtype):
 
 def test_the_peak_is_the_largest_phase_and_logits_are_a_chunk_whatever_the_batch():
     def plan(**settings):
-        settings = make_settings(settings)
+        settings = make_settings({"store": "device", **settings})
         return memory_plan(settings, SMALL, dtype=torch.float16, on_cpu=False)
 
     small, large = plan(batch_tokens=512), plan(batch_tokens=2**14)

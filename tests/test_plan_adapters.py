@@ -74,7 +74,7 @@ def test_of_its_8_bit_moments_small_ones_stay_in_float32(rank):
 def test_eight_billion_parameters_fit_in_ten_gib(capsys):
     assert main([*COMMAND, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["peak_bytes"] / GIB == pytest.approx(9.74, abs=0.01)
+    assert told["peak_bytes"] / GIB == pytest.approx(9.75, abs=0.01)
     assert told["fits"]
     assert main(COMMAND) == 0
     assert "a stage: 32 layers, 41,943,040 parameters of its own" in capsys.readouterr().out
@@ -234,7 +234,7 @@ def test_where_every_token_enters_nobody_needs_keys_and_values():
     assert context.kv_line is not None
     assert every.epoch.flops < epoch_time(dataclasses.replace(settings, kv="recompute"), base, device, 512, 0.99).flops
     for kv in ("store", "recompute", "auto"):
-        asked = dataclasses.replace(settings, kv=kv)
+        asked = dataclasses.replace(settings, kv=kv, store="device")
         how = {"dtype": torch.float16, "on_cpu": False, "fused_attention": False}
         plan, with_context = (memory_plan(asked, base, **how, labelled_share=share) for share in (1.0, 0.9))
         assert plan.to_dict() == every.memory.to_dict()

@@ -42,8 +42,10 @@ from cascade_fast.runtime.files import (
     tensor_bytes,
     write_json,
 )
+from cascade_fast.runtime.transfer import upload
 
 FORMAT = 2
+WIDE = ("hidden", "kv")  # arrays that may lie on a GPU
 INDEX, PROGRESS = "index.json", "progress.json"
 _TOKEN_ARRAYS = {
     "label": torch.int64,
@@ -80,6 +82,18 @@ class HiddenStore:
     @property
     def hidden(self) -> Tensor:
         return self.arrays["hidden"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the wide arrays are, ``hidden`` and ``kv``. The others, a number a token, are always the host's."""
+        return self.hidden.device
+
+    def to(self, device: torch.device) -> "HiddenStore":
+        """The same with a copy of the wide arrays on ``device``; on the CPU the store itself, mapped as it is."""
+        if device.type == self.device.type:
+            return self
+        wide = {name: upload(self[name], device) for name in WIDE if name in self}
+        return HiddenStore(self.folder, {**self.arrays, **wide}, self.meta)
 
     @property
     def handed_on_dtype(self) -> torch.dtype:
@@ -187,7 +201,7 @@ class HiddenStore:
         return index, {name: _map(folder / f"{name}.bin", spec, writable=writable) for name, spec in layout}
 
     def append(self, arrays: Mapping[str, Tensor]) -> None:
-        """Writes the next rows of every array, from tensors on the CPU; of one that is not given they stay zero."""
+        """Writes the next rows of every array, from tensors on any device; of one that is not given they stay zero."""
         (count,) = {tensor.shape[0] for tensor in arrays.values()}
         for name, array in self.arrays.items():
             rows = array[self.rows : self.rows + count]

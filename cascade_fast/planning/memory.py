@@ -38,12 +38,14 @@ PROCESS_BYTES = 455 * 2**20
 # CUDA context, cuBLAS and kernels' code; counts for what fits, not for max_memory_allocated. Estimate for a T4.
 CONTEXT_BYTES = GIB // 2
 HOST_BYTES = 2.5 * GIB  # of the process beside a GPU: torch's CUDA build, the driver. Estimate
+LIST_BYTES = 5 * 8  # of a hard token in an epoch's lists of what each batch takes: see stages/tokens.py
 TOKEN_BYTES = 8 + 4 + 4 + 4 + 4  # of a hidden store, beside the hidden state: see hidden_store.py
 
 
 # --- phases -----------------------------------------------------------------------------------------------------------
 
 
+STORES_ON_GPU = "hidden stores (on the GPU)"
 BASE_PASS_DISK = "base pass (hidden stores, head)"  # in the cache folder; all else on disk is the run folder's
 
 
@@ -79,6 +81,7 @@ class MemoryPlan:
     ram_mapped: float  # pages of hidden stores, which the system may drop
     disk: dict[str, float]
     micro_batch_tokens: int
+    store_on_gpu: float  # of the hidden states that training reads there; 0: they stay in the host's memory
 
     @property
     def worst(self) -> Phase:
@@ -181,7 +184,8 @@ def memory_plan(
         "checkpoints, best weights": 3 * (2 * saved + optimizer_bytes(shape, settings.optimizer)),
         "stages": settings.num_stages * saved,
     }
-    return MemoryPlan(phases, ram, loading, 0.0 if on_cpu else stores, disk, micro)
+    on_gpu = step.lasting.get(STORES_ON_GPU, 0.0)
+    return MemoryPlan(phases, ram, loading, 0.0 if on_cpu else stores, disk, micro, on_gpu)
 
 
 def _base_phase(settings: RunSettings, shape: Shape, width: int, fused_attention: bool, on_cpu: bool) -> Phase:
@@ -207,6 +211,8 @@ def _training_phase(settings: RunSettings, shape: Shape, width: int, micro: int,
         phase.lasting["earlier stages (float32)"] = _earlier_stage_bytes(settings, shape)
     if on_cpu or not settings.optimizer.startswith("paged"):
         phase.lasting[f"optimizer state ({settings.optimizer})"] = optimizer_bytes(shape, settings.optimizer)
+    if not on_cpu:
+        phase.lasting |= _read_by_gpu(settings, shape, width, micro)
     gradients, own_head = 4.0 * trained, 4.0 * shape.counts.head if s.head == "own" else 0.0
     activations: float = micro * (
         s.layers * saved_activation_bytes(shape, width, on_cpu=on_cpu) + 4 * 4 * s.hidden_size
@@ -273,6 +279,7 @@ def _evaluation_phase(settings: RunSettings, shape: Shape, width: int, on_cpu: b
     if on_cpu:
         phase.passing = {"weights in the compute dtype": casts, "activations": layer, "logits (a chunk)": logits}
     else:
+        phase.lasting |= _read_by_gpu(settings, shape, width, EVAL_TOKENS)
         phase.passing = {"activations, casts, logits (a chunk)": casts + layer + logits}
     _add_shared(phase, settings, shape, width)
     return phase
@@ -313,7 +320,7 @@ def _store_bytes(settings: RunSettings, shape: Shape, width: int) -> tuple[float
     """(mapped at most, of the base pass alone): 16 bit where the values fit; hard tokens of a stage or two."""
     train_val = settings.expected_tokens("train") + settings.expected_tokens("val")
     size = shape.stage.hidden_size
-    stored = 4 if settings.store_dtype == "float32" else 2  # float16 of a float32 base, where it fits
+    stored = _number_bytes(settings)
     handed_on = 2 if width == 2 and stored == 2 else 4
     numbers = shape.memory(settings, width).kv_numbers  # keys and values of a token
     kept = numbers if shape.needs.keys_and_values else 0
@@ -324,6 +331,34 @@ def _store_bytes(settings: RunSettings, shape: Shape, width: int) -> tuple[float
         tokens = hard_count(settings.hard_ratio, tokens)
         later += tokens * ((size + numbers) * handed_on + TOKEN_BYTES)
     return base + later, base
+
+
+def _read_by_gpu(settings: RunSettings, shape: Shape, width: int, micro: int) -> dict[str, float]:
+    """Where ``settings.store`` is ``device``: the hidden states, keys and values that training reads, and an epoch's
+    lists. Else the batch that is sent ahead."""
+    stored, handed_on = _number_bytes(settings), 4  # in bfloat16 2: a bound
+    numbers = shape.memory(settings, width).kv_numbers
+    kept = numbers if shape.needs.keys_and_values else 0
+    size, attends = shape.stage.hidden_size, shape.kind.attends
+    if settings.store != "device":
+        context = micro / settings.hard_ratio * kept * stored
+        return {"the next batch": micro * (size * handed_on + LIST_BYTES) + context}
+    train, val = settings.expected_tokens("train"), settings.expected_tokens("val")
+    live, later = (train + val) * (size + kept) * stored, 0.0
+    most, tokens = float(live), train + val
+    for _ in range(settings.num_stages - 1):
+        tokens = hard_count(settings.hard_ratio, tokens)
+        after = tokens * (size + numbers) * handed_on
+        later = later + after if attends else after
+        # Tokens that stand for themselves need the base's no more, but for validation.
+        most = max(most, later + (live if attends else val * size * stored))
+    lists = train * (settings.hard_ratio * LIST_BYTES + (8 if attends else 0))
+    return {STORES_ON_GPU: most + lists}
+
+
+def _number_bytes(settings: RunSettings) -> int:
+    """Of a number in the base's stores: 16 bit where the values fit, float16 of a float32 base."""
+    return 4 if settings.store_dtype == "float32" else 2
 
 
 def base_tokens_at_once(settings: RunSettings, on_cpu: bool) -> int:

@@ -30,7 +30,8 @@ PCIE_BYTES_PER_SECOND = 12e9  # third generation, 16 lanes, as copies reach
 class RunPlan:
     """What a run with ``settings`` takes on ``device``.
 
-    ``settings.kv`` is settled where a stage asks; ``kv_line`` says why, None where it was not ``auto``.
+    ``settings.kv`` is settled where a stage asks; ``kv_line`` says why, None where it was not ``auto``. So is
+    ``settings.store`` beside a GPU.
     """
 
     settings: RunSettings
@@ -52,6 +53,16 @@ class RunPlan:
         peak = f"peak {gib(self.memory.worst.peak)} GiB of {gib(self.device.memory_bytes)}"
         return f"{peak} ({phases}): {'fits' if self.fits else 'does NOT fit'}"
 
+    @property
+    def store_line(self) -> str | None:
+        """Where a GPU reads hidden states; None on the CPU."""
+        if self.device.on_cpu:
+            return None
+        size = self.memory.store_on_gpu
+        return (
+            f"store: device ({gib(size)} GiB)" if size else f"store: host ({gib(self.memory.ram_mapped)} GiB, mapped)"
+        )
+
     def lines(self) -> list[str]:
         """What the trainer says of it."""
         batch, micro = self.settings.batch_tokens, self.memory.micro_batch_tokens
@@ -61,8 +72,7 @@ class RunPlan:
         ]
         if micro < batch:
             lines.append(f"a batch of {batch} tokens in {math.ceil(batch / micro)} parts of {micro}")
-        if self.kv_line is not None:
-            lines.append(self.kv_line)
+        lines += [line for line in (self.store_line, self.kv_line) if line is not None]
         return [f"plan: {line}" for line in lines]
 
 
@@ -76,16 +86,25 @@ def make_plan(
         labelled_share: of the training tokens; where it is 1, so it is of the others.
     """
     settings, kv_line = _settle_kv(with_layers(settings, base_config), base_config, device, disk_bytes, labelled_share)
-    memory = memory_plan(
-        settings,
-        base_config,
-        dtype=device.dtype,
-        on_cpu=device.on_cpu,
-        memory_bytes=device.memory_bytes,
-        fused_attention=device.fused_attention,
-        process_bytes=max(PROCESS_BYTES, resident_bytes()),
-        labelled_share=labelled_share,
-    )
+
+    def planned(store: str) -> MemoryPlan:
+        return memory_plan(
+            dataclasses.replace(settings, store=store),
+            base_config,
+            dtype=device.dtype,
+            on_cpu=device.on_cpu,
+            memory_bytes=device.memory_bytes,
+            fused_attention=device.fused_attention,
+            process_bytes=max(PROCESS_BYTES, resident_bytes()),
+            labelled_share=labelled_share,
+        )
+
+    memory = planned(settings.store)
+    if not device.on_cpu and settings.store == "auto":  # on the GPU, if that leaves room for batches as large
+        on_gpu = planned("device")
+        fits = on_gpu.fits(device.memory_bytes, device.ram_bytes)
+        chosen = "device" if fits and on_gpu.micro_batch_tokens == memory.micro_batch_tokens else "host"
+        memory, settings = on_gpu if chosen == "device" else memory, dataclasses.replace(settings, store=chosen)
     return RunPlan(
         settings,
         base_config,

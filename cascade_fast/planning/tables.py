@@ -21,6 +21,8 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "base_pass_limit": plan.base_pass.limit,
         "epoch_seconds": plan.epoch.seconds,
         "epoch_limit": plan.epoch.limit,
+        "store": None if plan.device.on_cpu else plan.settings.store,
+        "store_on_gpu_bytes": round(plan.memory.store_on_gpu),
         "kv": plan.settings.kv if shape.kind.attends else None,
     }
 
@@ -69,7 +71,7 @@ def _verdict(plan: RunPlan) -> list[str]:
         f"batch: {plan.settings.batch_tokens} tokens, {memory.micro_batch_tokens} at once; the largest that fits: "
         f"{_largest_batch(plan):,}"
     )
-    return lines if plan.kv_line is None else [*lines, plan.kv_line]
+    return [*lines, *(line for line in (plan.store_line, plan.kv_line) if line is not None)]
 
 
 def _times(plan: RunPlan) -> list[str]:

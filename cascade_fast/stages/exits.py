@@ -56,14 +56,14 @@ def hardest_of_store(store: HiddenStore, hard_ratio: float) -> Selection:
         return Selection(labelled_J, EVERY_TOKEN)
     score_J = store["score"][labelled_J]
     check_finite(score_J, store["sequence"][labelled_J], store["position"][labelled_J])
-    selection = select_hardest(score_J, hard_ratio)
-    return Selection(labelled_J[selection.index_K], selection.threshold)
+    selection = select_hardest(score_J.to(store.device), hard_ratio)
+    return Selection(labelled_J[selection.index_K.cpu()], selection.threshold)
 
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What a stage says of K tokens, on the CPU: ``hidden`` for the next stage, ``score`` and ``loss`` (K,), float32;
-    where tokens attend also their keys and values."""
+    """What a stage says of K tokens: ``hidden`` for the next stage and, where tokens attend, their keys and values, on
+    the stage's device; ``score`` and ``loss`` (K,), on the CPU. Float32."""
 
     hidden_KD: Tensor
     score_K: Tensor
@@ -91,8 +91,7 @@ def run_stage(
         label_K.to(compute.device),
         dtype=compute.dtype,
     )
-    kv_KL2GE = None if ran.kv_KL2GE is None else ran.kv_KL2GE.cpu()
-    return StageOutput(ran.next_KD.float().cpu(), score_K.cpu(), loss_K.cpu(), kv_KL2GE)
+    return StageOutput(ran.next_KD.float(), score_K.cpu(), loss_K.cpu(), ran.kv_KL2GE)
 
 
 def advance(
@@ -103,7 +102,8 @@ def advance(
     criterion: Criterion,
     compute: Compute,
 ) -> dict[str, Tensor]:
-    """The units ``picked`` of ``tokens`` after ``stage``, as arrays of the next hidden store; their order is kept."""
+    """The units ``picked`` of ``tokens`` after ``stage``, as arrays of the next hidden store; their order is kept.
+    The wide ones are on the device of the tokens' store."""
     inputs, label_K = tokens.batch(picked, compute.device)
     store, row_K = tokens.store, tokens.rows(picked)
     arrays = {name: store[name][row_K] for name in ("label", "sequence", "position")}
@@ -115,9 +115,9 @@ def advance(
         stage=store.meta.get("stage", 0) + 1,
     )
     result = run_stage(stage, inputs, label_K, criterion=criterion, compute=compute, places=places)
-    arrays |= {"hidden": result.hidden_KD.to(store.handed_on_dtype), "score": result.score_K, "loss": result.loss_K}
-    if result.kv_KL2GE is not None:
-        arrays["kv"] = result.kv_KL2GE.to(store.handed_on_dtype)
+    wide = {"hidden": result.hidden_KD, "kv": result.kv_KL2GE}
+    arrays |= {n: wide_K.to(store.device, store.handed_on_dtype) for n, wide_K in wide.items() if wide_K is not None}
+    arrays |= {"score": result.score_K, "loss": result.loss_K}
     return arrays
 
 

@@ -324,9 +324,8 @@ class SecondLook(StageKind):
         kv_dtype = passed.stores["train"].handed_on_dtype
 
         def keys_and_values(hidden_BSD: Tensor, position_BS: Tensor | None) -> Tensor:
-            position_BS = None if position_BS is None else position_BS.to(compute.device)
             with compute.autocast():
-                return frozen.keys_and_values(hidden_BSD.to(compute.device), position_BS).to("cpu", kv_dtype)
+                return frozen.keys_and_values(hidden_BSD, position_BS).to(kv_dtype)
 
         return keys_and_values
 

@@ -2,6 +2,12 @@
 
 What an epoch shuffles and a batch is made of is a *unit*: a token, or a sequence with its hard tokens.
 
+A batch is made in three steps. What it takes is listed: places in the stores, all of them numbers a token, made from
+the stores' small arrays on the host. Then rows are gathered, where the stores are: in the host's memory or on the GPU.
+Then what the stage reads is put together, on the stage's device. A GPU waits for none of that: a store on it gets the
+lists of a whole epoch at once, and from a store in the host's memory a batch is gathered and sent while the one before
+it is in use.
+
 Sequences of a batch that are shorter than the longest share rows with others, as many as fit: one row is as long as
 the longest, and no token sees another sequence.
 
@@ -10,15 +16,16 @@ of a row, L layers, G key/value heads, E head size; 2 is (key, value).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cascade_fast import ops
 from cascade_fast.base.hidden_store import HiddenStore
+from cascade_fast.runtime.transfer import Tensors, send, send_ahead
 
 Recompute = Callable[[Tensor, Tensor | None], Tensor]  # of (B, S, D) and (B, S): see SequenceTokens
 
@@ -106,10 +113,53 @@ class StageTokens:
         """Rows in the store of the units' tokens."""
         return self.index_K[picked]
 
-    def batch(self, picked: Tensor, device: torch.device) -> tuple[Tensor | SequencePack, Tensor]:
+    def batch(self, picked: Tensor, device: torch.device) -> tuple[Any, Tensor]:
         """What the stage reads of the units ``picked``, here hidden states ``(K, D)``, and the labels ``(K,)``."""
-        hidden_KD, (label_K,) = ops.gather_rows(self.store.hidden, self.rows(picked), (self.store["label"],))
-        return hidden_KD.to(device, non_blocking=True), label_K.to(device, non_blocking=True)
+        listed, size = self._listed(picked)
+        (listed,) = send([listed], self.store.device)
+        gathered = self._gathered(listed)
+        if self.store.device.type != device.type:
+            (gathered,) = send([gathered], device)
+        return self._put_together(gathered, size)
+
+    def batches(self, picks: Sequence[Tensor], device: torch.device) -> Generator[tuple[Any, Tensor], None, None]:
+        """As :meth:`batch` for each of ``picks``, on the CPU or the GPU that the store is on or beside."""
+        if device.type == "cpu":
+            yield from (self.batch(picked, device) for picked in picks)
+        elif self.store.device.type == "cpu":
+            for gathered, size in send_ahead(self._listed_and_gathered, picks, device):
+                yield self._put_together(gathered, size)
+        else:
+            lists, sizes = zip(*map(self._listed, picks), strict=True)
+            for listed, size in zip(send(lists, device), sizes, strict=True):
+                yield self._put_together(self._gathered(listed), size)
+
+    def _listed_and_gathered(self, picked: Tensor) -> tuple[Tensors, Any]:
+        listed, size = self._listed(picked)
+        return self._gathered(listed), size
+
+    def _listed(self, picked: Tensor) -> tuple[Tensors, Any]:
+        """What the batch takes from where, on the CPU, and its size, as far as it is needed."""
+        row_K = self.rows(picked)
+        return {"row_K": row_K, "label_K": self.store["label"][row_K]}, None
+
+    def _gathered(self, listed: Tensors) -> Tensors:
+        """Of lists on the store's device: with rows in place of their numbers."""
+        gathered = dict(listed)
+        gathered["hidden_KD"] = _taken(self.store.hidden, gathered.pop("row_K"))
+        return gathered
+
+    def _put_together(self, gathered: Tensors, size: Any) -> tuple[Any, Tensor]:
+        """On the stage's device: see :meth:`batch`."""
+        return gathered["hidden_KD"], gathered["label_K"]
+
+
+class PackSize(NamedTuple):
+    """Of a pack: Q, B and S."""
+
+    queries: int
+    rows: int
+    width: int
 
 
 class SequenceTokens(StageTokens):
@@ -158,50 +208,81 @@ class SequenceTokens(StageTokens):
     def rows(self, picked: Tensor) -> Tensor:
         return self.index_K[_ranges(self.start_U[picked], self.count_U[picked])]
 
-    def batch(self, picked: Tensor, device: torch.device) -> tuple[SequencePack, Tensor]:
-        store, count_C = self.store, self.count_U[picked]
-        hidden_KD, (label_K, position_K) = ops.gather_rows(
-            store.hidden, self.rows(picked), (store["label"], store["position"])
-        )
-        position_K = position_K.long()
+    def _listed(self, picked: Tensor) -> tuple[Tensors, PackSize]:
+        store, count_C, row_K = self.store, self.count_U[picked], self.rows(picked)
+        position_K = store["position"][row_K].long()
         places = PackPlaces.from_lengths(self.length_U[picked])
         # Ranks of hard tokens in their row: after those of the sequences before them there.
         before_C, queries = places.counted(count_C)
         slot_K = (places.row_C * queries + before_C).repeat_interleave(count_C)
-        pack = SequencePack(
-            hidden_KD,
-            position_K,
-            row_K=(places.row_C * places.width + places.column_C).repeat_interleave(count_C) + position_K,
-            slot_K=slot_K + _ranges(torch.zeros_like(count_C), count_C),
-            queries=queries,
-            kv_BSL2GE=self._keys_and_values(picked, places),
-            shape=(places.rows, places.width),
-            begin_K=places.column_C.repeat_interleave(count_C) if places.shared else None,
-        )
-        return pack.to(device), label_K.to(device, non_blocking=True)
+        listed = {
+            "row_K": row_K,
+            "label_K": store["label"][row_K],
+            "position_K": position_K,
+            "place_K": (places.row_C * places.width + places.column_C).repeat_interleave(count_C) + position_K,
+            "slot_K": slot_K + _ranges(torch.zeros_like(count_C), count_C),
+        }
+        if places.shared:
+            listed["begin_K"] = places.column_C.repeat_interleave(count_C)
+        if "kv" in self.stores[0] or self.recompute is not None:
+            self._list_keys_and_values(listed, picked, places)
+        return listed, PackSize(queries, places.rows, places.width)
 
-    def _keys_and_values(self, picked: Tensor, places: "PackPlaces") -> Tensor | None:
-        """``(B, S, L, 2, G, E)``: of every token, what its latest exit has left."""
-        base, *later = self.stores
-        if "kv" not in base and self.recompute is None:
-            return None
+    def _list_keys_and_values(self, listed: Tensors, picked: Tensor, places: "PackPlaces") -> None:
+        """Rows in the base's store of every place of the pack; of each later store, rows and the places they go to."""
         start_C, length_C = self.base_start_U[picked], self.length_U[picked]
         # Where nobody is, some token is taken: no query sees it.
-        source_BS = places.laid_out(start_C, length_C, fill=int(start_C[0]))
-        if self.recompute is None:
-            kv_BSL2GE = _taken(base["kv"], source_BS)
-        else:
-            position_BS = places.laid_out(torch.zeros_like(start_C), length_C, fill=0) if places.shared else None
-            kv_BSL2GE = self.recompute(_taken(base.hidden, source_BS), position_BS)
-        if later and later[-1]["kv"].dtype != kv_BSL2GE.dtype:
-            kv_BSL2GE = kv_BSL2GE.to(later[-1]["kv"].dtype)  # float16 to float32
-        kv_NL2GE = kv_BSL2GE.flatten(0, 1)
+        listed["source_N"] = places.laid_out(start_C, length_C, fill=int(start_C[0])).flatten()
+        if self.recompute is not None and places.shared:
+            listed["position_BS"] = places.laid_out(torch.zeros_like(start_C), length_C, fill=0)
         first_C = places.row_C * places.width + places.column_C
-        for store in later:
+        for number, store in enumerate(self.stores[1:], 1):
             start_C, count_C = _rows_of(store, self.sequence_U[picked])
             row_J = _ranges(start_C, count_C)
-            kv_NL2GE[first_C.repeat_interleave(count_C) + store["position"][row_J]] = store["kv"][row_J]
-        return kv_BSL2GE
+            listed[f"row_J of {number}"] = row_J
+            listed[f"place_J of {number}"] = first_C.repeat_interleave(count_C) + store["position"][row_J]
+
+    def _gathered(self, listed: Tensors) -> Tensors:
+        gathered = super()._gathered(listed)
+        if "source_N" not in gathered:
+            return gathered
+        base, *later = self.stores
+        source_N = gathered.pop("source_N")
+        for number, store in enumerate(later, 1):
+            gathered[f"kv_J of {number}"] = _taken(store["kv"], gathered.pop(f"row_J of {number}"))
+        if self.recompute is None:
+            self._lay_over(gathered, _taken(base["kv"], source_N))
+        else:
+            gathered["source_ND"] = _taken(base.hidden, source_N)
+        return gathered
+
+    def _lay_over(self, gathered: Tensors, kv_NL2GE: Tensor) -> None:
+        """Adds ``kv_NL2GE``, the base's, under what later exits have left."""
+        if len(self.stores) > 1:
+            kv_NL2GE = kv_NL2GE.to(self.stores[-1]["kv"].dtype)  # float16 to float32
+        for number in range(1, len(self.stores)):
+            kv_NL2GE[gathered.pop(f"place_J of {number}")] = gathered.pop(f"kv_J of {number}")
+        gathered["kv_NL2GE"] = kv_NL2GE
+
+    def _put_together(self, gathered: Tensors, size: PackSize) -> tuple[SequencePack, Tensor]:
+        shape = (size.rows, size.width)
+        if "source_ND" in gathered:
+            assert self.recompute is not None
+            hidden_BSD = gathered.pop("source_ND").unflatten(0, shape)
+            kv_BSL2GE = self.recompute(hidden_BSD, gathered.get("position_BS"))
+            self._lay_over(gathered, kv_BSL2GE.flatten(0, 1))
+        kv_NL2GE = gathered.get("kv_NL2GE")
+        pack = SequencePack(
+            gathered["hidden_KD"],
+            gathered["position_K"],
+            row_K=gathered["place_K"],
+            slot_K=gathered["slot_K"],
+            queries=size.queries,
+            kv_BSL2GE=None if kv_NL2GE is None else kv_NL2GE.unflatten(0, shape),
+            shape=shape,
+            begin_K=gathered.get("begin_K"),
+        )
+        return pack, gathered["label_K"]
 
 
 @dataclass(frozen=True)
@@ -259,8 +340,9 @@ class PackPlaces:
         return out.view(self.rows, self.width)
 
 
-def _taken(of_N: Tensor, index_BS: Tensor) -> Tensor:
-    return of_N.index_select(0, index_BS.flatten()).unflatten(0, index_BS.shape)
+def _taken(of_N: Tensor, index_K: Tensor) -> Tensor:
+    """``of_N[index_K]``: numbers of 16 or 32 bit, any shape."""
+    return ops.gather_rows(of_N.flatten(1), index_K)[0].unflatten(1, of_N.shape[1:])
 
 
 def _rows_of(store: HiddenStore, sequence_C: Tensor) -> tuple[Tensor, Tensor]:

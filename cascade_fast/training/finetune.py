@@ -10,6 +10,7 @@ Shape legend: B sequences of a batch, S tokens of the longest, N tokens with a l
 
 import dataclasses
 import time
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -178,6 +179,12 @@ class WholeSequences:
             index_N = (label_BS != NO_LABEL).nonzero().squeeze(1)
             label_BS, index_N = label_BS[index_N], index_N.to(device)
         return (padded.input_BS.to(device), index_N), label_BS.to(device)
+
+    def batches(
+        self, picks: Sequence[Tensor], device: torch.device
+    ) -> Generator[tuple[tuple[Tensor, Tensor | None], Tensor], None, None]:
+        """As :meth:`batch` for each of ``picks``."""
+        return (self.batch(picked, device) for picked in picks)
 
 
 class WholeModel(nn.Module):

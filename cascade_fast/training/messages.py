@@ -45,11 +45,12 @@ def say_start(
 
 
 def selection_operators(settings: RunSettings, device: torch.device) -> str:
-    """Which of them a run calls, who serves each, and where: hidden stores lie in the host's memory, and tokens are
-    selected and gathered there; only scores and attention are on ``device``."""
-    calls = [("gather_rows", "gather_rows", torch.device("cpu"))]
+    """Which of them a run calls, who serves each, and where: tokens are selected and gathered where the hidden stores
+    lie, on ``device`` or in the host's memory; scores and attention are on ``device``. ``settings``: the plan's."""
+    stores = device if settings.store == "device" else torch.device("cpu")
+    calls = [("gather_rows", "gather_rows", stores)]
     if settings.hard_ratio < 1:
-        calls.insert(0, ("select_hard", "select_hard", torch.device("cpu")))
+        calls.insert(0, ("select_hard", "select_hard", stores))
     scored_by = get_criterion(settings.criterion).operator
     if scored_by is not None:
         calls.append((scored_by, scored_by, device))

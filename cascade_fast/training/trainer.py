@@ -8,10 +8,12 @@ add up.
 Shape legend: M tokens of a batch or a part of one, D hidden size, V vocabulary.
 """
 
+import contextlib
+import itertools
 import math
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -64,8 +66,8 @@ class Batches(Protocol):
     def count(self, picked: Tensor) -> int:
         """How many tokens the units ``picked`` hold."""
 
-    def batch(self, picked: Tensor, device: torch.device) -> tuple[Any, Tensor]:
-        """What the module is called with for the units ``picked``, and the labels ``(M,)``."""
+    def batches(self, picks: Sequence[Tensor], device: torch.device) -> Generator[tuple[Any, Tensor], None, None]:
+        """For each of ``picks``, some units: what the module is called with, and the labels ``(M,)``."""
 
 
 class EpochTotals(NamedTuple):
@@ -120,13 +122,12 @@ def epoch_order(n: int, *, seed: int, stage: int, epoch: int) -> Tensor:
 @torch.inference_mode()
 def validation_loss(module: Any, tokens: Batches, compute: Compute) -> float:
     """Mean cross-entropy over ``tokens``, in nats. ``module``: see :class:`Trainer`."""
-    total = 0.0
-    for picked in tokens.chunks(EVAL_TOKENS):
-        inputs, label_M = tokens.batch(picked, compute.device)
+    total = torch.zeros((), dtype=torch.float64, device=compute.device)
+    for inputs, label_M in tokens.batches(tokens.chunks(EVAL_TOKENS), compute.device):
         with compute.autocast():
             _, normed_MD = module(inputs)
-        total += token_losses(normed_MD, module.head, label_M, dtype=compute.dtype)[0].double().sum().item()
-    return total / len(tokens)
+        total += token_losses(normed_MD, module.head, label_M, dtype=compute.dtype)[0].double().sum()
+    return total.item() / len(tokens)
 
 
 class Trainer:
@@ -171,6 +172,7 @@ class Trainer:
         self.batch_units = train.units_of(settings.batch_tokens)
         self.micro_batch_units = train.units_of(micro_batch_tokens or settings.batch_tokens)
         self.steps_per_epoch = math.ceil(train.units / self.batch_units)
+        self.ahead: Generator[tuple[Any, Tensor], None, None] | None = None  # batches of the rest of the epoch
         self.trims = self.device.type == "cpu" and train.batches_differ
         self.writer = SnapshotWriter(self.device)
         self.history = TrainingHistory()
@@ -232,7 +234,9 @@ class Trainer:
         saved = time.monotonic()
         self.epoch_started = saved - self.epoch_seconds
         self.module.train()
-        with Progress(f"{self.name} epoch {self.epoch}/{self.settings.epochs}", len(self.train)) as progress:
+        parts = [some for picked in batches[self.step :] for some in picked.split(self.micro_batch_units)]
+        title = f"{self.name} epoch {self.epoch}/{self.settings.epochs}"
+        with self._ahead_of(parts), Progress(title, len(self.train)) as progress:
             progress.restart(self.epoch_tokens)
             while self.step < len(batches):
                 tokens = self.train_step(batches[self.step])
@@ -256,14 +260,25 @@ class Trainer:
                     saved = time.monotonic()
         return self._look()
 
+    @contextlib.contextmanager
+    def _ahead_of(self, parts: Sequence[Tensor]) -> Iterator[None]:
+        """Steps take their batches, of ``parts``, from one iterator, which may work ahead."""
+        self.ahead = self.train.batches(parts, self.device)
+        try:
+            yield
+        finally:
+            self.ahead.close()
+            self.ahead = None
+
     def train_step(self, picked: Tensor) -> int:
-        """One step of the optimizer on the units ``picked``; how many tokens they hold."""
+        """One step of the optimizer on the units ``picked``, in an epoch the next ones; how many tokens they hold."""
         settings, lr = self.settings, self._learning_rate(self.step)
         set_learning_rate(self.optimizer, lr)
         tokens = self.train.count(picked)
         loss = torch.zeros((), device=self.device)
-        for some in picked.split(self.micro_batch_units):
-            inputs, label_M = self.train.batch(some, self.device)
+        parts = picked.split(self.micro_batch_units)
+        ahead = self.train.batches(parts, self.device) if self.ahead is None else self.ahead
+        for inputs, label_M in itertools.islice(ahead, len(parts)):
             with self.compute.autocast():
                 _, normed_MD = self.module(inputs)
             part = linear_cross_entropy(normed_MD, self.module.head, label_M, dtype=self.compute.dtype)
