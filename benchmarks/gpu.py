@@ -47,6 +47,7 @@ class Sizes:
 
     rounds: int = 7
     optimizers: tuple[str, ...] = ("adamw", "adamw8bit", "paged_adamw8bit")
+    tensors: int | None = None  # of the stage that the optimizers move
     burst: int = 20  # of an operator, in a row between two events; of a step a quarter of that, of a base pass one
     copied: int = 2**28
     rows: int = 131_072
@@ -68,7 +69,7 @@ def tiny() -> Sizes:
     changes = {"layers_per_stage": 2, "batch_tokens": 256}
     return Sizes(
         rounds=1, burst=1, copied=2**16, rows=500, products=((64, 64, 64),), optimizers=("adamw", "adamw8bit"),
-        blocks=4, base_blocks=4, naive_layers=1, naive_steps=4, config=config, changes=changes,
+        tensors=2, blocks=4, base_blocks=4, naive_layers=1, naive_steps=4, config=config, changes=changes,
     )  # fmt: skip
 
 
@@ -161,7 +162,7 @@ def optimizers(sizes: Sizes, folder: Path) -> dict[str, Line]:
     """A step over the stage of ``optimizer_step.py``. Bytes: weights and state there and back, and the gradient."""
     made, moved = {}, {}
     for name in sizes.optimizers:
-        parameters, truth = (optimizer_step.make_parameters(device=device) for device in ("cuda", "cpu"))
+        parameters, truth = (optimizer_step.make_parameters(device=d)[: sizes.tensors] for d in ("cuda", "cpu"))
         settings = make_settings({"optimizer": name, **optimizer_step.SETTINGS})
         made[name] = build_optimizer(parameters, settings, GPU)
         made[name].step()
