@@ -12,7 +12,7 @@ from cascade_fast.base.sequences import NO_LABEL
 from cascade_fast.criteria import Criterion, Places, TokensAtExit
 from cascade_fast.input_checks import one_line
 from cascade_fast.losses import perplexity, token_losses
-from cascade_fast.runtime.compute import Compute
+from cascade_fast.runtime.compute import Compute, HostCopies, sent
 from cascade_fast.runtime.files import DamagedFile, load_tensors, save_tensors
 from cascade_fast.selection import EVERY_TOKEN, Selection, check_finite, select_below, select_hardest
 from cascade_fast.stages.kind import get_kind
@@ -91,8 +91,10 @@ def run_stage(
         label_K.to(compute.device),
         dtype=compute.dtype,
     )
-    kv_KL2GE = None if ran.kv_KL2GE is None else ran.kv_KL2GE.cpu()
-    return StageOutput(ran.next_KD.float().cpu(), score_K.cpu(), loss_K.cpu(), kv_KL2GE)
+    left = {"hidden_KD": ran.next_KD.float(), "score_K": score_K, "loss_K": loss_K}
+    if ran.kv_KL2GE is not None:
+        left["kv_KL2GE"] = ran.kv_KL2GE
+    return StageOutput(**HostCopies(left).wait())
 
 
 def advance(
@@ -204,10 +206,12 @@ def merged_losses(stage: Stage, store: HiddenStore, *, compute: Compute, recompu
         inputs, label_K = tokens.batch(torch.arange(tokens.units), compute.device)
         with compute.autocast():
             normed_KD = stage.run(inputs.to(compute.device)).normed_KD
-        labelled_J = (label_K != NO_LABEL).nonzero().squeeze(1)
+        # Told by the store's labels, not by the batch's, which are on the device.
+        labelled_K = tokens.store["label"][tokens.rows(torch.arange(tokens.units))] != NO_LABEL
+        labelled_J = sent(labelled_K.nonzero().squeeze(1), compute.device)
         loss_J, _ = token_losses(normed_KD[labelled_J], stage.head, label_K[labelled_J], dtype=compute.dtype)
-        losses.append(loss_J.cpu())
-    return torch.cat(losses)
+        losses.append(loss_J)
+    return torch.cat(losses).cpu()
 
 
 def _whole_sequences(store: HiddenStore) -> Iterator[tuple[int, int]]:
