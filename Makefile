@@ -13,7 +13,7 @@ CONSTRAINTS ?= constraints.txt
 WITH := $(addprefix -c ,$(CONSTRAINTS))
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup train test test-slow test-gpu test-oldest constraints lint bench check-cuda sanitize clean
+.PHONY: setup train test test-slow test-gpu test-oldest constraints lint bench bench-gpu check-cuda sanitize clean
 
 setup: $(VENV)/.installed
 
@@ -71,6 +71,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+bench-gpu: $(VENV)/.dev
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 check-cuda: $(VENV)/.dev
 	$(PY) tools/check_cuda.py

@@ -10,20 +10,23 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from benchmarks import optimizer_step
 from benchmarks.naive_loop import BATCH_TOKENS, naive_losses, naive_stage
-from benchmarks.workload import BLOCKS, LAYERS, SEQ_LEN, base_config, preset_trainer
-from cascade_fast.base import fill_store as base_pass
-from cascade_fast.base.hidden_store import HiddenStore
-from cascade_fast.base.sequences import Sequences
-from cascade_fast.criteria import get_criterion
+from benchmarks.workload import (
+    BLOCKS,
+    LAYERS,
+    SEQ_LEN,
+    base_config,
+    base_pass,
+    check_close,
+    check_trainer,
+    preset_trainer,
+    steps_of,
+)
 from cascade_fast.losses import linear_cross_entropy
 from cascade_fast.runtime.compute import Compute
-from cascade_fast.runtime.console import Progress
 from cascade_fast.training.adamw8bit import AdamW8bit
-from cascade_fast.training.trainer import validation_loss
 
 PRESETS = ("warm", "second-look", "lora", "seed")
 LOSS_TOKENS, VOCAB = 512, 49_152
@@ -45,10 +48,6 @@ def timed(benchmark, device: str, run: Callable[[], object], rounds: int = 5) ->
     benchmark.pedantic(once, rounds=rounds, warmup_rounds=1)
 
 
-def close(found: float, expected: float, dtype: torch.dtype) -> None:
-    assert found == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 1e-2)
-
-
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
@@ -56,13 +55,9 @@ def close(found: float, expected: float, dtype: torch.dtype) -> None:
 def test_training_step(benchmark, device, tmp_path, preset):
     """One optimizer step. ``tokens`` of the extra info is how many it took."""
     trainer = preset_trainer(preset, tmp_path, device)
-    exact = Compute(trainer.device, torch.float32)
-    found, truth = (validation_loss(trainer.module, trainer.val, compute) for compute in (trainer.compute, exact))
-    close(found, truth, trainer.compute.dtype)
-    order = torch.randperm(trainer.train.units, generator=torch.Generator().manual_seed(2))
-    batches = [batch for batch in order.split(trainer.batch_units) if len(batch) == trainer.batch_units]
-    taken: list[int] = []
-    timed(benchmark, device, lambda: taken.append(trainer.train_step(batches[len(taken) % len(batches)])))
+    check_trainer(trainer)
+    step, taken = steps_of(trainer, 1), list[int]()
+    timed(benchmark, device, lambda: taken.append(step()))
     benchmark.extra_info["tokens"] = sum(taken) / len(taken)
 
 
@@ -76,7 +71,7 @@ def test_naive_steps(benchmark, device):
     (first,) = naive_losses(stage, hidden_ND, label_N, [torch.arange(BATCH_TOKENS)], lr=0.0)
     with torch.no_grad():
         logits_NV = stage(inputs_embeds=hidden_ND[:, None], return_dict=True).logits.squeeze(1)
-    close(first, float(torch.nn.functional.cross_entropy(logits_NV, label_N)), torch.float32)
+    check_close(first, float(torch.nn.functional.cross_entropy(logits_NV, label_N)), torch.float32)
     order = [torch.arange(BATCH_TOKENS)] * 8
     timed(benchmark, device, lambda: naive_losses(stage, hidden_ND, label_N, order), rounds=3)
     benchmark.extra_info["tokens"] = 8 * BATCH_TOKENS
@@ -87,28 +82,7 @@ def test_naive_steps(benchmark, device):
 
 def test_base_pass(benchmark, device, tmp_path):
     """Blocks of text through the frozen base, states and scores into a store."""
-    compute = Compute.choose(device, "auto")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        base_config(), dtype=compute.dtype, attn_implementation="sdpa", trust_remote_code=False
-    )
-    model = model.eval().to(compute.device)
-    ids_BT = torch.randint(0, VOCAB, (BLOCKS, SEQ_LEN + 1), dtype=torch.int32)
-    sequences = Sequences.from_blocks(ids_BT)
-    needs, scores = base_pass.BaseNeeds("residual"), get_criterion("entropy")
-
-    def run() -> HiddenStore:
-        folder = tmp_path / "store"
-        dtype = torch.bfloat16 if compute.dtype == torch.bfloat16 else torch.float32
-        store = HiddenStore.create(folder, BLOCKS * SEQ_LEN, 576, dtype, with_loss=True, meta={})
-        with Progress("base pass", BLOCKS * SEQ_LEN) as progress:
-            base_pass.fill_store(model, sequences, store, needs, scores, progress)
-        return store
-
-    with torch.inference_mode():
-        logits_SV = model(ids_BT[:1, :-1].long().to(compute.device)).logits[0].float()
-    entropy_S = torch.distributions.Categorical(logits=logits_SV).entropy().cpu()
-    close(float(run()["score"][:SEQ_LEN].abs().float().mean()), float(entropy_S.mean()), compute.dtype)
+    run = base_pass(tmp_path / "store", Compute.choose(device, "auto"), "entropy")
     timed(benchmark, device, run, rounds=3)
     benchmark.extra_info["tokens"] = BLOCKS * SEQ_LEN
 
@@ -131,7 +105,7 @@ def test_loss(benchmark, device, which):
     def plain() -> Tensor:
         return torch.nn.functional.cross_entropy((hidden_ND @ head_VD.T).float(), label_N)
 
-    close(float(fused().detach()), float(plain().detach()), compute.dtype)
+    check_close(float(fused().detach()), float(plain().detach()), compute.dtype)
     loss = fused if which == "fused" else plain
     timed(benchmark, device, lambda: loss().backward())
 
@@ -147,21 +121,13 @@ def test_optimizer_step(benchmark, device, which):
     }
     if device == "cuda" and which == "adamw8bit":
         pytest.skip("on a GPU 8-bit AdamW is bitsandbytes'")
-    found, truth = made[which](_parameters(device)), made["fused adamw"](_parameters(device))
+    found, truth = (made[name](optimizer_step.make_parameters(device=device)) for name in (which, "fused adamw"))
     found.step()
     truth.step()
     for ours, theirs in zip(_all(found), _all(truth), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2 * optimizer_step.SETTINGS["lr"])  # a step moves by lr
         assert (ours - theirs).abs().mean() < 0.1 * optimizer_step.SETTINGS["lr"]
     timed(benchmark, device, found.step)
-
-
-def _parameters(device: str) -> list[torch.nn.Parameter]:
-    moved = []
-    for parameter in optimizer_step.make_parameters():
-        moved.append(torch.nn.Parameter(parameter.detach().to(device)))
-        moved[-1].grad = parameter.grad.to(device)
-    return moved
 
 
 def _all(optimizer: torch.optim.Optimizer) -> list[Tensor]:

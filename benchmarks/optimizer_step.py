@@ -19,13 +19,13 @@ SETTINGS = {"lr": 1e-4, "weight_decay": 0.01}
 NAMES = ("fused adamw", "adamw8bit", "bitsandbytes adamw8bit")
 
 
-def make_parameters(seed: int = 0) -> list[torch.nn.Parameter]:
+def make_parameters(seed: int = 0, device: str = "cpu") -> list[torch.nn.Parameter]:
     """With gradients."""
     generator = torch.Generator().manual_seed(seed)
     params = []
     for shape in [*LAYER * LAYERS, (576,)]:
-        p = torch.nn.Parameter(torch.randn(shape, generator=generator) / 25)
-        p.grad = torch.randn(shape, generator=generator) * 1e-3
+        p = torch.nn.Parameter((torch.randn(shape, generator=generator) / 25).to(device))
+        p.grad = (torch.randn(shape, generator=generator) * 1e-3).to(device)
         params.append(p)
     return params
 

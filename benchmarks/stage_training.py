@@ -33,14 +33,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import common
 from benchmarks.naive_loop import BATCH_TOKENS, naive_losses, naive_stage
-from benchmarks.workload import BLOCKS, CPU, LAYERS, SEQ_LEN, TOKENS, base_config, steps_of, trainer
-from cascade_fast.base import fill_store as ours_pass
-from cascade_fast.base.hidden_store import HiddenStore
-from cascade_fast.base.sequences import Sequences
-from cascade_fast.criteria import get_criterion
+from benchmarks.workload import BLOCKS, CPU, LAYERS, SEQ_LEN, TOKENS, base_config, base_pass, steps_of, trainer
 from cascade_fast.losses import linear_cross_entropy
-from cascade_fast.runtime.compute import choose_dtype, keep_freed_memory
-from cascade_fast.runtime.console import Progress
+from cascade_fast.runtime.compute import Compute, choose_dtype, keep_freed_memory
 from cascade_fast.settings import make_settings
 
 # --- the baseline, in its own process ---------------------------------------------------------------------------------
@@ -107,23 +102,6 @@ def bare_products(tokens: int, dtype: torch.dtype) -> tuple[Callable[[], None], 
     return run, sum(2.0 * a.shape[0] * a.shape[1] * b.shape[1] for a, b, _ in todo)
 
 
-def our_base_pass(folder: Path, dtype: torch.dtype, criterion: str) -> Callable[[], None]:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        base_config(), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-    ).eval()
-    sequences = Sequences.from_blocks(torch.randint(0, 49_152, (BLOCKS, SEQ_LEN + 1), dtype=torch.int32))
-    store_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    tokens, needs, scores = BLOCKS * SEQ_LEN, ours_pass.BaseNeeds("residual"), get_criterion(criterion)
-
-    def run() -> None:
-        store = HiddenStore.create(folder, tokens, 576, store_dtype, with_loss=scores.needs_logits, meta={})
-        with Progress("base pass", tokens) as progress:
-            ours_pass.fill_store(model, sequences, store, needs, scores, progress)
-
-    return run
-
-
 def loss_extra_bytes(dtype: torch.dtype) -> dict[int, int]:
     """Most memory the fused loss holds beside its results, for several batch sizes."""
     head_VD = torch.randn(49_152, 576).to(dtype)
@@ -160,8 +138,8 @@ def measure_speed(rounds: int) -> dict[str, Any]:
             "warm step": steps_of(warm, 1),
             "bare products": products,
             "seed step": steps_of(trainer(seed_config, folder / "seed", torch.float32), 1),
-            "base pass": our_base_pass(folder / "pass", dtype, "entropy"),
-            "base pass, cosine": our_base_pass(folder / "pass2", dtype, "cosine"),
+            "base pass": base_pass(folder / "pass", Compute(CPU, dtype), "entropy"),
+            "base pass, cosine": base_pass(folder / "pass2", Compute(CPU, dtype), "cosine"),
         }
         seconds = {name: [] for name in ("naive step", "naive base pass", *variants)}
         for _ in range(rounds + 1):

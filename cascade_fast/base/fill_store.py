@@ -12,13 +12,15 @@ from torch import Tensor
 from cascade_fast.base.cache_name import with_cache
 from cascade_fast.base.fused_norms import fused_norms
 from cascade_fast.base.hidden_store import HiddenStore
-from cascade_fast.base.sequences import NO_LABEL, Sequences
+from cascade_fast.base.sequences import Sequences
 from cascade_fast.criteria import Criterion, TokensAtExit
+from cascade_fast.runtime.compute import HostCopies, sent
 from cascade_fast.runtime.console import Progress
 from cascade_fast.selection import check_finite
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 FLOAT16_MAX = 65504.0
+TOO_LARGE = "too large"  # whether a hidden state is beyond it
 SAVE_PROGRESS_SECONDS = 5.0
 
 
@@ -67,6 +69,7 @@ def fill_store(
 ) -> bool:
     """Runs the sequences that the store does not have yet; False as soon as a hidden state does not fit its dtype.
 
+    On a GPU a batch is stored while the next one is read.
     With ``needs.all_enter`` only the layers before those that the stages copy are run, and tokens get no score.
     """
     from transformers import DynamicCache
@@ -78,6 +81,20 @@ def fill_store(
     hook = begins.register_forward_pre_hook(lambda _module, args: residual.update(hidden=args[0]))
     last_saved, rows = time.monotonic(), 0
     layers = len(model.model.layers) - (len(copied) if needs.all_enter else 0)
+    waiting: list[_Left] = []
+
+    def keep(left: _Left) -> bool:
+        nonlocal last_saved
+        arrays = left.arrays()
+        if arrays is None:
+            return False
+        store.append(arrays)
+        progress.advance(left.tokens)
+        if time.monotonic() - last_saved > SAVE_PROGRESS_SECONDS:
+            store.save_progress()
+            last_saved = time.monotonic()
+        return True
+
     with contextlib.ExitStack() as ends:
         ends.callback(hook.remove)
         ends.enter_context(_first_layers(model, layers))
@@ -90,7 +107,7 @@ def fill_store(
             if rows <= store.rows:  # read before the pass was interrupted
                 progress.restart(progress.done + read)
                 continue
-            embedded_BSD = model.model.embed_tokens(padded.input_BS.to(device))
+            embedded_BSD = model.model.embed_tokens(sent(padded.input_BS, device))
             # One without a configuration keeps every key, whatever the sliding window.
             cache = DynamicCache() if "kv" in store else None
             output = model.model(inputs_embeds=embedded_BSD, use_cache=cache is not None, **with_cache(cache))
@@ -98,33 +115,54 @@ def fill_store(
             wide = {"hidden": kept(residual["hidden"] if needs.reads == "residual" else last_BSD)}
             if "kv" in store:
                 wide["kv"] = kept.of_rows(_keys_and_values(cache, len(copied)))
-            if store.hidden.dtype == torch.float16 and any(t.abs().max() > FLOAT16_MAX for t in wide.values()):
-                return False
+            coming = {name: tensor.to(store.hidden.dtype) for name, tensor in wide.items()}
+            if store.hidden.dtype == torch.float16:
+                coming[TOO_LARGE] = torch.stack([t.abs().max() > FLOAT16_MAX for t in wide.values()]).any()
             tokens = TokensAtExit(kept(embedded_BSD, labelled=True), kept(last_BSD, labelled=True))
             label_N = padded.label_BS.flatten()[kept.row_N]
-            if needs.all_enter:
-                score_J, loss_J = torch.full((int((label_N != NO_LABEL).sum()),), torch.nan), None
-            elif "loss" in store:
-                label_J = label_N[label_N != NO_LABEL].to(device)
-                score_J, loss_J = criterion.score_with_losses(
+            if "loss" in store and not needs.all_enter:
+                label_J = sent(label_N[kept.labelled_N], device)
+                coming["score"], coming["loss"] = criterion.score_with_losses(
                     tokens, tokens.after_ND, model.lm_head.weight, label_J, dtype=model.dtype
                 )
-            else:
-                score_J, loss_J = criterion.score(tokens), None
-            sequence_N = some.start + kept.row_N // padded.input_BS.shape[1]
-            position_N = kept.row_N % padded.input_BS.shape[1]
-            if not needs.all_enter:
-                check_finite(score_J, *(of_N[label_N != NO_LABEL] for of_N in (sequence_N, position_N)))
-            arrays = {name: tensor.to("cpu", store.hidden.dtype) for name, tensor in wide.items()}
-            arrays |= {"label": label_N, "sequence": sequence_N, "position": position_N, "score": kept.spread(score_J)}
-            if loss_J is not None:
-                arrays["loss"] = kept.spread(loss_J)
-            store.append(arrays)
-            progress.advance(read)
-            if time.monotonic() - last_saved > SAVE_PROGRESS_SECONDS:
-                store.save_progress()
-                last_saved = time.monotonic()
-    return True
+            elif not needs.all_enter:
+                coming["score"] = criterion.score(tokens)
+            places = {
+                "label": label_N,
+                "sequence": some.start + kept.row_N // padded.input_BS.shape[1],
+                "position": kept.row_N % padded.input_BS.shape[1],
+            }
+            waiting.append(_Left(kept, places, HostCopies(coming), read))
+            if len(waiting) > (device.type != "cpu") and not keep(waiting.pop(0)):
+                return False
+    return all(keep(left) for left in waiting)
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What a batch leaves for the store; ``tokens`` were read for it."""
+
+    kept: "_Kept"
+    places: dict[str, Tensor]
+    coming: HostCopies
+    tokens: int
+
+    def arrays(self) -> dict[str, Tensor] | None:
+        """The next rows of the store; None where a hidden state does not fit its dtype.
+
+        Raises:
+            NonFiniteScores: names sequence and position.
+        """
+        arrived = self.coming.wait()
+        if bool(arrived.pop(TOO_LARGE, False)):
+            return None
+        if "score" in arrived:
+            check_finite(arrived["score"], *(self.places[n][self.kept.labelled_N] for n in ("sequence", "position")))
+        else:
+            arrived["score"] = torch.full((int(self.kept.labelled_N.sum()),), torch.nan)
+        for name in arrived.keys() & {"score", "loss"}:
+            arrived[name] = self.kept.spread(arrived[name])
+        return {**arrived, **self.places}
 
 
 class _Kept:
@@ -138,8 +176,8 @@ class _Kept:
         self.row_N = kept_BS.flatten().nonzero().squeeze(1)
         self.labelled_N = labelled_BS.flatten()[self.row_N]
         self._all, self._all_labelled = bool(kept_BS.all()), bool(self.labelled_N.all())
-        self._row_N = None if self._all else self.row_N.to(device)
-        self._row_J = self._row_N if self._all_labelled else self.row_N[self.labelled_N].to(device)
+        self._row_N = None if self._all else sent(self.row_N, device)
+        self._row_J = self._row_N if self._all_labelled else sent(self.row_N[self.labelled_N], device)
 
     @property
     def rows(self) -> int:
@@ -154,10 +192,10 @@ class _Kept:
         return of_BS if index is None else of_BS[index]
 
     def spread(self, of_J: Tensor) -> Tensor:
-        """``(N,)`` on the CPU: NaN where there is no label."""
+        """``(N,)`` of what is on the CPU: NaN where there is no label."""
         if self._all_labelled:
-            return of_J.cpu()
-        return of_J.new_full((self.rows,), torch.nan, device="cpu").masked_scatter_(self.labelled_N, of_J.cpu())
+            return of_J
+        return of_J.new_full((self.rows,), torch.nan).masked_scatter_(self.labelled_N, of_J)
 
 
 def _keys_and_values(cache: Any, layers: int) -> Tensor:

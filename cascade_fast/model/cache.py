@@ -32,7 +32,8 @@ def open_cache(
     """
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"attention_mask: {attention_mask.dim()} dimensions; a second look needs (B, past + S)")
-    if attention_mask is None and position_ids is not None and (position_ids.diff(dim=-1) != 1).any():
+    told = position_ids if attention_mask is None else None
+    if told is not None and told.shape[-1] > 1 and (told.diff(dim=-1) != 1).any():
         raise ValueError("position_ids: not one text a row; a second look needs that, or an attention_mask")
     if cache is None:
         cache = DynamicCache()  # without a configuration: no layer forgets what has left a sliding window
@@ -115,10 +116,14 @@ class StageContext:
         """Tokens ``token_K`` (rows of the N new ones, ascending) for ``stage`` (from 1), and what is before them."""
         self._extend(stage)
         sequence_K, column_K = self._place(token_K)
-        sequence_U, place_K, count_U = torch.unique_consecutive(sequence_K, return_inverse=True, return_counts=True)
-        rank_K = torch.arange(len(token_K), device=token_K.device) - (count_U.cumsum(0) - count_U)[place_K]
-        queries = int(count_U.max())
-        picked = slice(None) if len(sequence_U) == self.batch else sequence_U  # the others' keys are read by nobody
+        count_B = token_K.new_zeros(self.batch).index_add_(0, sequence_K, torch.ones_like(token_K))
+        sequences, queries = self._sizes(count_B, len(token_K))
+        rank_K = torch.arange(len(token_K), device=token_K.device) - (count_B.cumsum(0) - count_B)[sequence_K]
+        picked: slice | Tensor = slice(None)
+        place_K = sequence_K
+        if sequences < self.batch:  # the others' keys are read by nobody
+            picked = torch.nonzero_static(count_B, size=sequences).squeeze(1)
+            place_K = ((count_B > 0).cumsum(0) - 1)[sequence_K]
         layers: list[Any] = self._layers(stage)
         kv_UL2GTE = torch.stack([torch.stack((kept.keys[picked], kept.values[picked]), 1) for kept in layers], 1)
         return CachedPack(
@@ -132,6 +137,15 @@ class StageContext:
             column_K=column_K,
             attended_UT=None if self.attended_BT is None else self.attended_BT[picked],
         )
+
+    def _sizes(self, count_B: Tensor, tokens: int) -> tuple[int, int]:
+        """U and Q. The host waits for the device only where it cannot know: with several tokens of several texts."""
+        if self.new == 1:
+            return tokens, 1
+        if self.batch == 1:
+            return 1, tokens
+        sequences, queries = torch.stack((count_B.count_nonzero(), count_B.max())).tolist()
+        return sequences, queries
 
     def leave(self, stage: int, token_K: Tensor, kv_KL2GE: Tensor) -> None:
         """Keys and values that ``stage`` has made of its tokens, for the tokens after them and the stages behind it."""

@@ -76,9 +76,10 @@ def continue_texts(
     torch.manual_seed(seed)
     with recorded_exits(model) as steps:
         new_BN = model.generate(**inputs, **settings, output_exits=True)[:, ids_BT.shape[1] :].cpu()
+    exit_NB, ids_BT, mask_BT = torch.stack(steps).cpu(), ids_BT.cpu(), mask_BT.cpu().bool()
     found = []
-    for row, prompt_T in enumerate(ids_BT.cpu()):
-        before = prompt_T[mask_BT[row].cpu().bool()].tolist()
+    for row, prompt_T in enumerate(ids_BT):
+        before = prompt_T[mask_BT[row]].tolist()
         new = _until_end(new_BN[row].tolist(), model.generation_config.eos_token_id)
         texts = token_texts(tokenizer, [*before, *new])[len(before) :]
         special = set(tokenizer.all_special_ids)
@@ -86,7 +87,7 @@ def continue_texts(
             Continuation(
                 prompt=tokenizer.decode(before, skip_special_tokens=True),
                 texts=["" if token in special else text for token, text in zip(new, texts, strict=True)],
-                exits=[int(step[row]) for step in steps[: len(new)]],
+                exits=exit_NB[: len(new), row].tolist(),
             )
         )
     return found
@@ -102,9 +103,9 @@ def chat_prompts(tokenizer: Any, prompts: list[str]) -> list[str]:
 
 @contextmanager
 def recorded_exits(model: Any) -> Iterator[list[Any]]:
-    """The exits (B,) of the last position of each forward pass, as they come; with ``output_exits=True``."""
+    """The exits (B,) of the last position of each forward pass, on the device; with ``output_exits=True``."""
     steps: list[Any] = []
-    hook = model.register_forward_hook(lambda _model, _args, output: steps.append(output.exits[:, -1].cpu()))
+    hook = model.register_forward_hook(lambda _model, _args, output: steps.append(output.exits[:, -1]))
     try:
         yield steps
     finally:

@@ -52,7 +52,8 @@ class ExitLogits:
             chunks += ((some, logits_KV[some]) for some in rows)
         else:
             row_K = self.row_N[token_K]
-            kept_J, other_J = (row_K >= 0).nonzero().squeeze(1), (row_K < 0).nonzero().squeeze(1)
+            kept_J = (row_K >= 0).nonzero().squeeze(1)
+            other_J = torch.nonzero_static(row_K < 0, size=len(row_K) - len(kept_J)).squeeze(1)  # waits for no device
             if len(kept_J):
                 logits_JV = head(normed_KD[kept_J])
                 self._keep(logits_JV, row_K[kept_J])

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cascade_fast.base.sequences import Sequences
 from cascade_fast.losses import chunk_tokens, perplexity
 from cascade_fast.model.modeling import CascadeForCausalLM
-from cascade_fast.runtime.compute import wait_for
+from cascade_fast.runtime.compute import sent, wait_for
 from cascade_fast.runtime.console import Progress
 from cascade_fast.selection import select_hardest
 from cascade_fast.stages.kind import get_kind
@@ -97,7 +97,8 @@ def measure(
 
     Counting FLOPs slows the forward passes: take times from a run without it.
     """
-    parts: list[tuple[Tensor, ...]] = []
+    parts: list[tuple[Tensor, ...]] = []  # on the device until the end
+    labelled, sequence = list[Tensor](), list[Tensor]()
     seconds, padding = 0.0, 0
     with ExitStack() as stack:
         layers = stack.enter_context(_counted_layers(model))
@@ -106,7 +107,7 @@ def measure(
         for some in sequences.batches(batch_tokens, equal=count_flops):
             padded = sequences.padded(some)
             labelled_BS = padded.labelled_BS
-            input_BS, label_BS = padded.input_BS.to(model.device), padded.label_BS.to(model.device)
+            input_BS, label_BS = (sent(of_BS, model.device) for of_BS in (padded.input_BS, padded.label_BS))
             every = context_enters or bool(labelled_BS.all())
             labels = {} if every else {"shift_labels": label_BS}
             wait_for(model.device)
@@ -115,17 +116,19 @@ def measure(
             wait_for(model.device)
             seconds += time.perf_counter() - started
             loss_BS, correct_BS = _judge(output.logits, label_BS)
-            number_BS = torch.arange(len(sequences))[some, None].expand_as(labelled_BS)
-            results = (loss_BS, correct_BS, output.exits, output.scores, number_BS)
-            parts.append(tuple(of_BS.cpu()[labelled_BS] for of_BS in results))
+            results = (loss_BS, correct_BS, output.exits, output.scores)
+            parts.append(tuple(of_BS.flatten(0, 1) for of_BS in results))
+            labelled.append(labelled_BS.flatten())
+            sequence.append(torch.arange(len(sequences))[some, None].expand_as(labelled_BS)[labelled_BS])
             read = int(padded.real_BS.sum())
             padding += labelled_BS.numel() - read
             progress.advance(read)
         total = None if flops is None else flops.get_total_flops()
     # Padding is read by the base alone.
     ran = layers[0] - padding * len(model.base.model.layers)
-    loss_N, correct_N, exit_N, score_NE, sequence_N = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Measured(loss_N, correct_N, exit_N, score_NE, sequence_N, sequences.tokens, ran, total, seconds)
+    of_N = (torch.cat(tensors).cpu()[torch.cat(labelled)] for tensors in zip(*parts, strict=True))
+    loss_N, correct_N, exit_N, score_NE = of_N
+    return Measured(loss_N, correct_N, exit_N, score_NE, torch.cat(sequence), sequences.tokens, ran, total, seconds)
 
 
 def _judge(logits_BSV: Tensor, label_BS: Tensor) -> tuple[Tensor, Tensor]:

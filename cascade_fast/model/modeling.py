@@ -250,7 +250,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         attends = self.config.attends
         ran = slice(None) if attends else kept  # later tokens attend to those that get no logits
         column_T = None  # positions that get logits; None: all that the stages see
-        if attends and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        if attends and not (isinstance(logits_to_keep, int) and (logits_to_keep == 0 or logits_to_keep >= new)):
             column_T = torch.arange(new, device=last_BSD.device)[kept]
         last_BSD = last_BSD[:, ran]
         logits = ExitLogits(batch, last_BSD.shape[1], column_T, vocab_size=self.config.vocab_size)
@@ -283,7 +283,7 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
         n, device = last_ND.shape[0], last_ND.device
         exit_N = torch.zeros(n, dtype=torch.int64, device=device)
         if enters_N is not None:
-            exit_N[~enters_N] = -1
+            exit_N.masked_fill_(~enters_N, -1)
         score_NE = torch.full((n, len(self.stages)), math.nan, device=device)
         token_K = torch.arange(n, device=device)  # which tokens have come this far
         before_KD, after_KD, normed_KD, hidden_KD = embedded_ND, last_ND, last_ND, reads_ND
@@ -303,14 +303,14 @@ class CascadeForCausalLM(PreTrainedModel, GenerationMixin):
                 score_K = score_K.masked_fill(~enters_N, math.nan)  # NaN is below no threshold: it enters no stage
             score_NE[token_K, number] = score_K
             hard_J = select_below(score_K, threshold)
-            if not criterion.needs_logits:  # logits only of those that leave: nobody asks for the others'
-                easy_K = torch.ones_like(token_K, dtype=torch.bool).index_fill_(0, hard_J, False)
-                if easy_K.any():
-                    logits.put(head, normed_KD[easy_K], token_K[easy_K])
+            easy = len(token_K) - len(hard_J)
+            if easy and not criterion.needs_logits:  # logits only of those that leave: nobody asks for the others'
+                easy_J = torch.nonzero_static(~(score_K <= threshold), size=easy).squeeze(1)  # waits for no device
+                logits.put(head, normed_KD[easy_J], token_K[easy_J])
             if len(hard_J) == 0:
                 break
             before_KD, (token_K,) = ops.gather_rows(hidden_KD, hard_J, (token_K,))
-            exit_N[token_K] = number + 1
+            exit_N.index_fill_(0, token_K, number + 1)
             output_KD, normed_KD, hidden_KD = self._run_stage(number, before_KD, token_K, last_ND.dtype, context)
             before_KD, after_KD = before_KD.float(), output_KD.float()
         return exit_N, score_NE

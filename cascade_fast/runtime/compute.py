@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,31 @@ def wait_for(device: torch.device) -> None:
     """Returns once ``device`` has done all it was given; for before a look at the clock, as a GPU's work is queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` on ``device``. From the host to a GPU it goes by pinned memory, and the host does not wait for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class HostCopies:
+    """Tensors on their way to the host, which can do other things until it waits for them.
+
+    From a GPU they go into pinned memory, as torch takes it for copies that nobody waits for.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+        gpu = next((tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"), None)
+        self._arrived = None if gpu is None else torch.cuda.current_stream(gpu).record_event()
+
+    def wait(self) -> dict[str, torch.Tensor]:
+        """The tensors on the host, once they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensors
 
 
 def dtype_name(dtype: torch.dtype) -> str:

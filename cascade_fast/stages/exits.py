@@ -12,7 +12,7 @@ from cascade_fast.base.sequences import NO_LABEL
 from cascade_fast.criteria import Criterion, Places, TokensAtExit
 from cascade_fast.input_checks import one_line
 from cascade_fast.losses import perplexity, token_losses
-from cascade_fast.runtime.compute import Compute
+from cascade_fast.runtime.compute import Compute, HostCopies, sent
 from cascade_fast.runtime.files import DamagedFile, load_tensors, save_tensors
 from cascade_fast.selection import EVERY_TOKEN, Selection, check_finite, select_below, select_hardest
 from cascade_fast.stages.kind import get_kind
@@ -62,8 +62,8 @@ def hardest_of_store(store: HiddenStore, hard_ratio: float) -> Selection:
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What a stage says of K tokens: ``hidden`` for the next stage and, where tokens attend, their keys and values, on
-    the stage's device; ``score`` and ``loss`` (K,), on the CPU. Float32."""
+    """What a stage says of K tokens: ``hidden`` for the next stage and, where tokens attend, their keys and values;
+    ``score`` and ``loss`` (K,), on the CPU. Float32."""
 
     hidden_KD: Tensor
     score_K: Tensor
@@ -80,8 +80,12 @@ def run_stage(
     criterion: Criterion,
     compute: Compute,
     places: Places | None = None,
+    wide_on: torch.device | None = None,
 ) -> StageOutput:
-    """Takes K tokens through ``stage``. Their scores are of the stage's input and output, and of its own logits."""
+    """Takes K tokens through ``stage``. Their scores are of the stage's input and output, and of its own logits.
+
+    ``wide_on``: where hidden states, keys and values are wanted; None: on the CPU.
+    """
     with compute.autocast():
         ran = stage.run(inputs.to(compute.device))
     score_K, loss_K = criterion.score_with_losses(
@@ -91,7 +95,13 @@ def run_stage(
         label_K.to(compute.device),
         dtype=compute.dtype,
     )
-    return StageOutput(ran.next_KD.float(), score_K.cpu(), loss_K.cpu(), ran.kv_KL2GE)
+    wide = {"hidden_KD": ran.next_KD.float()}
+    if ran.kv_KL2GE is not None:
+        wide["kv_KL2GE"] = ran.kv_KL2GE
+    left = {"score_K": score_K, "loss_K": loss_K}
+    if wide_on is None or wide_on.type == "cpu":  # all of it in one wait
+        return StageOutput(**HostCopies({**left, **wide}).wait())
+    return StageOutput(**wide, **HostCopies(left).wait())
 
 
 def advance(
@@ -114,7 +124,9 @@ def advance(
         split=store.meta["split"],
         stage=store.meta.get("stage", 0) + 1,
     )
-    result = run_stage(stage, inputs, label_K, criterion=criterion, compute=compute, places=places)
+    result = run_stage(
+        stage, inputs, label_K, criterion=criterion, compute=compute, places=places, wide_on=store.device
+    )
     wide = {"hidden": result.hidden_KD, "kv": result.kv_KL2GE}
     arrays |= {n: wide_K.to(store.device, store.handed_on_dtype) for n, wide_K in wide.items() if wide_K is not None}
     arrays |= {"score": result.score_K, "loss": result.loss_K}
@@ -204,10 +216,12 @@ def merged_losses(stage: Stage, store: HiddenStore, *, compute: Compute, recompu
         inputs, label_K = tokens.batch(torch.arange(tokens.units), compute.device)
         with compute.autocast():
             normed_KD = stage.run(inputs.to(compute.device)).normed_KD
-        labelled_J = (label_K != NO_LABEL).nonzero().squeeze(1)
+        # Told by the store's labels, not by the batch's, which are on the device.
+        labelled_K = tokens.store["label"][tokens.rows(torch.arange(tokens.units))] != NO_LABEL
+        labelled_J = sent(labelled_K.nonzero().squeeze(1), compute.device)
         loss_J, _ = token_losses(normed_KD[labelled_J], stage.head, label_K[labelled_J], dtype=compute.dtype)
-        losses.append(loss_J.cpu())
-    return torch.cat(losses)
+        losses.append(loss_J)
+    return torch.cat(losses).cpu()
 
 
 def _whole_sequences(store: HiddenStore) -> Iterator[tuple[int, int]]:
