@@ -108,11 +108,13 @@ def _(grad, both, a, grads, ranks, scale, *, backend="auto"):
     return both.new_empty(both.shape[0], a.shape[1]), a.new_empty(a.shape, dtype=torch.float32), of_b
 
 
+@torch.no_grad()  # the plain bodies are made of torch's operators
 def _low_rank(x: Tensor, a: Tensor, *, backend: str = "auto") -> Tensor:
     _check_low_rank(x, a)
     return backends.body("low_rank", x.device, backend)(x, a)
 
 
+@torch.no_grad()
 def _low_rank_backward(
     grad: Tensor,
     both: Tensor,
