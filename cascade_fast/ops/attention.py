@@ -71,8 +71,8 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) ->
     check(query.dim() == 3, lambda: f"query: {shape_of(query)}; must have 3 dimensions (N, R, E)")
     check(query.dtype in FLOAT_DTYPES, lambda: f"query: {shape_of(query)}; must be float32, float16 or bfloat16")
     (n, r, e), s = query.shape, key.shape[1] if key.dim() == 3 else 0
-    for name, t in (("key", key), ("value", value)):
-        check(tuple(t.shape) == (n, s, e), lambda: f"{name}: {shape_of(t)}; must have shape ({n}, S, {e}), as the key")
+    check(tuple(key.shape) == (n, s, e), lambda: f"key: {shape_of(key)}; must have shape ({n}, S, {e})")
+    check(value.shape == key.shape, lambda: f"value: {shape_of(value)}; must have the shape of key, {tuple(key.shape)}")
     good = mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[3] == s
     good = good and _divides(mask.shape[0], n) and _divides(mask.shape[2], r)
     check(good, lambda: f"mask: {shape_of(mask)}; must have shape (B, 1, Q, {s}), B a divisor of {n} and Q of {r}")
