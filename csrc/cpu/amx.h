@@ -16,7 +16,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says it of its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says both of its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #define CASCADE_AMX_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,amx-tile,amx-bf16")))
 
