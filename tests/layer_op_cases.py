@@ -1,11 +1,13 @@
 """Inputs of the tests of a layer's operators, and what they are held to.
 
 Shape legend: N tokens, D hidden size, K tokens, H heads, E head size, P rows of one head,
-B sequences, Q queries, S keys.
+B sequences, Q queries, S keys, F outputs of a layer, R ranks of all layers.
 """
 
 import op_cases as cases
 import torch
+
+from cascade_fast import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
@@ -46,11 +48,42 @@ def head_rows(k, heads, size, rows, dtype=torch.float32, beyond=0):
     return x, angle.cos(), angle.sin(), cases.some_index(rows, k * heads, seed=3, ascending=False), into
 
 
-def scores_and_mask(b, h, q, s, dtype=torch.float32):
-    """Scores, and a mask of some numbers and many -inf, none of them at the first key."""
-    scores, mask = randn(b, h, q, s).mul(4).to(dtype), randn(b, 1, q, s, dtype=dtype, seed=1)
-    hidden = (randn(b, 1, q, s, seed=2) > 0) & (torch.arange(s) > 0)
-    return scores, mask.masked_fill(hidden, -INF)
+def additive_mask(kind, b, q, s, dtype=torch.float32):
+    """``(B, 1, Q, S)``, what is added to scores; every query sees a key, if there is one.
+
+    causal: each query sees the keys up to its own. rows: the sequences of a pack, one after the other: each query sees
+    those of its own. gaps: hard tokens, some of a sequence; beyond the last one padding, which sees the first key.
+    numbers: any, and keys hidden anywhere.
+    """
+    query_Q1, key_S = torch.arange(q)[:, None], torch.arange(s)
+    position_Q1 = (query_Q1 + max(s - q, 0)).clamp(max=max(s - 1, 0))
+    if kind == "causal":
+        seen = key_S <= position_Q1
+    elif kind == "rows":
+        length = s // 3 + 1
+        seen = (key_S <= position_Q1) & (key_S // length == position_Q1 // length)
+    elif kind == "gaps":
+        hard = torch.sort(torch.rand(b, 1, q, 1, generator=torch.Generator().manual_seed(5)), dim=2).values * s
+        seen = (key_S <= hard) & (query_Q1 < q - 1) | (key_S == 0)
+    else:
+        seen = (randn(b, 1, q, s, seed=2) < 0) | (key_S == 0)
+    numbers = randn(b, 1, q, s, dtype=dtype, seed=1) if kind == "numbers" else torch.zeros(b, 1, q, s, dtype=dtype)
+    return numbers.masked_fill(~seen, -INF)
+
+
+def attention_inputs(b, groups, times, q, s, e, dtype=torch.float32, mask="causal"):
+    """Query, key, value and mask of ``attention``: of each key head ``times`` heads; and a gradient of its result."""
+    n, r = b * groups, times * q
+    query, grad = (randn(n, r, e, seed=i).mul(scale).to(dtype) for i, scale in ((3, max(e, 1) ** -0.5), (4, 1.0)))
+    key, value = (randn(n, s, e, dtype=dtype, seed=i) for i in (5, 6))
+    return (query, key, value, additive_mask(mask, b, q, s, dtype)), grad
+
+
+def low_rank_inputs(k, d, ranks, outputs, dtype=torch.float32):
+    """``x`` and ``a`` of ``low_rank``; the gradients of its result and of what layers with ``outputs`` make of it."""
+    r = sum(ranks)
+    x, a, grad = (randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(((k, d), (r, d), (k, d + r))))
+    return x, a, grad, [randn(k, f, dtype=dtype, seed=3 + i) for i, f in enumerate(outputs)]
 
 
 def calls(n, dtype=torch.float32):
@@ -58,7 +91,10 @@ def calls(n, dtype=torch.float32):
     x, added, weight, (grad_sum, grad) = norm_inputs(n, 33, dtype)
     inv_rms = torch.rsqrt(x.square().mean(-1) + EPS)
     rows = head_rows(n, 2, 10, 2 * n + 3, dtype, beyond=2)
-    scores, mask = scores_and_mask(2, 3, n, 21, dtype)
+    attended, grad_attended = attention_inputs(2, 2, 3, n // 16 + 2, 45, 32, dtype)
+    _, weights = ops.attention(*attended, backend="reference")
+    low_x, a, grad_both, grads_of_layers = low_rank_inputs(n, 64, (4, 0, 16), (32, 96, 64), dtype)
+    both = ops.low_rank(low_x, a, backend="reference")
     numbers = [randn(n, 3, seed=i) for i in range(9)]
     return {
         "add_rms_norm": (x, added, weight, EPS),
@@ -68,6 +104,8 @@ def calls(n, dtype=torch.float32):
         "silu_mul_backward": (grad, x.to(dtype), added),
         "rotate_rows": rows,
         "rotate_rows_backward": (randn(2 * n + 3, 10, dtype=dtype), *rows[1:4], 2, n + 2),
-        "masked_softmax_": (scores, mask),
-        "softmax_backward_": (scores, scores_and_mask(2, 3, n, 21, dtype)[0].softmax(-1)),
+        "attention": attended,
+        "attention_backward": (grad_attended, *attended, weights),
+        "low_rank": (low_x, a),
+        "low_rank_backward": (grad_both, both, a, grads_of_layers, [4, 0, 16], 0.5),
     }

@@ -5,7 +5,8 @@ Stated as in ``schema.py``; on the CPU the extension has faster bodies.
 Shape legend: K tokens, D inputs, F outputs of a layer, R ranks of all layers of the same inputs, C = D + R.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,11 +109,13 @@ def _(grad, both, a, grads, ranks, scale, *, backend="auto"):
     return both.new_empty(both.shape[0], a.shape[1]), a.new_empty(a.shape, dtype=torch.float32), of_b
 
 
+@torch.no_grad()  # the plain bodies are made of torch's operators
 def _low_rank(x: Tensor, a: Tensor, *, backend: str = "auto") -> Tensor:
     _check_low_rank(x, a)
     return backends.body("low_rank", x.device, backend)(x, a)
 
 
+@torch.no_grad()
 def _low_rank_backward(
     grad: Tensor,
     both: Tensor,
@@ -127,7 +130,7 @@ def _low_rank_backward(
     return backends.body("low_rank_backward", both.device, backend)(grad, both, a, grads, ranks, scale)
 
 
-_BY_NAME = {"low_rank": _low_rank, "low_rank_backward": _low_rank_backward}
+_BY_NAME: dict[str, Callable[..., Any]] = {"low_rank": _low_rank, "low_rank_backward": _low_rank_backward}
 for _name, _body in _BY_NAME.items():
     _LIB.impl(_name, _body, "CompositeExplicitAutograd")
 

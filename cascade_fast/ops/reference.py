@@ -171,11 +171,12 @@ def attention_width(keys: int) -> int:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`cascade_fast.ops.attention`."""
-    n, r, keys = query.shape[0], query.shape[1], key.shape[1]
     scores = torch.bmm(query, key.transpose(1, 2)).float()
-    # (B, heads, Q, S): a sequence's heads in order, whichever key head they have.
-    masked = scores.reshape(mask.shape[0], -1, *mask.shape[2:]) + mask.float()
-    weights = masked.softmax(dim=-1).to(query.dtype).reshape(n, r, keys)
+    # (B, G, H / G, Q, S): the heads of a sequence all have its mask.
+    split = (mask.shape[0], scores.shape[0] // max(mask.shape[0], 1), scores.shape[1] // max(mask.shape[2], 1))
+    masked = scores.view(*split, *mask.shape[2:]) + mask.float()[:, None]
+    keys = key.shape[1]
+    weights = masked.softmax(dim=-1).to(query.dtype).view(scores.shape)
     padded = torch.nn.functional.pad(weights, (0, attention_width(keys) - keys))
     return torch.bmm(weights, value), padded
 

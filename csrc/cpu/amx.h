@@ -16,7 +16,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says it of its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says both of its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #define CASCADE_AMX_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,amx-tile,amx-bf16")))
 
@@ -43,23 +44,26 @@ inline bool cpu_has_amx() {
 class Tiles {
  public:
   CASCADE_AMX_TARGET Tiles() {
-    _tile_storeconfig(&before_);
+    __asm__ volatile("sttilecfg %0" : "=m"(before_));  // GCC's intrinsics name 8 of the 64 bytes
     Config all{};
     all.palette = 1;
     for (int i = 0; i < 8; ++i) {
       all.rows[i] = 16;
       all.row_bytes[i] = 64;
     }
-    _tile_loadconfig(&all);
+    load(all);
   }
 
   CASCADE_AMX_TARGET ~Tiles() {
     if (before_.palette == 0) {
       _tile_release();
     } else {
-      _tile_loadconfig(&before_);
+      load(before_);
     }
   }
+
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
 
  private:
   struct alignas(64) Config {
@@ -68,8 +72,19 @@ class Tiles {
     uint8_t rows[16];
   };
   static_assert(sizeof(Config) == 64);
+
+  CASCADE_AMX_TARGET static void load(const Config& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
+
   Config before_;
 };
+
+// Starts a product in tiles 0 and 1. GCC's _tile_loadd does not say that it reads memory: here the compiler is told that
+// all that has been written must be there.
+CASCADE_AMX_TARGET inline void clear_sums() {
+  __asm__ volatile("" : : : "memory");
+  _tile_zero(0);
+  _tile_zero(1);
+}
 
 // 16 rows of 16 words, turned.
 CASCADE_AMX_TARGET inline void transpose(__m512i (&row)[kTile]) {

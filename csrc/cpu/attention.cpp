@@ -6,13 +6,11 @@
 namespace cascade_fast {
 namespace {
 
-bool fits_tiles([[maybe_unused]] const Tensor& query_NRE) {
 #if CASCADE_AMX
+bool fits_tiles(const Tensor& query_NRE) {
   return query_NRE.scalar_type() == ScalarType::BFloat16 && query_NRE.size(2) % kTileColumns == 0 && cpu_has_amx();
-#else
-  return false;
-#endif
 }
+#endif
 
 constexpr int64_t kWidth = 32;  // weights have zeros up to a multiple of it
 
@@ -21,10 +19,10 @@ std::tuple<Tensor, Tensor> attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask) {
   const Tensor query_NRE = torch::stable::contiguous(query), key_NSE = torch::stable::contiguous(key);
   const Tensor value_NSE = torch::stable::contiguous(value), mask_B1QS = torch::stable::contiguous(mask);
-  const int64_t n = query.size(0), r = query.size(1), e = query.size(2), s = key.size(1);
-  const int64_t width = ceil_div(s, kWidth) * kWidth;
+  const int64_t s = key.size(1), width = ceil_div(s, kWidth) * kWidth;
 #if CASCADE_AMX
   if (fits_tiles(query)) {
+    const int64_t n = query.size(0), r = query.size(1), e = query.size(2);
     const Tensor attended_NRE = torch::stable::new_empty(query_NRE, {n, r, e});
     const Tensor weights_NRW = torch::stable::new_empty(query_NRE, {n, r, width});
     const auto data = [](const Tensor& t) { return static_cast<BFloat16*>(t.data_ptr()); };
@@ -41,14 +39,15 @@ std::tuple<Tensor, Tensor> attention(
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask,
-    const Tensor& weights) {
+    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value,
+    [[maybe_unused]] const Tensor& mask, const Tensor& weights) {
   const Tensor grad_NRE = torch::stable::contiguous(grad), query_NRE = torch::stable::contiguous(query);
   const Tensor key_NSE = torch::stable::contiguous(key), value_NSE = torch::stable::contiguous(value);
   const Tensor weights_NRW = torch::stable::contiguous(weights);
-  const int64_t n = query.size(0), r = query.size(1), e = query.size(2), s = key.size(1);
+  const int64_t s = key.size(1);
 #if CASCADE_AMX
   if (fits_tiles(query)) {
+    const int64_t n = query.size(0), r = query.size(1), e = query.size(2);
     const Tensor mask_B1QS = torch::stable::contiguous(mask);
     const Tensor grad_query_NRE = torch::stable::new_empty(query_NRE, {n, r, e});
     const Tensor grad_key_NSE = torch::stable::new_empty(query_NRE, {n, s, e});

@@ -82,7 +82,8 @@ struct TiledAttention {
       load<Wide>(scores + j, x);
       store_rounded(weights + j, x * inverse);
     }
-    std::memset(static_cast<void*>(weights + keys), 0, (w() - keys) * sizeof(BFloat16));
+    const int64_t end = std::min(keys, s);  // beyond S zeros in a row of NaN, too
+    std::fill(weights + end, weights + w(), BFloat16());
   }
 
   CASCADE_AMX_TARGET void run(int64_t begin, int64_t end) const {
@@ -109,7 +110,7 @@ struct TiledAttention {
         int64_t keys = 0;
         for (int64_t i = 0; i < rows; ++i) keys = std::max(keys, seen_Q[(first + i) % queries]);
         for (int64_t j = 0; j < keys; j += kTile) {
-          _tile_zero(0);
+          clear_sums();
           for (int64_t chunk = 0; chunk < e; chunk += kTileColumns) {
             _tile_loadd(2, query + chunk, e * sizeof(BFloat16));
             _tile_loadd(3, key.data() + j * e / 2 + chunk / kTileColumns * kWords, kTile * sizeof(uint32_t));
@@ -125,8 +126,7 @@ struct TiledAttention {
         std::copy_n(weights_16W.data(), rows * width, weights_NRW + (n * r + first) * width);
         for (int64_t j = 0; j < e; j += kTileColumns) {
           const uint32_t* words = value.data() + j / kTileColumns * value_words;
-          _tile_zero(0);
-          _tile_zero(1);
+          clear_sums();
           for (int64_t chunk = 0; chunk < keys; chunk += kTileColumns, words += 2 * kWords) {
             _tile_loadd(2, weights_16W.data() + chunk, width * sizeof(BFloat16));
             _tile_loadd(3, words, kTile * sizeof(uint32_t));
@@ -162,7 +162,7 @@ struct TiledAttentionBackward {
       load<Wide>(weights + j, w);
       store_rounded(to + j, w * (g - mean));
     }
-    std::memset(static_cast<void*>(to + keys), 0, (of.w() - keys) * sizeof(BFloat16));
+    std::fill(to + keys, to + of.w(), BFloat16());
   }
 
   // to (S, E) = from^T turned^T, where `turned` (E, R) comes from turn_columns: sums over the queries.
@@ -174,8 +174,7 @@ struct TiledAttentionBackward {
     for (int64_t first = 0; first < of.s; first += kTileColumns) {
       pack_columns(from_RW + first, width, of.r, words.data());
       for (int64_t j = 0; j < of.e; j += kTile) {
-        _tile_zero(0);
-        _tile_zero(1);
+        clear_sums();
         for (size_t chunk = 0; chunk < seen_C.size(); ++chunk) {
           if (seen_C[chunk] <= first) continue;  // none of these queries sees any of these keys
           _tile_loadd(2, turned.data() + j * words_per_row + chunk * kTile, words_per_row * sizeof(uint32_t));
@@ -234,7 +233,7 @@ struct TiledAttentionBackward {
         int64_t keys = 0;
         for (int64_t i = 0; i < rows; ++i) keys = std::max(keys, seen_Q[(first + i) % of.queries]);
         for (int64_t j = 0; j < keys; j += kTile) {
-          _tile_zero(0);
+          clear_sums();
           for (int64_t chunk = 0; chunk < e; chunk += kTileColumns) {
             _tile_loadd(2, grad_rows + chunk, e * sizeof(BFloat16));
             _tile_loadd(3, value.data() + j * e / 2 + chunk / kTileColumns * kWords, kTile * sizeof(uint32_t));
@@ -248,8 +247,7 @@ struct TiledAttentionBackward {
         }
         for (int64_t j = 0; j < e; j += kTileColumns) {
           const uint32_t* of_key = key.data() + j / kTileColumns * key_words;
-          _tile_zero(0);
-          _tile_zero(1);
+          clear_sums();
           for (int64_t chunk = 0; chunk < keys; chunk += kTileColumns, of_key += 2 * kWords) {
             _tile_loadd(2, grad_scores + chunk, width * sizeof(BFloat16));
             _tile_loadd(3, of_key, kTile * sizeof(uint32_t));

@@ -43,7 +43,7 @@ struct TiledLowRank {
       }
       const uint32_t* words = a;
       for (int64_t rank = 0; rank < r; rank += kTile) {
-        _tile_zero(0);
+        clear_sums();
         for (int64_t j = 0; j < d; j += kColumns, words += kWords) {
           _tile_loadd(2, x + j, stride * sizeof(BFloat16));
           _tile_loadd(3, words, kTile * sizeof(uint32_t));
@@ -93,8 +93,7 @@ struct TiledBackward {
     const int64_t c = of->c(), rows = std::min(kTile, k - first);
     const uint32_t* words = a.data();
     for (int64_t j = 0; j < d; j += kColumns) {
-      _tile_zero(0);
-      _tile_zero(1);
+      clear_sums();
       for (int64_t rank = 0; rank < p; rank += kColumns, words += 2 * kWords) {
         _tile_loadd(2, low_grad_KP.data() + first * p + rank, p * sizeof(BFloat16));
         _tile_loadd(3, words, kTile * sizeof(uint32_t));
@@ -124,8 +123,7 @@ struct TiledBackward {
     pack_columns(static_cast<const BFloat16*>(grad.values_KF) + first, grad.stride, k, words);
     for (int64_t rank = 0; rank < grad.r; rank += kTile) {
       const uint32_t* of_chunk = words;
-      _tile_zero(0);
-      _tile_zero(1);
+      clear_sums();
       for (int64_t token = 0; token < k; token += kColumns, of_chunk += 2 * kWords) {
         _tile_loadd(2, low_PK[m].data() + rank * words_per_row + token / 2, words_per_row * sizeof(uint32_t));
         _tile_loadd(3, of_chunk, kTile * sizeof(uint32_t));

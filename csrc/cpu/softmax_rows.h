@@ -122,7 +122,8 @@ void SoftmaxGrad::run(int64_t begin, int64_t end) const {
 void masked_softmax(const Tensor& scores, const Tensor& mask_B1QS) {
   const int64_t keys = mask_B1QS.size(3), queries = mask_B1QS.size(2);
   const int64_t rows = keys == 0 ? 0 : scores.numel() / keys, masked = mask_B1QS.size(0) * queries;
-  const Softmax body{scores.mutable_data_ptr(), mask_B1QS.const_data_ptr(), masked == 0 ? 0 : rows / masked, queries, keys};
+  const int64_t heads = masked == 0 ? 0 : rows / masked;
+  const Softmax body{scores.mutable_data_ptr(), mask_B1QS.const_data_ptr(), heads, queries, keys};
   const auto run = run_for_this_cpu<Softmax>(scores.scalar_type());
   parallel_blocks(rows, std::max<int64_t>(1, kItemsPerBlock / std::max<int64_t>(keys, 1)),
                   [&](int64_t begin, int64_t end) { run(body, begin, end); });
