@@ -47,7 +47,7 @@ RECIPE: dict[str, Any] = {
 }  # fmt: skip
 QUALITY = 1.005  # validation perplexity over LoRA's that counts as the same
 BLOCKS = {"train_blocks": 448, "val_blocks": 96, "test_blocks": 96}
-PARTS = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the training text
+PARTS = (0.8, 0.9)  # of the training text
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
