@@ -1,8 +1,9 @@
 """Attention of some tokens of a sequence to all of it: rotary positions, keys laid over others, masked softmax.
 
-On a GPU scaled dot product attention does the work. On the CPU it is written out in batched products, grouped heads as
-more queries of one key head, so that keys and values are never expanded: there SDPA with a mask takes 2.7 times as long
-in float32 and 4 times in bfloat16.
+On a GPU scaled dot product attention does the work. On the CPU ``ops.attention`` does; where keys and values are wanted
+too, or not all scores are made at once, it is written out in batched products: SDPA with a mask took 2.7 times as long
+in float32 and 4 times in bfloat16. Both take grouped heads as more queries of one key head, so that keys and values are
+never expanded.
 
 Shape legend: K tokens that attend, B sequences, S sequence length, Q padded tokens that attend of each sequence,
 H heads, G key/value heads, E head size, F = E / 2.
@@ -128,8 +129,8 @@ class AttentionInputs:
 
 
 class _Attend(torch.autograd.Function):
-    """:func:`attend` on the CPU, forward and backward written out: beside the products one pass over memory each
-    for rotating and placing, for the softmax and for taking back. Kept are queries, keys, values and weights."""
+    """:func:`attend` on the CPU, forward and backward in operators of ours: for rotating and placing, for attention,
+    and for taking back. Kept are queries, keys, values and weights."""
 
     @staticmethod
     def forward(ctx, query_KHE: Tensor, key_KGE: Tensor, value_KGE: Tensor, inputs: AttentionInputs, layer: int):
