@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "launch.cuh"
-#include "scatter_rows.cuh"
 
 namespace cascade {
 
@@ -87,21 +86,15 @@ Tensor rotate_rows_cuda(
     return out_PE;
   }
   const Tensor into_PE = with_contiguous_rows(into);
-  // Few rows: all of `into` is copied and they are written over it. Many: first is found out which rows are replaced,
-  // a launch more.
+  // Few rows: all of `into` is copied and they are written over it. Many: first is found out which rows are replaced, a
+  // launch more.
   if (2 * placed * size * static_cast<int64_t>(into.element_size()) <= kLaunchBytes) {
     launch(&into_PE, nullptr, false);
     launch(nullptr, nullptr, true);
     return out_PE;
   }
-  const cudaStream_t stream = current_stream(into_PE);
-  const Tensor slots_P = torch::stable::new_empty(into_PE, {rows}, ScalarType::Int);
-  auto* slot_P = static_cast<int32_t*>(slots_P.mutable_data_ptr());
-  STD_CUDA_CHECK(cudaMemsetAsync(slot_P, 0xff, rows * sizeof(int32_t), stream));
-  scatter_rows_invert_kernel<<<blocks_for(placed, kRowThreads), kRowThreads, 0, stream>>>(
-      static_cast<const int64_t*>(index_Y.const_data_ptr()), placed, slot_P, rows);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  launch(&into_PE, slot_P, true);
+  const Tensor slot_P = inverse_of(index_Y, rows);
+  launch(&into_PE, static_cast<const int32_t*>(slot_P.const_data_ptr()), true);
   return out_PE;
 }
 

@@ -6,7 +6,7 @@
 namespace cascade {
 
 // slot_N[index_K[k]] = k; slot_N comes filled with -1. An index out of range writes nothing.
-inline __global__ void __launch_bounds__(kRowThreads) scatter_rows_invert_kernel(
+__global__ void __launch_bounds__(kRowThreads) scatter_rows_invert_kernel(
     const int64_t* __restrict__ index_K, int64_t k, int32_t* __restrict__ slot_N, int64_t rows) {
   const int64_t at = blockIdx.x * static_cast<int64_t>(kRowThreads) + threadIdx.x;
   if (at >= k) return;
