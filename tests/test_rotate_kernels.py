@@ -110,6 +110,7 @@ class Emulator:
         turn_blocks = -(-(tokens if back else placed) // block_tokens) if turn else 0
         blocks = turn_blocks + (-(-p // block_rows) if into is not None else 0)
         pointers = [x, rows, into, *((cos, sin) if turned else (None, None)), index, slots]
+        pointers = [0 if t is None else t for t in pointers]
         numbers = [stride, into_stride, tokens, placed, p, turn_blocks, heads, size // 2, block_tokens, block_rows]
         if blocks:
             name = f"rotate_rows_kernelI{mangled(dtype)}Li{width}ELb{int(back)}E"

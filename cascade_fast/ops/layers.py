@@ -327,8 +327,8 @@ class _RotateRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_PE: Tensor):
-        tokens, heads, _ = ctx.shape
-        grad = _rotate_rows_backward(grad_PE, *ctx.saved_tensors, heads, tokens, backend=ctx.backend)
+        (cos, sin, index), (tokens, heads, _) = ctx.saved_tensors, ctx.shape
+        grad = _rotate_rows_backward(grad_PE, cos, sin, index, heads, tokens, backend=ctx.backend)
         return grad, None, None, None, None, None
 
 
