@@ -33,31 +33,33 @@ def _rotate_rows_kernel(
     TURN: tl.constexpr, BACK: tl.constexpr, BH: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    there = token < placed  # others, beyond K, stand nowhere: zero with BACK
+    heads = tl.where(token < placed, H, 0)  # others, beyond K, stand nowhere: zero with BACK
+    angles = tl.minimum(token, placed - 1)  # theirs: any
     for start in range(0, F, BF):
         col = start + tl.arange(0, BF)  # [BF]
         in_cols = col < F
         if TURN:
-            cos = tl.load(cos_ptr + token * F + col, mask=in_cols & there, other=0.0)[None, :]
-            sin = tl.load(sin_ptr + token * F + col, mask=in_cols & there, other=0.0)[None, :]
+            cos = tl.load(cos_ptr + angles * F + col, mask=in_cols, other=0.0)[None, :]
+            sin = tl.load(sin_ptr + angles * F + col, mask=in_cols, other=0.0)[None, :]
             if BACK:
                 sin = -sin
         for first_head in range(0, H, BH):
             head = first_head + tl.arange(0, BH)  # [BH]
-            row = tl.load(index_ptr + token * H + head, mask=(head < H) & there, other=0)
-            mask = (head < H)[:, None] & in_cols[None, :]
+            row = tl.load(index_ptr + token * H + head, mask=head < heads, other=0)
+            there = (head < heads)[:, None] & in_cols[None, :]
             x_at = x_ptr + token * stride_x + head[:, None].to(tl.int64) * (2 * F) + col[None, :]  # [BH, BF]
             row_at = rows_ptr + row[:, None] * (2 * F) + col[None, :]
             if BACK:
                 from_at, to_at = row_at, x_at
             else:
                 from_at, to_at = x_at, row_at
-            one = tl.load(from_at, mask=mask & there, other=0)
-            two = tl.load(from_at + F, mask=mask & there, other=0)
+            one = tl.load(from_at, mask=there, other=0)
+            two = tl.load(from_at + F, mask=there, other=0)
             if TURN:
                 a, b = one.to(tl.float32), two.to(tl.float32)
                 one = round_to(a * cos - b * sin, one.dtype)
                 two = round_to(b * cos + a * sin, two.dtype)
+            mask = (head < H)[:, None] & in_cols[None, :]
             tl.store(to_at, one, mask=mask)
             tl.store(to_at + F, two, mask=mask)
 
