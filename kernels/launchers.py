@@ -10,7 +10,7 @@ GPU compiles: D and the row strides divisible by 16, pointers aligned, one entry
 from collections.abc import Callable
 from typing import Any
 
-from . import cosine_score, cross_entropy, gather_rows, rms_norm, scatter_rows, select_hard, silu_mul
+from . import cosine_score, cross_entropy, gather_rows, rms_norm, rotate_rows, scatter_rows, select_hard, silu_mul
 from .common import tile_shape
 
 LAUNCHERS: dict[str, Callable] = {
@@ -25,6 +25,8 @@ LAUNCHERS: dict[str, Callable] = {
     "add_rms_norm_backward": rms_norm.add_rms_norm_backward,
     "silu_mul": silu_mul.silu_mul,
     "silu_mul_backward": silu_mul.silu_mul_backward,
+    "rotate_rows": rotate_rows.rotate_rows,
+    "rotate_rows_backward": rotate_rows.rotate_rows_backward,
 }
 
 SIZE_OF = {"fp32": 4, "fp16": 2, "bf16": 2, "i32": 4, "i16": 2}
@@ -151,6 +153,20 @@ def _silu_mul_entries() -> list[dict[str, Any]]:
     return entries
 
 
+def _rotate_rows_entries() -> list[dict[str, Any]]:
+    entries = []
+    for dtype in ("fp32", "fp16", "bf16", "i32", "i16"):
+        for heads, half in ((9, 32), (32, 64)):
+            bh, bf = rotate_rows.head_tile(heads, half)
+            types = {"x_ptr": f"*{dtype}", "rows_ptr": f"*{dtype}", "index_ptr": "*i64"}
+            types |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+            for back in (False, True):
+                sizes = {"TURN": dtype[0] != "i", "BACK": back, "BH": bh, "BF": bf}  # a move copies integers
+                name = f"rotate_rows{'_backward' * back}-{dtype}-BH{bh}-BF{bf}"
+                entries.append(_entry(name, rotate_rows._rotate_rows_kernel, types, sizes, 1, "F stride_x"))
+    return entries
+
+
 AOT: list[dict[str, Any]] = [
     *_cosine_score_entries(),
     *_select_hard_entries(),
@@ -159,4 +175,5 @@ AOT: list[dict[str, Any]] = [
     *_cross_entropy_entries(),
     *_rms_norm_entries(),
     *_silu_mul_entries(),
+    *_rotate_rows_entries(),
 ]

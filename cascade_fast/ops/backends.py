@@ -39,7 +39,8 @@ OTHER_OPS = (
 )
 OPS = SELECTION_OPS + OTHER_OPS
 LAYER_OPS = (
-    "rms_norm", "rms_norm_backward", "add_rms_norm", "add_rms_norm_backward", "silu_mul", "silu_mul_backward"
+    "rms_norm", "rms_norm_backward", "add_rms_norm", "add_rms_norm_backward", "silu_mul", "silu_mul_backward",
+    "rotate_rows", "rotate_rows_backward",
 )  # fmt: skip
 # Those with kernels for GPUs. Plain torch serves the others there: nothing is missing.
 CUDA_OPS = (*SELECTION_OPS, *LAYER_OPS, "cross_entropy_", "adamw8bit")

@@ -103,7 +103,9 @@ def rotate_rows(
         ValueError: shapes, dtypes or devices that do not match; names the argument.
         IndexError: on the CPU, an index outside ``[0, P)``.
     """
-    return _op("rotate_rows")(x_KHE, cos_KF, sin_KF, index_Y, into_PE, backend=backend)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _op("rotate_rows")(x_KHE, cos_KF, sin_KF, index_Y, into_PE, backend=backend)
+    return _RotateRows.apply(x_KHE, cos_KF, sin_KF, index_Y, into_PE, backend)
 
 
 def rotate_rows_backward(
@@ -313,6 +315,21 @@ class _SiluMul(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_NF: Tensor):
         return *_silu_mul_backward(grad_NF, *ctx.saved_tensors, backend=ctx.backend), None
+
+
+class _RotateRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_KHE: Tensor, cos_KF: Tensor, sin_KF: Tensor, index_Y: Tensor, into_PE: Tensor, backend: str):
+        ctx.save_for_backward(cos_KF, sin_KF, index_Y)
+        ctx.shape, ctx.backend = x_KHE.shape, backend
+        return _rotate_rows(x_KHE, cos_KF, sin_KF, index_Y, into_PE, backend=backend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_PE: Tensor):
+        (cos, sin, index), (tokens, heads, _) = ctx.saved_tensors, ctx.shape
+        grad = _rotate_rows_backward(grad_PE, cos, sin, index, heads, tokens, backend=ctx.backend)
+        return grad, None, None, None, None, None
 
 
 def _add_rms_norm_setup(ctx, inputs, keyword_only_inputs, output):

@@ -170,6 +170,25 @@ class _Attend(torch.autograd.Function):
         )
 
 
+class _TakeRows(torch.autograd.Function):
+    """The heads of tokens, ``(K, H, E)``, from their rows ``index`` of ``rows_PE``."""
+
+    @staticmethod
+    def forward(ctx, rows_PE: Tensor, index_Y: Tensor, heads: int) -> Tensor:
+        ctx.save_for_backward(index_Y)
+        ctx.rows = rows_PE.shape[0]
+        as_it_is = rows_PE.new_empty(0, dtype=torch.float32)
+        return ops.rotate_rows_backward(rows_PE, as_it_is, as_it_is, index_Y, heads, len(index_Y) // heads)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_KHE: Tensor):
+        (index_Y,) = ctx.saved_tensors
+        as_it_is = grad_KHE.new_empty(0, dtype=torch.float32)
+        room_PE = grad_KHE.new_zeros(1, grad_KHE.shape[2]).expand(ctx.rows, -1)
+        return ops.rotate_rows(grad_KHE, as_it_is, as_it_is, index_Y, room_PE), None, None
+
+
 def attend(
     query_KHE: Tensor,
     key_KGE: Tensor,
@@ -188,23 +207,35 @@ def attend(
     """
     if inputs.at_once:
         return _Attend.apply(query_KHE, key_KGE, value_KGE, inputs, layer)
-    dtype = query_KHE.dtype
-    (cos_KF, sin_KF), (key_cos_KF, key_sin_KF) = inputs.query_angles, inputs.key_angles
-    query_KHE = rotate(query_KHE, cos_KF[:, None], sin_KF[:, None], dtype)
-    key_KGE = rotate(key_KGE, key_cos_KF[:, None], key_sin_KF[:, None], dtype)
+    (sequences, groups, _, size), heads = inputs.kv_BGSE, query_KHE.shape[1]
+    rows = sequences * heads * inputs.queries
+    fused = query_KHE.device.type != "cpu" and ops.fused("rotate_rows", query_KHE.device)
+    if fused:
+        as_it_is = query_KHE.new_empty(0, dtype=torch.float32)
+        room_PE = query_KHE.new_zeros(1, size).expand(rows, size)
+        query_PE = ops.rotate_rows(query_KHE, *inputs.query_angles, inputs.slot_Y, room_PE)
+        key_PE = ops.rotate_rows(key_KGE, *inputs.key_angles, inputs.row_X, inputs.kv_L2PE[layer, 0])
+        value_PE = ops.rotate_rows(value_KGE, as_it_is, as_it_is, inputs.row_X, inputs.kv_L2PE[layer, 1])
+        if left is not None:
+            key_KGE = _TakeRows.apply(key_PE, inputs.row_X, groups)
+    else:
+        dtype = query_KHE.dtype
+        (cos_KF, sin_KF), (key_cos_KF, key_sin_KF) = inputs.query_angles, inputs.key_angles
+        query_KHE = rotate(query_KHE, cos_KF[:, None], sin_KF[:, None], dtype)
+        key_KGE = rotate(key_KGE, key_cos_KF[:, None], key_sin_KF[:, None], dtype)
+        query_PE = ops.scatter_rows(query_KHE.flatten(0, 1), inputs.slot_Y, query_KHE.new_zeros(rows, size))
+        key_PE = ops.scatter_rows(key_KGE.flatten(0, 1), inputs.row_X, inputs.kv_L2PE[layer, 0])
+        value_PE = ops.scatter_rows(value_KGE.flatten(0, 1), inputs.row_X, inputs.kv_L2PE[layer, 1])
     if left is not None:
         left.append(torch.stack((key_KGE, value_KGE), dim=1))
-    (sequences, _, _, size), heads = inputs.kv_BGSE, query_KHE.shape[1]
-    room_PE = query_KHE.new_zeros(sequences * heads * inputs.queries, size)
-    query_PE = ops.scatter_rows(query_KHE.flatten(0, 1), inputs.slot_Y, room_PE)
-    key_PE = ops.scatter_rows(key_KGE.flatten(0, 1), inputs.row_X, inputs.kv_L2PE[layer, 0])
-    value_PE = ops.scatter_rows(value_KGE.flatten(0, 1), inputs.row_X, inputs.kv_L2PE[layer, 1])
     attended_BHQE = grouped_attention(
         query_PE.view(sequences, heads, inputs.queries, size),
         key_PE.view(inputs.kv_BGSE),
         value_PE.view(inputs.kv_BGSE),
         inputs.mask_B1QS,
     )
+    if fused:
+        return _TakeRows.apply(attended_BHQE.flatten(0, 2), inputs.slot_Y, heads)
     attended_YE, _ = ops.gather_rows(attended_BHQE.flatten(0, 2), inputs.slot_Y)
     return attended_YE.view(query_KHE.shape)
 

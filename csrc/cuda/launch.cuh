@@ -56,6 +56,9 @@ inline bool rows_aligned(std::initializer_list<const Tensor*> matrices) {
   return true;
 }
 
+// slot_N: where in index_K (contiguous) a row is, -1 where it is not. A memset and a kernel, in scatter_rows.cu.
+Tensor inverse_of(const Tensor& index_K, int64_t rows);
+
 // Calls run.template operator()<T>() with the element type of `dtype`.
 template <class Run>
 void for_dtype(ScalarType dtype, Run run) {
