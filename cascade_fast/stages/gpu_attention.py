@@ -1,7 +1,7 @@
-"""Attention of a pack's queries on a GPU: scaled dot product attention with masks that its memory-efficient kernel reads.
+"""Attention of a pack's queries on a GPU: torch's scaled dot product attention, by its memory-efficient kernel.
 
-That kernel is the one that takes a mask from compute capability 7.5 on. The H / G heads of a group are (H / G) * Q queries
-of its one key head, T = H / G times as many: it takes no grouped heads, and keys and values need not be repeated.
+That kernel takes a mask from compute capability 7.5 on, but no grouped heads. So the T = H / G heads of a group are T * Q
+queries of its one key head, and keys and values are not repeated.
 
 Shape legend: B rows of a pack, S tokens of a row, Q queries, H heads, G key/value heads, T = H / G, E head size.
 """
@@ -18,8 +18,8 @@ from cascade_fast.stages.tokens import SequencePack
 MASK_BYTES = 32 * 2**20  # of a pack's mask at most: beyond, masks are made by blocks of queries and not kept
 QUERIES = 16  # the number of queries is rounded up to a multiple of it: there are fewer shapes, and kernels like it
 ALIGNED = 8  # SDPA copies a mask whose rows do not begin at a multiple of so many elements, in every call
-# The rest of memory is for what has no such kernel, as a head size that is no multiple of 8 in float16. Not cuDNN's, which
-# makes a plan for every shape of a pack.
+# The math kernel is for what the other does not take, as a head size that is no multiple of 8 in float16. Not cuDNN's,
+# which makes a plan for every shape of a pack.
 BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -61,15 +61,15 @@ class Masks:
 
 
 def queries_of_mask(shape: tuple[int, int], times: int, width: int) -> int:
-    """So many queries of each of B rows of S tokens, ``shape``, have a mask of at most ``MASK_BYTES`` bytes, ``width`` a
-    number; a multiple of ``QUERIES``, at least one."""
+    """So many queries of each of B rows of S tokens, ``shape``, have a mask of at most ``MASK_BYTES``, ``width`` bytes a
+    number; a multiple of ``QUERIES``, and not 0."""
     rows, seq_len = shape
     fit = MASK_BYTES // (rows * times * rounded_up(seq_len, ALIGNED) * width)
     return max(1, fit // QUERIES) * QUERIES
 
 
 def added_to_scores(mask_B1QS: Tensor, times: int, dtype: torch.dtype) -> Tensor:
-    """``(B, 1, T * Q, S)``: 0 where the bool mask is True, -inf elsewhere, for each head of a group; its rows aligned."""
+    """``(B, 1, T * Q, S)``: 0 where the bool mask is True, -inf elsewhere, for each head of a group; rows aligned."""
     rows, _, queries, seq_len = mask_B1QS.shape
     room = torch.full(
         (rows, times, queries, rounded_up(seq_len, ALIGNED)), -torch.inf, dtype=dtype, device=mask_B1QS.device

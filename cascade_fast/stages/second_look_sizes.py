@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 
 from cascade_fast.stages.attention import queries_at_once
-from cascade_fast.stages.gpu_attention import padded_queries, queries_of_mask
 from cascade_fast.stages.counts import LAYER_LAUNCHES, StageCounts, StageMemory
+from cascade_fast.stages.gpu_attention import padded_queries, queries_of_mask
 from cascade_fast.stages.lora import LoraShape
 
 # Of the sequences of a pack the one with most hard tokens has so many times the mean (Alpaca, r = 0.6): queries are
