@@ -1,7 +1,7 @@
 """Attention of a pack's queries on a GPU: torch's scaled dot product attention, by its memory-efficient kernel.
 
-That kernel takes a mask from compute capability 7.5 on, but no grouped heads. So the T = H / G heads of a group are T * Q
-queries of its one key head, and keys and values are not repeated.
+That kernel takes a mask from compute capability 7.5 on, but no grouped heads. So the T = H / G heads of a group are
+T * Q queries of its one key head, and keys and values are not repeated.
 
 Shape legend: B rows of a pack, S tokens of a row, Q queries, H heads, G key/value heads, T = H / G, E head size.
 """
@@ -61,8 +61,8 @@ class Masks:
 
 
 def queries_of_mask(shape: tuple[int, int], times: int, width: int) -> int:
-    """So many queries of each of B rows of S tokens, ``shape``, have a mask of at most ``MASK_BYTES``, ``width`` bytes a
-    number; a multiple of ``QUERIES``, and not 0."""
+    """So many queries of each of B rows of S tokens, ``shape``, have a mask of at most ``MASK_BYTES``, ``width`` bytes
+    a number; a multiple of ``QUERIES``, and not 0."""
     rows, seq_len = shape
     fit = MASK_BYTES // (rows * times * rounded_up(seq_len, ALIGNED) * width)
     return max(1, fit // QUERIES) * QUERIES
