@@ -65,10 +65,10 @@ class CachedPack(SequencePack):
     column_K: Tensor
     attended_UT: Tensor | None = None
 
-    def mask(self) -> Tensor:
+    def mask(self, begin: int = 0, end: int | None = None) -> Tensor:
         sequences, keys = self.shape
         column_P = self.column_K.new_zeros(sequences * self.queries).index_copy(0, self.slot_K, self.column_K)
-        column_UQ1 = column_P.view(sequences, self.queries, 1)
+        column_UQ1 = column_P.view(sequences, self.queries, 1)[:, begin:end]
         key_T = torch.arange(keys, device=column_P.device)
         mask_UQT = key_T <= column_UQ1
         if self.attended_UT is not None:

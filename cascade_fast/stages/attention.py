@@ -1,9 +1,9 @@
 """Attention of some tokens of a sequence to all of it: rotary positions, keys laid over others, masked softmax.
 
-On a GPU scaled dot product attention does the work. On the CPU ``ops.attention`` does; where keys and values are wanted
-too, or not all scores are made at once, it is written out in batched products: SDPA with a mask took 2.7 times as long
-in float32 and 4 times in bfloat16. Both take grouped heads as more queries of one key head, so that keys and values are
-never expanded.
+Grouped heads are more queries of one key head, so that keys and values are never expanded. On a GPU scaled dot product
+attention does the work (:mod:`cascade_fast.stages.gpu_attention`). On the CPU ``ops.attention`` does; where keys and
+values are wanted too, or not all scores are made at once, it is written out in batched products: SDPA with a mask took
+2.7 times as long in float32 and 4 times in bfloat16.
 
 Shape legend: K tokens that attend, B sequences, S sequence length, Q padded tokens that attend of each sequence,
 H heads, G key/value heads, E head size, F = E / 2.
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cascade_fast import ops
+from cascade_fast.stages.gpu_attention import Masks, folded_attention, padded_queries
 from cascade_fast.stages.tokens import SequencePack
 
 SCORE_BYTES = 8 * 2**20  # most scores that one product on the CPU makes: beyond, it goes by blocks of queries
@@ -82,7 +83,7 @@ class AttentionInputs:
     queries: int
     key_angles: tuple[Tensor, Tensor]
     query_angles: tuple[Tensor, Tensor]
-    mask_B1QS: Tensor
+    mask_B1QS: Tensor | Masks
     at_once: bool
 
     @classmethod
@@ -98,6 +99,8 @@ class AttentionInputs:
     ) -> "AttentionInputs":
         """``leaves``: whether the tokens' keys and values are wanted, too."""
         (sequences, seq_len), device = pack.shape, pack.row_K.device
+        if device.type != "cpu":
+            pack = pack.padded_to(padded_queries(pack.queries))
         (layers, _, groups, size), queries = kv_shape, pack.queries
         computes = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
         if pack.kv_BSL2GE is None:
@@ -111,10 +114,12 @@ class AttentionInputs:
         row_KG = ((sequence_K * groups)[:, None] + group_G) * seq_len + (pack.row_K % seq_len)[:, None]
         slot_KH = ((sequence_K * heads)[:, None] + head_H) * queries + (pack.slot_K % queries)[:, None]
         cos_KF, sin_KF = (angle_KE[:, : size // 2].float() for angle_KE in (cos_KE, sin_KE))
-        mask_B1QS = pack.mask()
         fits = queries_at_once((sequences, heads), seq_len, computes.itemsize) >= queries
-        if device.type == "cpu" and fits:
-            mask_B1QS = additive(mask_B1QS, computes)
+        mask_B1QS: Tensor | Masks
+        if device.type != "cpu":
+            mask_B1QS = Masks.from_pack(pack, heads // groups, computes)
+        else:
+            mask_B1QS = additive(pack.mask(), computes) if fits else pack.mask()
         return cls(
             kv_L2PE=kv_L2PE,
             kv_BGSE=(sequences, groups, seq_len, size),
@@ -144,6 +149,7 @@ class _Attend(torch.autograd.Function):
         # The H / G heads of a group are (H / G) * Q queries of its one key head.
         query = query_PE.view(sequences * groups, -1, size)
         key, value = (of_PE.view(-1, seq_len, size) for of_PE in (key_PE, value_PE))
+        assert isinstance(inputs.mask_B1QS, Tensor)
         attended, weights = ops.attention(query, key, value, inputs.mask_B1QS)
         ctx.save_for_backward(query, key, value, weights)
         ctx.inputs = inputs
@@ -155,6 +161,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, grad_KHE: Tensor):
         query, key, value, weights = ctx.saved_tensors
         inputs: AttentionInputs = ctx.inputs
+        assert isinstance(inputs.mask_B1QS, Tensor)
         (tokens, heads, size), rows = grad_KHE.shape, query.shape[0] * query.shape[1]
         as_it_is = grad_KHE.new_empty(0, dtype=torch.float32)
         room_PE = grad_KHE.new_zeros(1, size).expand(rows, size)
@@ -245,24 +252,17 @@ def additive(mask_B1QS: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask_B1QS.shape, dtype=dtype, device=mask_B1QS.device).masked_fill_(~mask_B1QS, -math.inf)
 
 
-def grouped_attention(query_BHQE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, mask_B1QS: Tensor) -> Tensor:
+def grouped_attention(query_BHQE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, mask_B1QS: Tensor | Masks) -> Tensor:
     """``softmax(query @ key.T + mask) @ value``, ``(B, H, Q, E)``; key head g serves heads g H/G to (g+1) H/G - 1.
 
     Args:
         query_BHQE: already divided by ``sqrt(E)``.
         key_BGSE, value_BGSE: of the query's dtype. Contiguous, all three.
-        mask_B1QS: what is added to the scores; of the same dtype, or bool: True where a query sees a key.
+        mask_B1QS: what is added to the scores; of the same dtype, or bool: True where a query sees a key. On a GPU
+            those of :class:`Masks`.
     """
-    if query_BHQE.device.type != "cpu":
-        # Expanded here: on older GPUs grouped attention falls to a kernel that holds all weights in memory.
-        times = query_BHQE.shape[1] // key_BGSE.shape[1]
-        return torch.nn.functional.scaled_dot_product_attention(
-            query_BHQE,
-            key_BGSE.repeat_interleave(times, dim=1),
-            value_BGSE.repeat_interleave(times, dim=1),
-            attn_mask=mask_B1QS,
-            scale=1.0,
-        )
+    if isinstance(mask_B1QS, Masks):
+        return folded_attention(query_BHQE, key_BGSE, value_BGSE, mask_B1QS)
     step = queries_at_once(query_BHQE.shape, key_BGSE.shape[2], query_BHQE.element_size())
     if step >= query_BHQE.shape[2]:
         return _attend(query_BHQE, key_BGSE, value_BGSE, mask_B1QS)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from cascade_fast.stages.attention import queries_at_once
 from cascade_fast.stages.counts import LAYER_LAUNCHES, StageCounts, StageMemory
+from cascade_fast.stages.gpu_attention import padded_queries, queries_of_mask
 from cascade_fast.stages.lora import LoraShape
 
 # Of the sequences of a pack the one with most hard tokens has so many times the mean (Alpaca, r = 0.6): queries are
@@ -88,13 +89,14 @@ class SecondLookMemory(StageMemory):
         """What a pack of ``tokens`` hard tokens holds through a step, beside what an appended stage's tokens would."""
         s, seq = self.counts.config, self.settings.seq_len
         sequences, queries = self.pack(tokens)
+        if not on_cpu:
+            queries = padded_queries(queries)
         rows = sequences * s.heads * queries
         attention = self.width * (rows * s.head_dim + 2 * sequences * s.kv_heads * seq * s.head_dim)
         if on_cpu:
             attention += self.width * rows * min(seq, 2 * seq * self._block(sequences, queries) // queries)
-        else:
-            times = s.heads // s.kv_heads  # keys and values are expanded
-            attention += self.width * (2 * (times - 1) * sequences * s.kv_heads * seq * s.head_dim + rows * s.head_dim)
+        else:  # what comes out is kept, too, and a sum of every row's weights
+            attention += rows * (self.width * s.head_dim + 4)
         if s.query_key_norm:
             attention += 4 * tokens * (self.counts.attention_inner + s.kv_heads * s.head_dim)
         return s.layers * attention + self._passing(sequences, queries, on_cpu)
@@ -108,10 +110,15 @@ class SecondLookMemory(StageMemory):
         return attention + self._passing(sequences, queries, on_cpu) + 2 * tokens * self.kv_numbers * self.width
 
     def _passing(self, sequences: int, queries: int, on_cpu: bool) -> float:
-        """The pack's keys and values as stored and as attention takes them, one layer's scores, and recomputing."""
+        """The pack's keys and values as stored and as attention takes them, one layer's scores or the masks, and
+        recomputing."""
         s, seq = self.counts.config, self.settings.seq_len
-        rows = sequences * s.heads * (self._block(sequences, queries) if on_cpu else 0)
-        size = 2.0 * rows * seq * self.width
+        if on_cpu:
+            size = 2.0 * sequences * s.heads * self._block(sequences, queries) * seq * self.width
+        else:
+            times = s.heads // s.kv_heads
+            block = min(padded_queries(queries), queries_of_mask((sequences, seq), times, self.width))
+            size = 1.0 * sequences * times * block * seq * self.width
         if not self.all_enter:
             size += sequences * seq * self.kv_numbers * (self.stored + self.width)
         if self.recomputes:

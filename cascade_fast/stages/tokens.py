@@ -60,20 +60,26 @@ class SequencePack:
         moved: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
         return dataclasses.replace(self, **moved)
 
-    def mask(self) -> Tensor:
+    def padded_to(self, queries: int) -> "SequencePack":
+        """The same with so many queries a row; no fewer than there are."""
+        slot_K = self.slot_K + self.slot_K // self.queries * (queries - self.queries)
+        return dataclasses.replace(self, slot_K=slot_K, queries=queries)
+
+    def mask(self, begin: int = 0, end: int | None = None) -> Tensor:
         """``(B, 1, Q, S)`` bool: a query sees the keys of its sequence up to its own. Padding sees the first key, so
-        that its softmax is finite; nobody reads its output."""
+        that its softmax is finite; nobody reads its output. ``begin``, ``end``: of these queries alone."""
         rows, width = self.shape
         keys_S = torch.arange(width, device=self.position_K.device)
 
         def of_queries(of_K: Tensor) -> Tensor:
-            return of_K.new_zeros(rows * self.queries).index_copy(0, self.slot_K, of_K)[:, None]
+            of_BQ = of_K.new_zeros(rows * self.queries).index_copy(0, self.slot_K, of_K).view(rows, self.queries)
+            return of_BQ[:, begin:end, None]
 
         if self.begin_K is None:
             seen = keys_S <= of_queries(self.position_K)
         else:
             seen = (keys_S <= of_queries(self.begin_K + self.position_K)) & (keys_S >= of_queries(self.begin_K))
-        return seen.view(rows, 1, self.queries, width)
+        return seen[:, None]
 
 
 class StageTokens:
