@@ -187,5 +187,32 @@ def test_the_plan_is_within_a_tenth_of_the_ledger(counted, kind):
     assert moved == pytest.approx(step["bytes"], rel=0.1)
 
 
+@pytest.mark.parametrize("kind", PRESETS)
+def test_a_step_waits_for_nothing_and_copies_what_it_must(counted, kind):
+    step = counted["steps"][kind]
+    for store, copies in (("device", 0), ("host", 1)):
+        assert step[store]["syncs"] == []
+        lines = [
+            copy for copy in step[store]["copies"] if not re.match(r"h2d pinned at .*transfer.py:\d+ \(send\)", copy)
+        ]
+        assert lines == []
+        assert len(step[store]["copies"]) == copies
+
+
+def test_the_table_of_the_docs_is_what_the_plan_counts_with():
+    from cascade_fast.planning.times import BASE_LAYER_LAUNCHES
+    from cascade_fast.stages.counts import LAUNCHES
+
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    rows = {
+        "layer": "a layer, forward and backward", "once": "around the layers, once a step", "loss": "loss, a chunk",
+        "optimizer": "optimizer",
+    }  # fmt: skip
+    for name, row in rows.items():
+        (cells,) = re.findall(rf"^\| {row} \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
+        assert [int(cell) for cell in cells] == [LAUNCHES[kind][name] for kind in PRESETS], row
+    assert f"The base pass launches {BASE_LAYER_LAUNCHES} kernels a layer" in text
+
+
 if __name__ == "__main__":
     print(json.dumps(count()))

@@ -14,7 +14,7 @@ from cascade_fast.stages.stage import StageConfig
 LAUNCHES = {
     "append": {"layer": 42, "once": 15, "loss": 10, "optimizer": 13},
     "second look": {"layer": 112, "once": 43, "loss": 10, "optimizer": 13},
-    "adapters": {"layer": 124, "once": 47, "loss": 10, "optimizer": 13},
+    "adapters": {"layer": 122, "once": 47, "loss": 10, "optimizer": 13},
 }
 
 
