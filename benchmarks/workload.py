@@ -72,7 +72,8 @@ def preset_trainer(
     """The first stage of a preset on ``blocks`` blocks, in the compute dtype of ``device``; validation is on the same.
 
     The base is random, and so are the states, keys and values that its pass would leave, and which tokens are hard:
-    the preset's share of them. ``config``: the base's, by default SmolLM2-135M's; ``changes``: other settings.
+    the preset's share of them. ``config``: the base's, by default SmolLM2-135M's; ``changes``: other settings, among
+    them ``store``: on the device only where it says so.
     """
     config = config or base_config()
     settings = make_settings({"preset": preset, "seq_len": SEQ_LEN, "train_blocks": blocks, **changes})
@@ -104,7 +105,8 @@ def preset_trainer(
     ).to(compute.device, layers=settings.adapter != "none")
     stage = kind.new(settings, config, passed, None, 1)
     index_K = torch.randperm(tokens)[: hard_count(settings.hard_ratio, tokens)].sort().values
-    hard = kind.tokens([passed.stores["train"]], index_K)
+    train = passed.stores["train"]
+    hard = kind.tokens([train.to(compute.device) if settings.store == "device" else train], index_K)
     return StageTrainer(
         stage.train(), hard, hard, settings, number=1, folder=folder, compute=compute,
         log=MetricsLog(folder / "log.jsonl"), log_size=0,

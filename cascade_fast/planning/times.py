@@ -17,9 +17,8 @@ from cascade_fast.planning.memory import base_tokens_at_once
 from cascade_fast.selection import hard_count
 from cascade_fast.settings import READ, RunSettings
 
-# Kernels in eager mode, counted with TorchDispatchMode: of a base layer's forward about 30 (queries, keys and rotary
-# embedding more than a stage's); of a chunk of logits about 10.
-BASE_LAYER_LAUNCHES, CHUNK_LAUNCHES = 30, 10
+# Kernels of a layer of the base's forward pass, counted as LAUNCHES are; of a chunk of logits beyond a batch's first.
+BASE_LAYER_LAUNCHES, CHUNK_LAUNCHES = 44, 6
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,9 @@ def epoch_time(
     moved += steps * 4 * memory.training_bytes(settings.batch_tokens, device.on_cpu)
     if memory.recomputes:
         flops += recompute_flops(memory)
-    launches = parts * (s.layers * shape.counts.layer_launches + 50) + chunks * CHUNK_LAUNCHES + steps * 30
+    of = shape.counts.launches
+    launches = parts * (s.layers * of["layer"] + of["once"] + of["loss"]) + steps * of["optimizer"]
+    launches += (chunks - parts) * CHUNK_LAUNCHES
     return _time(flops, moved, launches, device)
 
 

@@ -68,9 +68,10 @@ class LoraShape:
 @dataclass
 class _Lent:
     """Something of the base's that a module uses and does not own: no child of it, so that neither moving nor saving
-    the module touches it. ``together``: see :func:`lend`."""
+    the module touches it. ``together``: see :func:`lend`. ``weight_D``: of a norm, in float32, where it is kept."""
 
     of_base: Any = None
+    weight_D: Tensor | None = None
     together: "FusedProjections | None" = None
 
 
@@ -108,7 +109,7 @@ class LentNorm(RMSNorm):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return self.lent.of_base.weight
+        return self.lent.of_base.weight if self.lent.weight_D is None else self.lent.weight_D
 
 
 def fill_frozen(module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -161,6 +162,8 @@ def lend(
         for name, module in layer.named_modules():
             if isinstance(module, LentLinear | LentNorm):
                 module.lent = _Lent(of_base.get_submodule(name))
+            if isinstance(module, LentNorm) and together is not None:  # else every step would make it anew
+                module.lent.weight_D = module.weight.float()
         if together is None:
             continue
         for names in TOGETHER:

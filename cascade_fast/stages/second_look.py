@@ -186,7 +186,9 @@ class SecondLookStage(Stage):
         for number, layer in enumerate(self.layers):
             x_KD, added_KD = layer(x_KD, added_KD, inputs, number, left)
         x_KD, normed_KD = self.norm.after(x_KD, added_KD)
-        return x_KD[:tokens], normed_KD[:tokens]
+        if inputs.at_once:  # elsewhere there is no padding to leave out, and a slice's gradient is two kernels
+            x_KD, normed_KD = x_KD[:tokens], normed_KD[:tokens]
+        return x_KD, normed_KD
 
     @torch.no_grad()
     def keys_and_values(self, hidden_BSD: Tensor, position_BS: Tensor | None = None) -> Tensor:

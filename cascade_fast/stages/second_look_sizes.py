@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from cascade_fast.stages.attention import queries_at_once
-from cascade_fast.stages.counts import LAYER_LAUNCHES, StageCounts, StageMemory
+from cascade_fast.stages.counts import LAUNCHES, StageCounts, StageMemory
 from cascade_fast.stages.gpu_attention import padded_queries, queries_of_mask
 from cascade_fast.stages.lora import LoraShape
 
@@ -20,7 +20,7 @@ UNEVEN = 1.3
 class SecondLookCounts(StageCounts):
     """Queries and keys do something."""
 
-    layer_launches = LAYER_LAUNCHES["second look"]
+    launches = LAUNCHES["second look"]
 
     def layer_matrices(self) -> int:
         return self.value_output_mlp() + self.query_key_matrices()
@@ -38,7 +38,7 @@ class AdapterCounts(SecondLookCounts):
 
     lora: LoraShape
 
-    layer_launches = LAYER_LAUNCHES["adapters"]
+    launches = LAUNCHES["adapters"]
 
     def updates(self) -> list[int]:
         """Elements of each A and B of a layer."""
