@@ -18,7 +18,7 @@ from cascade_fast.selection import hard_count
 from cascade_fast.settings import READ, RunSettings
 
 # Kernels of a layer of the base's forward pass, counted as LAUNCHES are; of a chunk of logits beyond a batch's first.
-BASE_LAYER_LAUNCHES, CHUNK_LAUNCHES = 44, 6
+BASE_LAYER_LAUNCHES, CHUNK_LAUNCHES = 26, 6
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def epoch_time(
     if memory.recomputes:
         flops += recompute_flops(memory)
     of = shape.counts.launches
-    launches = parts * (s.layers * of["layer"] + of["once"] + of["loss"]) + steps * of["optimizer"]
+    launches: float = parts * (s.layers * of["layer"] + of["once"] + of["loss"]) + steps * of["optimizer"]
     launches += (chunks - parts) * CHUNK_LAUNCHES
     return _time(flops, moved, launches, device)
 

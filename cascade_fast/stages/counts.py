@@ -13,8 +13,8 @@ from cascade_fast.stages.stage import StageConfig
 # optimizer. docs/gpu.md explains them; tests/test_launches.py counts them again.
 LAUNCHES = {
     "append": {"layer": 42, "once": 15, "loss": 10, "optimizer": 13},
-    "second look": {"layer": 112, "once": 43, "loss": 10, "optimizer": 13},
-    "adapters": {"layer": 122, "once": 47, "loss": 10, "optimizer": 13},
+    "second look": {"layer": 69, "once": 48, "loss": 10, "optimizer": 13},
+    "adapters": {"layer": 79, "once": 52, "loss": 10, "optimizer": 13},
 }
 
 
