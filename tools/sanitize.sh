@@ -35,6 +35,12 @@ cd "$work" # before the repository on the module path
 export LD_PRELOAD="$("$cxx" -print-file-name=libasan.so):$("$cxx" -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1
 export CASCADE_FAST_REQUIRE_EXT=1 PYTHONDONTWRITEBYTECODE=1
-"$python" -c 'import os, cascade_fast.ops, cascade_fast._C as c; assert c.__file__.startswith(os.getcwd()), c.__file__'
-"$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider "$root"/tests/test_{ops,adamw8bit,cross_entropy_op,rms_norm_op,layer_ops,attention_ops,low_rank_op}.py \
+cat >"$work/test_which.py" <<'EOF'
+import os, cascade_fast.ops, cascade_fast._C
+
+def test_cpp_the_instrumented_extension_is_tested():
+    assert cascade_fast._C.__file__.startswith(os.getcwd())
+EOF
+"$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -o pythonpath="$work $root $root/tests" \
+  "$work/test_which.py" "$root"/tests/test_{ops,adamw8bit,cross_entropy_op,rms_norm_op,layer_ops,attention_ops,low_rank_op}.py \
   --capture=sys -k 'cpp and not inductor' -q "$@" # a report goes past pytest, to the terminal
