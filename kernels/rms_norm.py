@@ -31,6 +31,8 @@ SUM_BP, SUM_BD = 32, 64  # the tile of the kernel that adds the shares
 def norm_tile(d: int) -> tuple[int, int, int]:
     """(rows, columns, warps) for rows of ``d`` columns: 8 to 16 elements of each array a thread."""
     columns = min(triton.next_power_of_2(d), MAX_HELD)
+    if d > columns:
+        columns //= 2  # what a row is taken in parts for needs registers, too
     return max(1, TILE // columns), columns, max(4, columns // 512)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from cascade_fast import baselines, data, evaluate, plan, sweep, train
 from cascade_fast.runtime.compute import peak_rss_bytes
-from cascade_fast.runtime.console import say_table
+from cascade_fast.runtime.console import console, say_table
 from cascade_fast.runtime.files import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -258,6 +258,7 @@ def test_names_are_shown_and_not_obeyed(capsys, flags, tmp_path):
 @pytest.mark.parametrize("width", [32, 80])
 def test_a_table_loses_nothing_in_any_width(capsys, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(console, "_width", None)  # of COLUMNS when it was made: pytest-xdist sets that
     say_table("a title", ["name", "first", "second"], [["[b]x[/b]", "1" * 12, "2" * 20], ["y\x1b", "3" * 12, ""]])
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= width

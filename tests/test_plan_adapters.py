@@ -74,7 +74,7 @@ def test_of_its_8_bit_moments_small_ones_stay_in_float32(rank):
 def test_eight_billion_parameters_fit_in_ten_gib(capsys):
     assert main([*COMMAND, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["peak_bytes"] / GIB == pytest.approx(9.75, abs=0.01)
+    assert told["peak_bytes"] / GIB == pytest.approx(9.47, abs=0.01)
     assert told["fits"]
     assert main(COMMAND) == 0
     assert "a stage: 32 layers, 41,943,040 parameters of its own" in capsys.readouterr().out
@@ -183,8 +183,9 @@ def test_in_4_bit_the_kept_layers_are_as_large_as_planned(look_settings, nf4_bas
 # --- FLOPs and times --------------------------------------------------------------------------------------------------
 
 
-def test_flops_of_a_step_are_those_counted(look_settings, tmp_path):
+def test_flops_of_a_step_are_those_counted(look_settings, tmp_path, monkeypatch):
     """With that of what the first layer reads, which comes along with the updates'."""
+    monkeypatch.setenv("CASCADE_FAST_BACKEND", "reference")  # torch's counter sees torch's products only
     base, _, passed = passed_by_base({**look_settings, "adapter": "lora", "hard_ratio": 1.0}, tmp_path)
     settings = make_settings({**look_settings, "adapter": "lora", "hard_ratio": 1.0})
     shape = Shape.from_settings(settings, base.config)

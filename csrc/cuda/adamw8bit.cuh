@@ -40,10 +40,6 @@ struct StepSettings {
   const float *grad_scale, *found_inf, *skipped;  // may be null
 };
 
-struct Max {
-  __device__ float operator()(float x, float y) const { return fmaxf(x, y); }  // passes over NaN
-};
-
 __device__ constexpr Map kMaps[2] = {cascade_fast::kSigned, cascade_fast::kUnsigned};
 
 __device__ inline float on_line(const Line (&table)[8], uint32_t index, float x) {

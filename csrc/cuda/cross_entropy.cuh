@@ -18,10 +18,6 @@ constexpr int kLossThreads = 1024;   // with 64 registers each they fill a multi
 constexpr int kLossRegisters = 24;   // of each thread, for its part of a chunk
 constexpr float kLeastPower = -200.f;  // exp of less is 0 in float32
 
-struct Max {
-  __device__ float operator()(float x, float y) const { return fmaxf(x, y); }
-};
-
 // exp(d) for d <= 0; results below the smallest normal float32 are 0.
 __device__ inline float exp_of_negative(float d) {
   float e;

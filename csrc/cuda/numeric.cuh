@@ -96,6 +96,10 @@ struct Min {
   __device__ uint32_t operator()(uint32_t x, uint32_t y) const { return min(x, y); }
 };
 
+struct Max {
+  __device__ float operator()(float x, float y) const { return fmaxf(x, y); }  // passes over NaN
+};
+
 // In every lane, in one fixed order.
 template <class Op, class X>
 __device__ inline X warp_reduce(X x) {
