@@ -24,7 +24,7 @@ def _gradients(model):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("warm", "bfloat16"),
+        pytest.param("warm", "bfloat16", marks=slow),
         ("look", "bfloat16"),
         pytest.param("seed", "bfloat16", marks=slow),
         *(pytest.param(name, "float32", marks=slow) for name in ("warm", "seed", "look")),

@@ -66,6 +66,7 @@ def _wait_for(out: Path, text: str, process: subprocess.Popen) -> None:
     raise AssertionError(f"{text} never came")
 
 
+@pytest.mark.slow
 def test_killed_three_times_at_random(settings, environment, undisturbed, tmp_path):
     out, rng = tmp_path / "run", random.Random(3)
     for _ in range(3):
