@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cascade_fast.ops import backends
 from cascade_fast.ops.reference import attention_width
-from cascade_fast.ops.schema import FLOAT_DTYPES, check, shape_of
+from cascade_fast.ops.schema import FLOAT_DTYPES, call, check, shape_of
 
 _LIB = torch.library.Library("cascade_fast", "FRAGMENT")
 _LIB.define("attention(Tensor query, Tensor key, Tensor value, Tensor mask, *, str backend='auto') -> (Tensor, Tensor)")
@@ -44,7 +44,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not match; names the argument.
     """
-    return _call("attention", query_NRE, key_NSE, value_NSE, mask_B1QS, backend=backend)
+    return call(_BY_NAME, "attention", query_NRE, key_NSE, value_NSE, mask_B1QS, backend=backend)
 
 
 def attention_backward(
@@ -67,7 +67,9 @@ def attention_backward(
     Raises:
         ValueError: shapes, dtypes or devices that do not match; names the argument.
     """
-    return _call("attention_backward", grad_NRE, query_NRE, key_NSE, value_NSE, mask_B1QS, weights_NRW, backend=backend)
+    return call(
+        _BY_NAME, "attention_backward", grad_NRE, query_NRE, key_NSE, value_NSE, mask_B1QS, weights_NRW, backend=backend
+    )
 
 
 def _check_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> None:
@@ -137,9 +139,3 @@ def _attention_backward(
 _BY_NAME: dict[str, Callable[..., Any]] = {"attention": _attention, "attention_backward": _attention_backward}
 for _name, _body in _BY_NAME.items():
     _LIB.impl(_name, _body, "CompositeExplicitAutograd")
-
-
-def _call(name, *args, backend):
-    """The operator where torch traces; else its body at once, as neither is differentiable."""
-    op = getattr(torch.ops.cascade_fast, name) if torch.compiler.is_compiling() else _BY_NAME[name]
-    return op(*args, backend=backend)

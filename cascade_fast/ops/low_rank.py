@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cascade_fast.ops import backends
-from cascade_fast.ops.schema import FLOAT_DTYPES, check, shape_of
+from cascade_fast.ops.schema import FLOAT_DTYPES, call, check, shape_of
 
 _LIB = torch.library.Library("cascade_fast", "FRAGMENT")
 _LIB.define("low_rank(Tensor x, Tensor a, *, str backend='auto') -> Tensor")
@@ -35,7 +35,7 @@ def low_rank(x_KD: Tensor, a_RD: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices that do not match; names the argument.
     """
-    return _call("low_rank", x_KD, a_RD, backend=backend)
+    return call(_BY_NAME, "low_rank", x_KD, a_RD, backend=backend)
 
 
 def low_rank_backward(
@@ -66,7 +66,7 @@ def low_rank_backward(
     Raises:
         ValueError: shapes, dtypes or devices that do not match; names the argument.
     """
-    return _call("low_rank_backward", grad_KC, both_KC, a_RD, list(grads), list(ranks), scale, backend=backend)
+    return call(_BY_NAME, "low_rank_backward", grad_KC, both_KC, a_RD, list(grads), list(ranks), scale, backend=backend)
 
 
 def _check_low_rank(x: Tensor, a: Tensor) -> None:
@@ -133,9 +133,3 @@ def _low_rank_backward(
 _BY_NAME: dict[str, Callable[..., Any]] = {"low_rank": _low_rank, "low_rank_backward": _low_rank_backward}
 for _name, _body in _BY_NAME.items():
     _LIB.impl(_name, _body, "CompositeExplicitAutograd")
-
-
-def _call(name, *args, backend):
-    """The operator where torch traces; else its body at once, as neither is differentiable."""
-    op = getattr(torch.ops.cascade_fast, name) if torch.compiler.is_compiling() else _BY_NAME[name]
-    return op(*args, backend=backend)

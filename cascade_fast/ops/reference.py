@@ -196,6 +196,26 @@ def attention_backward(
     )
 
 
+def low_rank(x: Tensor, a: Tensor) -> Tensor:
+    """See :func:`cascade_fast.ops.low_rank`."""
+    both = x.new_empty(x.shape[0], x.shape[1] + a.shape[0])
+    both[:, : x.shape[1]] = x
+    if a.shape[0]:
+        both[:, x.shape[1] :] = x @ a.t()
+    return both
+
+
+def low_rank_backward(
+    grad: Tensor, both: Tensor, a: Tensor, grads: list[Tensor], ranks: list[int], scale: float
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """See :func:`cascade_fast.ops.low_rank_backward`."""
+    d = a.shape[1]
+    low_parts, low_grad = both[:, d:].split(ranks, dim=1), grad[:, d:]
+    of_x = torch.addmm(grad[:, :d], low_grad, a)
+    of_a = (low_grad.t() @ both[:, :d]).float() * scale
+    return of_x, of_a, [(one.t() @ low).float() for one, low in zip(grads, low_parts, strict=True)]
+
+
 # --- 8-bit AdamW -----------------------------------------------------------------------------------------------------
 
 BLOCK = 256  # values that share a scale
@@ -243,26 +263,6 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     """The float32 values of ``codes``."""
     values = dynamic_map(signed).to(codes.device)[codes.flatten().long()]
     return (_in_blocks(values) * absmax[:, None]).flatten()[: codes.numel()].view(codes.shape)
-
-
-def low_rank(x: Tensor, a: Tensor) -> Tensor:
-    """See :func:`cascade_fast.ops.low_rank`."""
-    both = x.new_empty(x.shape[0], x.shape[1] + a.shape[0])
-    both[:, : x.shape[1]] = x
-    if a.shape[0]:
-        both[:, x.shape[1] :] = x @ a.t()
-    return both
-
-
-def low_rank_backward(
-    grad: Tensor, both: Tensor, a: Tensor, grads: list[Tensor], ranks: list[int], scale: float
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """See :func:`cascade_fast.ops.low_rank_backward`."""
-    d = a.shape[1]
-    low_parts, low_grad = both[:, d:].split(ranks, dim=1), grad[:, d:]
-    of_x = torch.addmm(grad[:, :d], low_grad, a)
-    of_a = (low_grad.t() @ both[:, :d]).float() * scale
-    return of_x, of_a, [(one.t() @ low).float() for one, low in zip(grads, low_parts, strict=True)]
 
 
 def adamw8bit(

@@ -8,7 +8,8 @@ Shape legend: N rows (tokens), B independent selections, D hidden size, K select
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,13 @@ _LIB.define(
 def check(condition: bool, message: Callable[[], str]) -> None:
     if not condition:
         raise ValueError(message())
+
+
+def call(bodies: Mapping[str, Callable[..., Any]], name: str, *args: Any, backend: str) -> Any:
+    """The operator ``name`` where torch traces; else its body at once, for one that is not differentiable: torch's way
+    there takes longer than some bodies do."""
+    op = getattr(torch.ops.cascade_fast, name) if torch.compiler.is_compiling() else bodies[name]
+    return op(*args, backend=backend)
 
 
 def shape_of(t: Tensor) -> str:

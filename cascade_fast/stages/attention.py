@@ -133,6 +133,21 @@ class AttentionInputs:
         )
 
 
+def _placed(
+    query_KHE: Tensor, key_KGE: Tensor, value_KGE: Tensor, inputs: AttentionInputs, layer: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of queries, of keys and of values, each ``(P, E)``: turned, and where attention wants them."""
+    heads, size = query_KHE.shape[1:]
+    rows = inputs.kv_BGSE[0] * heads * inputs.queries
+    as_it_is = query_KHE.new_empty(0, dtype=torch.float32)
+    room_PE = query_KHE.new_zeros(1, size).expand(rows, size)
+    return (
+        ops.rotate_rows(query_KHE, *inputs.query_angles, inputs.slot_Y, room_PE),
+        ops.rotate_rows(key_KGE, *inputs.key_angles, inputs.row_X, inputs.kv_L2PE[layer, 0]),
+        ops.rotate_rows(value_KGE, as_it_is, as_it_is, inputs.row_X, inputs.kv_L2PE[layer, 1]),
+    )
+
+
 class _Attend(torch.autograd.Function):
     """:func:`attend` on the CPU, forward and backward in operators of ours: for rotating and placing, for attention,
     and for taking back. Kept are queries, keys, values and weights."""
@@ -140,12 +155,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query_KHE: Tensor, key_KGE: Tensor, value_KGE: Tensor, inputs: AttentionInputs, layer: int):
         sequences, groups, seq_len, size = inputs.kv_BGSE
-        heads, rows = query_KHE.shape[1], sequences * query_KHE.shape[1] * inputs.queries
-        as_it_is = query_KHE.new_empty(0, dtype=torch.float32)
-        room_PE = query_KHE.new_zeros(1, size).expand(rows, size)
-        query_PE = ops.rotate_rows(query_KHE, *inputs.query_angles, inputs.slot_Y, room_PE)
-        key_PE = ops.rotate_rows(key_KGE, *inputs.key_angles, inputs.row_X, inputs.kv_L2PE[layer, 0])
-        value_PE = ops.rotate_rows(value_KGE, as_it_is, as_it_is, inputs.row_X, inputs.kv_L2PE[layer, 1])
+        query_PE, key_PE, value_PE = _placed(query_KHE, key_KGE, value_KGE, inputs, layer)
         # The H / G heads of a group are (H / G) * Q queries of its one key head.
         query = query_PE.view(sequences * groups, -1, size)
         key, value = (of_PE.view(-1, seq_len, size) for of_PE in (key_PE, value_PE))
@@ -153,8 +163,9 @@ class _Attend(torch.autograd.Function):
         attended, weights = ops.attention(query, key, value, inputs.mask_B1QS)
         ctx.save_for_backward(query, key, value, weights)
         ctx.inputs = inputs
-        tokens = query_KHE.shape[0]
-        return ops.rotate_rows_backward(attended.view(rows, size), as_it_is, as_it_is, inputs.slot_Y, heads, tokens)
+        tokens, heads, _ = query_KHE.shape
+        as_it_is = query_KHE.new_empty(0, dtype=torch.float32)
+        return ops.rotate_rows_backward(attended.view(-1, size), as_it_is, as_it_is, inputs.slot_Y, heads, tokens)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -215,14 +226,9 @@ def attend(
     if inputs.at_once:
         return _Attend.apply(query_KHE, key_KGE, value_KGE, inputs, layer)
     (sequences, groups, _, size), heads = inputs.kv_BGSE, query_KHE.shape[1]
-    rows = sequences * heads * inputs.queries
     fused = query_KHE.device.type != "cpu" and ops.fused("rotate_rows", query_KHE.device)
     if fused:
-        as_it_is = query_KHE.new_empty(0, dtype=torch.float32)
-        room_PE = query_KHE.new_zeros(1, size).expand(rows, size)
-        query_PE = ops.rotate_rows(query_KHE, *inputs.query_angles, inputs.slot_Y, room_PE)
-        key_PE = ops.rotate_rows(key_KGE, *inputs.key_angles, inputs.row_X, inputs.kv_L2PE[layer, 0])
-        value_PE = ops.rotate_rows(value_KGE, as_it_is, as_it_is, inputs.row_X, inputs.kv_L2PE[layer, 1])
+        query_PE, key_PE, value_PE = _placed(query_KHE, key_KGE, value_KGE, inputs, layer)
         if left is not None:
             key_KGE = _TakeRows.apply(key_PE, inputs.row_X, groups)
     else:
@@ -230,7 +236,8 @@ def attend(
         (cos_KF, sin_KF), (key_cos_KF, key_sin_KF) = inputs.query_angles, inputs.key_angles
         query_KHE = rotate(query_KHE, cos_KF[:, None], sin_KF[:, None], dtype)
         key_KGE = rotate(key_KGE, key_cos_KF[:, None], key_sin_KF[:, None], dtype)
-        query_PE = ops.scatter_rows(query_KHE.flatten(0, 1), inputs.slot_Y, query_KHE.new_zeros(rows, size))
+        room_PE = query_KHE.new_zeros(sequences * heads * inputs.queries, size)
+        query_PE = ops.scatter_rows(query_KHE.flatten(0, 1), inputs.slot_Y, room_PE)
         key_PE = ops.scatter_rows(key_KGE.flatten(0, 1), inputs.row_X, inputs.kv_L2PE[layer, 0])
         value_PE = ops.scatter_rows(value_KGE.flatten(0, 1), inputs.row_X, inputs.kv_L2PE[layer, 1])
     if left is not None:

@@ -86,6 +86,22 @@ CASCADE_AMX_TARGET inline void clear_sums() {
   _tile_zero(1);
 }
 
+// sum (16, 32) = rows (16, 32 * chunks), `stride` bytes apart, times right-hand tiles [chunk][half of the columns].
+CASCADE_AMX_TARGET inline void multiply(
+    const void* rows, int64_t stride, const uint32_t* words, int64_t chunks, float (&sum)[2][kWords]) {
+  const auto* row = static_cast<const char*>(rows);
+  clear_sums();
+  for (int64_t chunk = 0; chunk < chunks; ++chunk, row += kTileColumns * sizeof(BFloat16), words += 2 * kWords) {
+    _tile_loadd(2, row, stride);
+    _tile_loadd(3, words, kTile * sizeof(uint32_t));
+    _tile_loadd(4, words + kWords, kTile * sizeof(uint32_t));
+    _tile_dpbf16ps(0, 2, 3);
+    _tile_dpbf16ps(1, 2, 4);
+  }
+  _tile_stored(0, sum[0], kTile * sizeof(float));
+  _tile_stored(1, sum[1], kTile * sizeof(float));
+}
+
 // 16 rows of 16 words, turned.
 CASCADE_AMX_TARGET inline void transpose(__m512i (&row)[kTile]) {
   __m512i t[kTile];

@@ -54,6 +54,26 @@ struct TiledAttention {
     return seen_Q;
   }
 
+  // The most of these, of `rows` queries from `first` of R on.
+  int64_t seen_by(const std::vector<int64_t>& seen_Q, int64_t first, int64_t rows) const {
+    int64_t keys = 0;
+    for (int64_t i = 0; i < rows; ++i) keys = std::max(keys, seen_Q[(first + i) % queries]);
+    return keys;
+  }
+
+  // Of 16 rows (16, E) and the first `keys` rows that pack_rows has packed: (16, W).
+  CASCADE_AMX_TARGET void products(const BFloat16* rows_16E, const uint32_t* packed, int64_t keys, float* to) const {
+    for (int64_t j = 0; j < keys; j += kTile) {
+      clear_sums();
+      for (int64_t chunk = 0; chunk < e; chunk += kTileColumns, packed += kWords) {
+        _tile_loadd(2, rows_16E + chunk, e * sizeof(BFloat16));
+        _tile_loadd(3, packed, kTile * sizeof(uint32_t));
+        _tile_dpbf16ps(0, 2, 3);
+      }
+      _tile_stored(0, to + j, w() * sizeof(float));
+    }
+  }
+
   CASCADE_AMX_TARGET void softmax(float* scores, const BFloat16* mask, int64_t keys, BFloat16* weights) const {
     Wide::Floats most = Wide::Floats{} + kUnseen, total = {}, x, m;
     for (int64_t j = 0; j < keys; j += kTile) {
@@ -107,17 +127,8 @@ struct TiledAttention {
           std::copy_n(query, rows * e, few.data());
           query = few.data();
         }
-        int64_t keys = 0;
-        for (int64_t i = 0; i < rows; ++i) keys = std::max(keys, seen_Q[(first + i) % queries]);
-        for (int64_t j = 0; j < keys; j += kTile) {
-          clear_sums();
-          for (int64_t chunk = 0; chunk < e; chunk += kTileColumns) {
-            _tile_loadd(2, query + chunk, e * sizeof(BFloat16));
-            _tile_loadd(3, key.data() + j * e / 2 + chunk / kTileColumns * kWords, kTile * sizeof(uint32_t));
-            _tile_dpbf16ps(0, 2, 3);
-          }
-          _tile_stored(0, scores.data() + j, width * sizeof(float));
-        }
+        const int64_t keys = seen_by(seen_Q, first, rows);
+        products(query, key.data(), keys, scores.data());
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t q = (first + i) % queries;
           const BFloat16* mask = mask_BQS + (sequence * queries + q) * s;
@@ -125,17 +136,8 @@ struct TiledAttention {
         }
         std::copy_n(weights_16W.data(), rows * width, weights_NRW + (n * r + first) * width);
         for (int64_t j = 0; j < e; j += kTileColumns) {
-          const uint32_t* words = value.data() + j / kTileColumns * value_words;
-          clear_sums();
-          for (int64_t chunk = 0; chunk < keys; chunk += kTileColumns, words += 2 * kWords) {
-            _tile_loadd(2, weights_16W.data() + chunk, width * sizeof(BFloat16));
-            _tile_loadd(3, words, kTile * sizeof(uint32_t));
-            _tile_loadd(4, words + kWords, kTile * sizeof(uint32_t));
-            _tile_dpbf16ps(0, 2, 3);
-            _tile_dpbf16ps(1, 2, 4);
-          }
-          _tile_stored(0, sum[0], kTile * sizeof(float));
-          _tile_stored(1, sum[1], kTile * sizeof(float));
+          const uint32_t* of_value = value.data() + j / kTileColumns * value_words;
+          multiply(weights_16W.data(), width * sizeof(BFloat16), of_value, keys / kTileColumns, sum);
           store_sums(sum, rows, attended_NRE + (n * r + first) * e + j, e);
         }
       }
@@ -230,33 +232,15 @@ struct TiledAttentionBackward {
           std::copy_n(grad_rows, rows * e, few.data());
           grad_rows = few.data();
         }
-        int64_t keys = 0;
-        for (int64_t i = 0; i < rows; ++i) keys = std::max(keys, seen_Q[(first + i) % of.queries]);
-        for (int64_t j = 0; j < keys; j += kTile) {
-          clear_sums();
-          for (int64_t chunk = 0; chunk < e; chunk += kTileColumns) {
-            _tile_loadd(2, grad_rows + chunk, e * sizeof(BFloat16));
-            _tile_loadd(3, value.data() + j * e / 2 + chunk / kTileColumns * kWords, kTile * sizeof(uint32_t));
-            _tile_dpbf16ps(0, 2, 3);
-          }
-          _tile_stored(0, scores.data() + j, width * sizeof(float));
-        }
+        const int64_t keys = of.seen_by(seen_Q, first, rows);
+        of.products(grad_rows, value.data(), keys, scores.data());
         BFloat16* grad_scores = grad_scores_RW.data() + first * width;
         for (int64_t i = 0; i < rows; ++i) {
           softmax_grad(scores.data() + i * width, weights_RW + (first + i) * width, keys, grad_scores + i * width);
         }
         for (int64_t j = 0; j < e; j += kTileColumns) {
           const uint32_t* of_key = key.data() + j / kTileColumns * key_words;
-          clear_sums();
-          for (int64_t chunk = 0; chunk < keys; chunk += kTileColumns, of_key += 2 * kWords) {
-            _tile_loadd(2, grad_scores + chunk, width * sizeof(BFloat16));
-            _tile_loadd(3, of_key, kTile * sizeof(uint32_t));
-            _tile_loadd(4, of_key + kWords, kTile * sizeof(uint32_t));
-            _tile_dpbf16ps(0, 2, 3);
-            _tile_dpbf16ps(1, 2, 4);
-          }
-          _tile_stored(0, sum[0], kTile * sizeof(float));
-          _tile_stored(1, sum[1], kTile * sizeof(float));
+          multiply(grad_scores, width * sizeof(BFloat16), of_key, keys / kTileColumns, sum);
           store_sums(sum, rows, grad_query_NRE + (n * r + first) * e + j, e);
         }
       }

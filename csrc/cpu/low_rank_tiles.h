@@ -91,18 +91,8 @@ struct TiledBackward {
   CASCADE_AMX_TARGET void tokens(int64_t first) const {
     alignas(64) float sum[2][kWords];
     const int64_t c = of->c(), rows = std::min(kTile, k - first);
-    const uint32_t* words = a.data();
     for (int64_t j = 0; j < d; j += kColumns) {
-      clear_sums();
-      for (int64_t rank = 0; rank < p; rank += kColumns, words += 2 * kWords) {
-        _tile_loadd(2, low_grad_KP.data() + first * p + rank, p * sizeof(BFloat16));
-        _tile_loadd(3, words, kTile * sizeof(uint32_t));
-        _tile_loadd(4, words + kWords, kTile * sizeof(uint32_t));
-        _tile_dpbf16ps(0, 2, 3);
-        _tile_dpbf16ps(1, 2, 4);
-      }
-      _tile_stored(0, sum[0], kTile * sizeof(float));
-      _tile_stored(1, sum[1], kTile * sizeof(float));
+      multiply(low_grad_KP.data() + first * p, p * sizeof(BFloat16), a.data() + j * p / 2, p / kColumns, sum);
       for (int64_t i = 0; i < rows; ++i) {
         const BFloat16* grad = static_cast<const BFloat16*>(of->grad_KC) + (first + i) * c + j;
         BFloat16* out = static_cast<BFloat16*>(of->grad_x_KD) + (first + i) * d + j;
@@ -122,17 +112,8 @@ struct TiledBackward {
     const int64_t words_per_row = ceil_div(k, kColumns) * kTile;
     pack_columns(static_cast<const BFloat16*>(grad.values_KF) + first, grad.stride, k, words);
     for (int64_t rank = 0; rank < grad.r; rank += kTile) {
-      const uint32_t* of_chunk = words;
-      clear_sums();
-      for (int64_t token = 0; token < k; token += kColumns, of_chunk += 2 * kWords) {
-        _tile_loadd(2, low_PK[m].data() + rank * words_per_row + token / 2, words_per_row * sizeof(uint32_t));
-        _tile_loadd(3, of_chunk, kTile * sizeof(uint32_t));
-        _tile_loadd(4, of_chunk + kWords, kTile * sizeof(uint32_t));
-        _tile_dpbf16ps(0, 2, 3);
-        _tile_dpbf16ps(1, 2, 4);
-      }
-      _tile_stored(0, sum[0], kTile * sizeof(float));
-      _tile_stored(1, sum[1], kTile * sizeof(float));
+      multiply(low_PK[m].data() + rank * words_per_row, words_per_row * sizeof(uint32_t), words, ceil_div(k, kColumns),
+               sum);
       const int64_t ranks = std::min(kTile, grad.r - rank);
       for (int64_t half = 0; half < 2; ++half) {
         for (int64_t j = 0; j < kTile; ++j) {
