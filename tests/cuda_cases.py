@@ -5,8 +5,13 @@ also reports data races, accesses out of bounds and reads of memory nobody wrote
 """
 
 import importlib.util
+import json
+import os
+import re
 import shutil
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +72,61 @@ def cuda_card(op: str) -> torch.device:
     reason = ops.why_not(op, device, "cuda")
     assert reason is None, reason
     return device
+
+
+GRAPH_OR_NOT = pytest.mark.parametrize("how", ["compile", "graph", "side-stream"])
+
+
+def stepped(how: str, step: Callable[..., Any], *args: Any) -> Any:
+    """What ``step`` gives compiled, from a captured graph, or on another stream. Capturing it also proves that nothing
+    in it waits for the device."""
+    if how == "compile":
+        got = torch.compile(step, fullgraph=True)(*args)
+    elif how == "graph":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = step(*args)
+        for _ in range(3):
+            graph.replay()
+    else:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            got = step(*args)
+    torch.cuda.synchronize()
+    return got
+
+
+def _in_a_process(command: Sequence[str], **environment: str) -> str:
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    return run.stdout
+
+
+def run_interpreted(file: str, tests: str, least: int) -> None:
+    """The class ``tests`` of a test file in a process with Triton's interpreter; at least so many pass, none skips: a
+    run that skipped its tests would be green, too."""
+    command = ["-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", f"{file}::{tests}"]
+    out = _in_a_process(command, TRITON_INTERPRET="1")
+    passed = re.search(r"(\d+) passed", out)
+    assert passed, out
+    assert int(passed[1]) >= least, out
+    assert "skipped" not in out
+
+
+needs_pretend_gpu = pytest.mark.skipif(
+    importlib.util.find_spec("pretend_gpu") is None, reason="needs the package pretend_gpu on the path"
+)
+
+
+def on_pretend_card(program: str) -> Any:
+    """What ``program``, which installs a pretend card, prints last, as JSON; in a process of its own."""
+    return json.loads(_in_a_process(["-c", program]).splitlines()[-1])

@@ -54,9 +54,10 @@ class Batches:
     def count(self, picked):
         return len(picked)
 
-    def batch(self, picked, device):
-        labels_M = torch.zeros(len(picked), dtype=torch.int64, device=device)
-        return torch.ones(len(picked), 72, device=device), labels_M
+    def batches(self, picks, device):
+        for picked in picks:
+            labels_M = torch.zeros(len(picked), dtype=torch.int64, device=device)
+            yield torch.ones(len(picked), 72, device=device), labels_M
 
 
 def launches(optimizer, dtype, clip) -> int:

@@ -11,6 +11,7 @@ import torch
 from cuda_cases import (
     CSRC,
     DTYPES,
+    GRAPH_OR_NOT,
     ROOT,
     WORDS,
     compile_headers,
@@ -20,6 +21,7 @@ from cuda_cases import (
     moved,
     needs_nvcc,
     randn,
+    stepped,
     wide,
 )
 from op_cases import assert_selected, special_scores
@@ -391,25 +393,12 @@ def cascade_step(a_ND, b_ND, backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", ["compile", "graph", "side-stream"])
+@GRAPH_OR_NOT
 def test_gpu_step(card, how):
     """One step as the trainer does it. Capturing it in a CUDA graph also proves that nothing waits for the device."""
     device, backend = card
     a_ND, b_ND = (randn(20_000, 576, dtype=torch.float16, seed=s).to(device) for s in (1, 2))
     want = cascade_step(a_ND, b_ND, backend)
-    if how == "compile":
-        got = torch.compile(cascade_step, fullgraph=True)(a_ND, b_ND, backend)
-    elif how == "graph":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = cascade_step(a_ND, b_ND, backend)
-        for _ in range(3):
-            graph.replay()
-    else:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            got = cascade_step(a_ND, b_ND, backend)
-    torch.cuda.synchronize()
+    got = stepped(how, cascade_step, a_ND, b_ND, backend)
     for x, y in zip(got, want, strict=True):
         assert torch.equal(x, y)

@@ -1,13 +1,6 @@
 """Layers on a GPU call the fused operators, and the base's norms are one launch: counted on a pretend card."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
+from cuda_cases import needs_pretend_gpu, on_pretend_card
 
 # Prints launches by operator, and how far a layer on the card is from the CPU's. The card's kernels cannot run here:
 # the extension's CPU bodies stand in for them.
@@ -60,19 +53,9 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pretend_gpu") is None, reason="needs the package pretend_gpu on the path")
+@needs_pretend_gpu
 def test_layers_and_the_base_on_a_pretend_card():
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, "-c", PRETEND],
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = on_pretend_card(PRETEND)
     once = ("silu_mul", "silu_mul_backward", "add_rms_norm", "add_rms_norm_backward")
     assert found["calls"] == {"rms_norm": 2, "rms_norm_backward": 2, **dict.fromkeys(once, 1)}
     assert found["layer"][0] < 1e-5

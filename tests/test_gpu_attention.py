@@ -1,14 +1,10 @@
 """What attention does on a GPU: on the CPU with the same calls, and counted on a pretend card."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_cases import needs_pretend_gpu, on_pretend_card
 from test_attention import LENGTHS, B, E, G, H, Q, S, _inputs, _pack, _truth, _with_gradients
 
 from cascade_fast.stages import gpu_attention
@@ -119,15 +115,9 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pretend_gpu") is None, reason="needs the package pretend_gpu on the path")
+@needs_pretend_gpu
 def test_kernels_and_memory_on_a_pretend_card():
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    run = subprocess.run(
-        [sys.executable, "-c", PRETEND], env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}, cwd=ROOT,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = on_pretend_card(PRETEND)
     efficient, backward = "_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward"
     assert found["cpu"]
     assert efficient not in found["before"]  # else there is nothing to do

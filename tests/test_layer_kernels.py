@@ -5,14 +5,20 @@ Shape legend: N rows, D hidden or intermediate size, P parts of a weight's gradi
 """
 
 import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from cuda_cases import DTYPES, compile_headers, cuda_card, emulated, mangled, moved, randn, wide
+from cuda_cases import (
+    DTYPES,
+    compile_headers,
+    cuda_card,
+    emulated,
+    mangled,
+    moved,
+    randn,
+    run_interpreted,
+    wide,
+)
 from layer_kernel_cases import LAYOUTS, check_all, check_non_finite
 from layer_op_cases import EPS, bits_equal, norm_inputs
 
@@ -215,18 +221,7 @@ def launcher(op):
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it would start")
 def test_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
-    run = subprocess.run(
-        [*command, f"{Path(__file__)}::TestInterpretedTriton"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 20, run.stdout  # a run of skipped tests would be green
-    assert "skipped" not in run.stdout
+    run_interpreted(__file__, "TestInterpretedTriton", 20)
 
 
 class TestInterpretedTriton:

@@ -11,7 +11,7 @@ import os
 import loss_cases as cases
 import pytest
 import torch
-from cuda_cases import DTYPES, compile_headers, cuda_card, emulated, mangled, moved, wide
+from cuda_cases import DTYPES, GRAPH_OR_NOT, compile_headers, cuda_card, emulated, mangled, moved, stepped, wide
 
 from cascade_fast import ops
 
@@ -208,7 +208,7 @@ def test_gpu_opcheck(card, grad):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", ["compile", "graph", "side-stream"])
+@GRAPH_OR_NOT
 def test_gpu_step(card, how):
     """As a step of training does it. Capturing it in a CUDA graph also proves that nothing waits for the device."""
     device, op, _ = card
@@ -221,20 +221,7 @@ def test_gpu_step(card, how):
         return loss, entropy, logits @ head
 
     want = step(hidden, head, labels)
-    if how == "compile":
-        got = torch.compile(step, fullgraph=True)(hidden, head, labels)
-    elif how == "graph":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = step(hidden, head, labels)
-        for _ in range(3):
-            graph.replay()
-    else:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            got = step(hidden, head, labels)
-    torch.cuda.synchronize()
+    got = stepped(how, step, hidden, head, labels)
     torch.testing.assert_close(got, want)
 
 

@@ -5,17 +5,21 @@ test_triton_kernels.
 Shape legend: K tokens, H heads, E head size, F = E / 2, P rows of E numbers.
 """
 
-import importlib.util
-import json
 import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from cuda_cases import DTYPES, compile_headers, cuda_card, emulated, mangled, moved
+from cuda_cases import (
+    DTYPES,
+    compile_headers,
+    cuda_card,
+    emulated,
+    mangled,
+    moved,
+    needs_pretend_gpu,
+    on_pretend_card,
+    run_interpreted,
+)
 from layer_op_cases import assert_rounded_once, bits_equal, head_rows, randn
 
 from cascade_fast.ops import backends
@@ -215,17 +219,7 @@ def launcher(op):
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it would start")
 def test_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
-    run = subprocess.run(
-        [*command, f"{Path(__file__)}::TestInterpretedTriton"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) == 4, run.stdout  # a run of skipped tests would be green
+    run_interpreted(__file__, "TestInterpretedTriton", 4)
 
 
 class TestInterpretedTriton:
@@ -307,19 +301,9 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pretend_gpu") is None, reason="needs the package pretend_gpu on the path")
+@needs_pretend_gpu
 def test_attention_on_a_pretend_card():
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, "-c", PRETEND],
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    for calls, off in json.loads(run.stdout.splitlines()[-1]):
+    for calls, off in on_pretend_card(PRETEND):
         # Queries, keys and values, and the gradient of each; what was attended to, and of the keys that are left.
         assert calls == {"rotate_rows": 5, "rotate_rows_backward": 5}
         assert off < 1e-5

@@ -7,10 +7,6 @@
 """
 
 import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +16,7 @@ pytest.importorskip("triton")
 import loss_cases
 from cascade_kernels import scatter_rows, select_hard
 from cascade_kernels.launchers import AOT, LAUNCHERS
+from cuda_cases import run_interpreted
 from op_cases import special_scores
 from triton_cases import (
     assert_cosine_score,
@@ -58,20 +55,7 @@ def poisoned_empty(monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it would start")
 def test_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
-    run = subprocess.run(
-        [*command, f"{Path(__file__)}::TestInterpreter"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed, run.stdout
-    assert int(passed[1]) >= 60  # a run that skipped its tests would be green too
-    assert "skipped" not in run.stdout
+    run_interpreted(__file__, "TestInterpreter", 60)
 
 
 @pytest.mark.usefixtures("poisoned_empty")
