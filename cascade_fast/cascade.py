@@ -42,7 +42,7 @@ from cascade_fast.runtime.machine import describe_machine, package_versions
 from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.runtime.run_folder import RunFolder, write_results
 from cascade_fast.runtime.trackers import Trackers, check_trackers
-from cascade_fast.selection import select_below, threshold_text
+from cascade_fast.selection import EVERY_TOKEN, select_below, threshold_text
 from cascade_fast.settings import GENERAL, SPLITS, RunSettings
 from cascade_fast.stages.exits import (
     TOKENS_AT_ONCE,
@@ -95,15 +95,15 @@ class CascadeRun:
         train, val = [self._near(stores["train"])], [stores["val"]]
         for number in range(1, settings.num_stages + 1):
             selection = hardest_of_store(train[-1], settings.hard_ratio)
-            hard = self.kind.tokens(train, selection.index_K, self.recompute)
-            hard_val_index_K = self._hard_validation_index(val[-1], selection.threshold)
+            # Easy tokens that go through the stage in training enter it ever after.
+            threshold = EVERY_TOKEN if settings.easy_tokens == "forward" else selection.threshold
+            hard = self._tokens(train, selection.index_K)
+            hard_val_index_K = self._hard_validation_index(val[-1], threshold)
             if len(hard_val_index_K) == 0:
-                say(
-                    f"stage {number}: no validation token is hard at threshold {selection.threshold:.4f}; stopping here"
-                )
+                say(f"stage {number}: no validation token is hard at threshold {threshold:.4f}; stopping here")
                 break
-            hard_val = self.kind.tokens(val, hard_val_index_K, self.recompute)
-            record = self._stage(number, selection.threshold, hard, hard_val)
+            hard_val = self._tokens(val, hard_val_index_K)
+            record = self._stage(number, threshold, hard, hard_val)
             if not record.accepted or record.stopped in (TIME_IS_UP, NON_FINITE_LOSS):
                 break
             if number < settings.num_stages:
@@ -112,13 +112,16 @@ class CascadeRun:
                 train = [*train, self._near(self._advance(number, hard, "train"))]
                 val = [*val, self._near(self._advance(number, hard_val, "val"))]
 
+    def _tokens(self, stores: list[HiddenStore], index_K: Tensor) -> StageTokens:
+        return self.kind.tokens(stores, index_K, self.recompute, easy_too=self.settings.easy_tokens == "forward")
+
     def _near(self, store: HiddenStore) -> HiddenStore:
         """``store`` where stages read it: see ``--store``, which the plan has settled beside a GPU."""
         return store.to(self.compute.device) if self.settings.store == "device" else store
 
     def _hard_validation_index(self, val: HiddenStore, threshold: float) -> Tensor:
         """By the training threshold, as inference must; or, as the seed did, by validation's own quantile."""
-        if self.settings.val_selection == "quantile":
+        if self.settings.val_selection == "quantile" and threshold != EVERY_TOKEN:
             return hardest_of_store(val, self.settings.hard_ratio).index_K
         return select_below(val["score"], threshold)
 
@@ -248,7 +251,7 @@ class CascadeRun:
         """The stage with the exit threshold it was trained at, or with the best of those that let in more tokens, and
         what comes of it. ``arrived``: the training tokens that come to it."""
         tried = [trained]
-        if self.settings.exit_threshold == "validation":
+        if self.settings.exit_threshold == "validation" and trained.threshold != EVERY_TOKEN:
             wider = [share for share in EXIT_SHARES if share > self.settings.hard_ratio]
             tried += [ExitStage(trained.stage, hardest_of_store(arrived, share).threshold) for share in wider]
         evaluations = []

@@ -21,6 +21,7 @@ STAGE_KINDS = {
         {
             "kv": (("auto", "store"), "stages of kind append use none"),
             "adapter": (("none",), "stages of kind append have no layers of the base"),
+            "easy_tokens": (("skip",), "stages of kind append take each token for itself"),
         },
     ),
     "second-look": KindEntry(

@@ -31,6 +31,7 @@ OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_QUANTIZATIONS = ("none", "nf4")
 STORES = ("auto", "device", "host")
+EASY_TOKENS = ("skip", "forward")
 EXIT_THRESHOLDS = ("trained", "validation")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 LOSS_ON = ("assistant", "all")
@@ -195,6 +196,13 @@ class RunSettings:
         "validation's hard tokens: by the training threshold, or by validation's own quantile",
         choices=("threshold", "quantile"),
     )
+    easy_tokens: str = _setting(
+        "skip",
+        "selection",
+        "in training they skip the stage; or they go forward through it, without gradients, for a plain model that all "
+        "tokens enter",
+        choices=EASY_TOKENS,
+    )
 
     num_stages: int = _setting(2, "stages", "stages to train at most")
     stage_kind: str = _setting(
@@ -280,27 +288,14 @@ class RunSettings:
             if choices is not None and value not in choices:
                 raise InputError(f"{f.name}: {shown(value)}; must be one of {', '.join(choices)}")
         for name in (
-            "hard_ratio",
-            "lr",
-            "weight_decay",
-            "grad_clip",
-            "min_improvement",
-            "lora_alpha",
-            "checkpoint_minutes",
+            "hard_ratio", "lr", "weight_decay", "grad_clip", "min_improvement", "lora_alpha", "checkpoint_minutes",
             "max_minutes",
-        ):
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise InputError(f"{name}: {value}; must be a finite number")
         self._require("hard_ratio", 0 < self.hard_ratio <= 1, "must be in (0, 1]")
-        for name in (
-            "num_stages",
-            "lora_rank",
-            "epochs",
-            "batch_tokens",
-            "patience",
-            "shuffle_buffer",
-        ):
+        for name in ("num_stages", "lora_rank", "epochs", "batch_tokens", "patience", "shuffle_buffer"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         layers = self.layers_per_stage
         self._require("layers_per_stage", layers == ALL or layers >= 1, "must be at least 1, or all")

@@ -44,6 +44,13 @@ class Shape:
         """Of a stage; its layers are as large as the base's."""
         return self.kind.counts(self.stage)
 
+    def step_flops(self, settings: RunSettings) -> float:
+        """Of a hard token in a training step, and of the easy tokens beside it that go through the stage, too."""
+        flops = float(self.counts.training_flops(settings.seq_len))
+        if settings.easy_tokens == "forward":
+            flops += (1 / settings.hard_ratio - 1) * self.counts.forward_flops(settings.seq_len)
+        return flops
+
     def base_body(self) -> int:
         """Parameters of all decoder layers of the base."""
         layer = self.counts

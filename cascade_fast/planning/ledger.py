@@ -98,8 +98,8 @@ def compute_ledger(
     )
 
 
-def _stage_flops(settings: RunSettings, base_config: Any) -> int:
-    return Shape.from_settings(settings, base_config).counts.training_flops(settings.seq_len)
+def _stage_flops(settings: RunSettings, base_config: Any) -> float:
+    return Shape.from_settings(settings, base_config).step_flops(settings)
 
 
 def _compared(settings: RunSettings, base_config: Any, tokens: int, dense_tokens: int) -> Compared:

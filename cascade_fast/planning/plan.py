@@ -144,6 +144,8 @@ def _settle_kv(
     """``settings`` with ``kv: auto`` settled for ``device`` and so much free disk, and the line that says why."""
     if settings.kv != "auto":
         return settings, None
+    if settings.easy_tokens == "forward":  # nothing is read in training; evaluation may, where tokens have no label
+        return dataclasses.replace(settings, kv="recompute"), None
     shape = Shape.from_settings(settings, base_config, labelled_share)
     memory = shape.memory(settings, device.dtype.itemsize)
     if memory.kv_numbers == 0 or shape.needs.all_enter:

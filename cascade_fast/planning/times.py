@@ -98,7 +98,7 @@ def epoch_time(
     parts = steps * math.ceil(settings.batch_tokens / micro)
     learning = shape.counts.trained_matrices()
     frozen = shape.counts.matrices() - learning
-    flops: float = tokens * shape.counts.training_flops(settings.seq_len)
+    flops = tokens * shape.step_flops(settings)
     step_bytes = trained * (28 if settings.optimizer == "adamw" else 16)  # weights, gradient, state: read and written
     if settings.grad_clip > 0:
         step_bytes += 12 * trained

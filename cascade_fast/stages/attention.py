@@ -10,7 +10,7 @@ H heads, G key/value heads, E head size, F = E / 2.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,6 +85,15 @@ class AttentionInputs:
     query_angles: tuple[Tensor, Tensor]
     mask_B1QS: Tensor | Masks
     at_once: bool
+
+    def over(self, key_KGE: Tensor, value_KGE: Tensor, beneath: "AttentionInputs") -> "AttentionInputs":
+        """The same with one layer, in which other tokens' keys, not yet rotated, and values stand: those of the pack
+        of ``beneath``, a pack of the same shape without keys and values of its own. No gradient reaches them."""
+        as_it_is = key_KGE.new_empty(0, dtype=torch.float32)
+        key_PE, value_PE = beneath.kv_L2PE[0]
+        key_PE = ops.rotate_rows(key_KGE.detach(), *beneath.key_angles, beneath.row_X, key_PE)
+        value_PE = ops.rotate_rows(value_KGE.detach(), as_it_is, as_it_is, beneath.row_X, value_PE)
+        return replace(self, kv_L2PE=torch.stack((key_PE, value_PE))[None])
 
     @classmethod
     def from_pack(

@@ -123,6 +123,10 @@ class StageCounts:
         """Of a token's forward pass, scores and weighted values; masked ones are computed too."""
         return 0
 
+    def forward_flops(self, seq_len: int) -> int:
+        """Of a token that goes through the layers without gradients, the head left out."""
+        return 2 * self.matrices() + self.attention_flops(seq_len)
+
     def training_flops(self, seq_len: int) -> int:
         """Of a hard token in a step, forward and backward: two for each multiply-add, as many again for the gradient of
         the input, and for that of the weight where it is trained."""

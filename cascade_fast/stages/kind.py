@@ -89,12 +89,20 @@ class StageKind(ABC):
     def lend_base(self, stage: Stage, base: Any) -> None:  # noqa: B027
         """As :meth:`lend`, those of transformers' model ``base``."""
 
-    def tokens(self, stores: Sequence[HiddenStore], index_K: Tensor, recompute: Recompute | None = None) -> StageTokens:
+    def tokens(
+        self,
+        stores: Sequence[HiddenStore],
+        index_K: Tensor,
+        recompute: Recompute | None = None,
+        *,
+        easy_too: bool = False,
+    ) -> StageTokens:
         """The tokens ``index_K`` of the last of ``stores``, handed out as its stages take them.
 
         Args:
             stores: the base's, then what each stage so far has left.
             recompute: see :meth:`recompute`.
+            easy_too: of a kind that attends, whether the other tokens go through the stage, too.
         """
         return StageTokens(stores[-1], index_K)
 

@@ -92,6 +92,10 @@ class SecondLookConfig(StageConfig):
         )
 
 
+Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
+Stream = tuple[Tensor, Tensor | None]  # the residual stream, and what is still to be added to it, (K, D) both
+
+
 class SecondLookAttention(nn.Module):
     def __init__(self, config: SecondLookConfig) -> None:
         super().__init__()
@@ -106,16 +110,18 @@ class SecondLookAttention(nn.Module):
             self.q_norm = config.norm(config.head_dim)
             self.k_norm = config.norm(config.head_dim)
 
-    def forward(self, x_KD: Tensor, inputs: AttentionInputs, layer: int, left: list[Tensor] | None) -> Tensor:
-        """What attention adds, ``(K, D)``. ``left``, if given, gets the tokens' keys and values ``(K, 2, G, E)``."""
+    def heads_of(self, x_KD: Tensor, dtype: torch.dtype) -> Heads:
+        """Queries, keys and values ``(K, H or G, E)``, not yet rotated."""
         query, key, value = project(x_KD, (self.q_proj, self.k_proj, self.v_proj))
         query_KHE = query.unflatten(-1, (self.heads, self.head_dim))
         key_KGE = key.unflatten(-1, (self.kv_heads, self.head_dim))
         value_KGE = value.unflatten(-1, (self.kv_heads, self.head_dim))
         if self.query_key_norm:
             query_KHE, key_KGE = self.q_norm(query_KHE), self.k_norm(key_KGE)
-        dtype = inputs.kv_L2PE.dtype
-        heads = query_KHE.to(dtype), key_KGE.to(dtype), value_KGE.to(dtype)
+        return query_KHE.to(dtype), key_KGE.to(dtype), value_KGE.to(dtype)
+
+    def forward(self, heads: Heads, inputs: AttentionInputs, layer: int, left: list[Tensor] | None) -> Tensor:
+        """What attention adds, ``(K, D)``. ``left``, if given, gets the tokens' keys and values ``(K, 2, G, E)``."""
         attended_KHE = attend(*heads, inputs, layer, left)
         return project(attended_KHE.flatten(1), (self.o_proj,))[0]
 
@@ -128,12 +134,39 @@ class SecondLookLayer(nn.Module):
         self.post_attention_layernorm = config.norm(config.hidden_size)
         self.mlp = GatedMLP(config)
 
-    def forward(
-        self, x_KD: Tensor, added_KD: Tensor | None, inputs: AttentionInputs, layer: int, left: list[Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, stream: Stream, inputs: AttentionInputs, layer: int, left: list[Tensor] | None) -> Stream:
         """The residual stream, and what is still to be added to it, before and after."""
-        x_KD, normed_KD = self.input_layernorm.after(x_KD, added_KD)
-        x_KD, normed_KD = self.post_attention_layernorm.after(x_KD, self.self_attn(normed_KD, inputs, layer, left))
+        x_KD, heads = self._begin(stream, inputs)
+        return self._end(x_KD, self.self_attn(heads, inputs, layer, left))
+
+    def with_easy(
+        self,
+        hard: Stream,
+        easy: Stream,
+        hard_inputs: AttentionInputs,
+        easy_inputs: AttentionInputs,
+        left: list[Tensor] | None,
+    ) -> tuple[Stream, Stream]:
+        """The same of hard and easy tokens, which attend to each other. Easy ones have no gradient.
+
+        Hard ones go first: autocast keeps the copies of weights that it makes first, with their gradients or without.
+        """
+        x_KD, heads = self._begin(hard, hard_inputs)
+        with torch.no_grad():
+            easy_x_KD, easy_heads = self._begin(easy, easy_inputs)
+            over_easy = hard_inputs.over(*easy_heads[1:], beneath=easy_inputs)
+            over_hard = easy_inputs.over(*heads[1:], beneath=hard_inputs)
+        hard = self._end(x_KD, self.self_attn(heads, over_easy, 0, left))
+        with torch.no_grad():
+            easy = self._end(easy_x_KD, self.self_attn(easy_heads, over_hard, 0, None))
+        return hard, easy
+
+    def _begin(self, stream: Stream, inputs: AttentionInputs) -> tuple[Tensor, Heads]:
+        x_KD, normed_KD = self.input_layernorm.after(*stream)
+        return x_KD, self.self_attn.heads_of(normed_KD, inputs.kv_L2PE.dtype)
+
+    def _end(self, x_KD: Tensor, attended_KD: Tensor) -> Stream:
+        x_KD, normed_KD = self.post_attention_layernorm.after(x_KD, attended_KD)
         return x_KD, self.mlp(normed_KD)
 
 
@@ -172,23 +205,30 @@ class SecondLookStage(Stage):
     def forward(self, pack: SequencePack, left: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """``(output, normed)``, both ``(K, D)``: the residual stream after the last layer, and what the head takes to
         logits. ``left``, if given, gets the tokens' keys and values ``(K, 2, G, E)`` of every layer."""
+        stream, inputs = self._begin(pack, leaves=left is not None)
+        if self.updates is not None:
+            self.updates.place()
+        if pack.easy is None:
+            for number, layer in enumerate(self.layers):
+                stream = layer(stream, inputs, number, left)
+        else:
+            easy, easy_inputs = self._begin(pack.easy, leaves=False)
+            layers: Any = self.layers
+            for layer in layers:
+                stream, easy = layer.with_easy(stream, easy, inputs, easy_inputs, left)
+        x_KD, normed_KD = self.norm.after(*stream)
+        if inputs.at_once:  # elsewhere there is no padding to leave out, and a slice's gradient is two kernels
+            tokens = pack.hidden_KD.shape[0]
+            x_KD, normed_KD = x_KD[:tokens], normed_KD[:tokens]
+        return x_KD, normed_KD
+
+    def _begin(self, pack: SequencePack, *, leaves: bool) -> tuple[Stream, AttentionInputs]:
         x_KD = pack.hidden_KD.float()
         cos_1KE, sin_1KE = self.rotary(x_KD, pack.position_K[None])
         inputs = AttentionInputs.from_pack(
-            pack, self.config.heads, self.config.kv_shape, cos_1KE[0], sin_1KE[0], leaves=left is not None
+            pack, self.config.heads, self.config.kv_shape, cos_1KE[0], sin_1KE[0], leaves=leaves
         )
-        tokens = x_KD.shape[0]
-        if inputs.at_once:
-            x_KD = padded_rows(x_KD)
-        if self.updates is not None:
-            self.updates.place()
-        added_KD = None
-        for number, layer in enumerate(self.layers):
-            x_KD, added_KD = layer(x_KD, added_KD, inputs, number, left)
-        x_KD, normed_KD = self.norm.after(x_KD, added_KD)
-        if inputs.at_once:  # elsewhere there is no padding to leave out, and a slice's gradient is two kernels
-            x_KD, normed_KD = x_KD[:tokens], normed_KD[:tokens]
-        return x_KD, normed_KD
+        return (padded_rows(x_KD) if inputs.at_once else x_KD, None), inputs
 
     @torch.no_grad()
     def keys_and_values(self, hidden_BSD: Tensor, position_BS: Tensor | None = None) -> Tensor:
@@ -236,6 +276,12 @@ class SecondLook(StageKind):
                 f"base_quantization: {settings.base_quantization!r}; must be none with stage_kind {self.name}, which "
                 "copies the base's layers; or --adapter lora, which leaves them as they are"
             )
+        if settings.easy_tokens == "forward" and settings.num_stages > 1:
+            raise InputError(
+                f"num_stages: {settings.num_stages}; must be 1 with easy_tokens forward, after which every token enters"
+            )
+        if settings.easy_tokens == "forward" and settings.kv == "store":
+            raise InputError("kv: 'store'; must be auto or recompute with easy_tokens forward, which reads none")
         has, layers = base_config.num_hidden_layers, settings.layers_per_stage
         if layers > has:
             raise InputError(
@@ -258,7 +304,7 @@ class SecondLook(StageKind):
         return BaseNeeds(
             settings.reads,
             last_layers=settings.layers_per_stage,
-            keys_and_values=settings.kv != "recompute",
+            keys_and_values=settings.kv != "recompute" and settings.easy_tokens == "skip",
             context=True,
             all_enter=settings.hard_ratio == 1,
         )
@@ -332,9 +378,14 @@ class SecondLook(StageKind):
         return keys_and_values
 
     def tokens(
-        self, stores: Sequence[HiddenStore], index_K: Tensor, recompute: Recompute | None = None
+        self,
+        stores: Sequence[HiddenStore],
+        index_K: Tensor,
+        recompute: Recompute | None = None,
+        *,
+        easy_too: bool = False,
     ) -> SequenceTokens:
-        return SequenceTokens(stores, index_K, recompute)
+        return SequenceTokens(stores, index_K, recompute, easy_too=easy_too)
 
     def mergeable(self, stages: Sequence[StageConfig]) -> bool:
         return len(stages) == 1

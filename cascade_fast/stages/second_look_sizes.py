@@ -78,7 +78,12 @@ class SecondLookMemory(StageMemory):
 
     @property
     def recomputes(self) -> bool:
-        return self.settings.kv == "recompute" and not self.all_enter
+        return self.settings.kv == "recompute" and self.reads_kv
+
+    @property
+    def reads_kv(self) -> bool:
+        """Whether hard tokens see the base's keys and values."""
+        return not self.all_enter and self.settings.easy_tokens == "skip"
 
     def pack(self, tokens: int) -> tuple[int, int]:
         """(B, Q) of a pack of about ``tokens`` hard tokens."""
@@ -119,8 +124,12 @@ class SecondLookMemory(StageMemory):
             times = s.heads // s.kv_heads
             block = min(padded_queries(queries), queries_of_mask((sequences, seq), times, self.width))
             size = 1.0 * sequences * times * block * seq * self.width
-        if not self.all_enter:
+        if self.reads_kv:
             size += sequences * seq * self.kv_numbers * (self.stored + self.width)
+        if self.settings.easy_tokens == "forward":  # one layer of the easy tokens, and what they leave for the others
+            easy = sequences * max(seq - queries / UNEVEN, 0)
+            size += easy * (6 * s.hidden_size * 4 + 3 * s.intermediate_size * self.width)
+            size += 4 * sequences * seq * s.kv_heads * s.head_dim * self.width
         if self.recomputes:
             layer = 6 * s.hidden_size * 4 + 3 * s.intermediate_size * self.width
             size += sequences * seq * (layer + 2 * self.kv_numbers * self.width)

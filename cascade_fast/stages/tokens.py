@@ -44,6 +44,8 @@ class SequencePack:
             token is among the K and has its own.
         shape: (B, S).
         begin_K: column at which the token's sequence begins, int64; None: each has a row to itself.
+        easy: the other tokens of these sequences, in the same places, where they go through the stage, too. The K then
+            attend to what these leave there, and ``kv_BSL2GE`` is None.
     """
 
     hidden_KD: Tensor
@@ -54,11 +56,13 @@ class SequencePack:
     kv_BSL2GE: Tensor | None
     shape: tuple[int, int]
     begin_K: Tensor | None = field(default=None, kw_only=True)
+    easy: "SequencePack | None" = field(default=None, kw_only=True)
 
     def to(self, device: torch.device) -> "SequencePack":
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
-        return dataclasses.replace(self, **moved)
+        easy = None if self.easy is None else self.easy.to(device)
+        return dataclasses.replace(self, **moved, easy=easy)
 
     def padded_to(self, queries: int) -> "SequencePack":
         """The same with so many queries a row; no fewer than there are."""
@@ -161,11 +165,12 @@ class StageTokens:
 
 
 class PackSize(NamedTuple):
-    """Of a pack: Q, B and S."""
+    """Of a pack: Q, B and S, and Q of its easy tokens, 0 where it has none."""
 
     queries: int
     rows: int
     width: int
+    easy_queries: int = 0
 
 
 class SequenceTokens(StageTokens):
@@ -178,14 +183,24 @@ class SequenceTokens(StageTokens):
         index_K: rows of the hard tokens in the last store, ``(K,)`` int64, ascending, K >= 1.
         recompute: ``hidden (B, S, D), position (B, S) -> kv (B, S, L, 2, G, E)`` of the base, where its store has no
             ``kv``. Positions: None where each sequence has a row to itself.
+        easy_too: whether the other tokens of the sequences go through the stage, too: see :attr:`SequencePack.easy`.
+            Of the base's store alone; nobody then reads keys and values.
     """
 
     batches_differ = True
 
-    def __init__(self, stores: Sequence[HiddenStore], index_K: Tensor, recompute: Recompute | None = None) -> None:
+    def __init__(
+        self,
+        stores: Sequence[HiddenStore],
+        index_K: Tensor,
+        recompute: Recompute | None = None,
+        *,
+        easy_too: bool = False,
+    ) -> None:
         super().__init__(stores[-1], index_K)
         self.stores = stores
         self.recompute = recompute
+        self.easy_N = torch.ones(len(self.store), dtype=torch.bool).index_fill_(0, index_K, False) if easy_too else None
         self.sequence_U, self.count_U = torch.unique_consecutive(self.store["sequence"][index_K], return_counts=True)
         self.start_U = self.count_U.cumsum(0) - self.count_U
         self.base_start_U, self.length_U = _rows_of(stores[0], self.sequence_U)
@@ -215,24 +230,36 @@ class SequenceTokens(StageTokens):
         return self.index_K[_ranges(self.start_U[picked], self.count_U[picked])]
 
     def _listed(self, picked: Tensor) -> tuple[Tensors, PackSize]:
-        store, count_C, row_K = self.store, self.count_U[picked], self.rows(picked)
-        position_K = store["position"][row_K].long()
+        row_K, count_C = self.rows(picked), self.count_U[picked]
         places = PackPlaces.from_lengths(self.length_U[picked])
-        # Ranks of hard tokens in their row: after those of the sequences before them there.
+        listed, queries = self._listed_tokens(row_K, count_C, places)
+        listed |= {"row_K": row_K, "label_K": self.store["label"][row_K]}
+        if self.easy_N is not None:
+            length_C = self.length_U[picked]
+            row_N = _ranges(self.base_start_U[picked], length_C)
+            row_J = row_N[self.easy_N[row_N]]
+            easy, easy_queries = self._listed_tokens(row_J, length_C - count_C, places)
+            listed |= {f"easy {name}": of_J for name, of_J in {**easy, "row_K": row_J}.items()}
+            return listed, PackSize(queries, places.rows, places.width, easy_queries)
+        everyone = len(row_K) == int(self.length_U[picked].sum())  # nobody then sees what the base has left
+        if not everyone and ("kv" in self.stores[0] or self.recompute is not None):
+            self._list_keys_and_values(listed, picked, places)
+        return listed, PackSize(queries, places.rows, places.width)
+
+    def _listed_tokens(self, row_K: Tensor, count_C: Tensor, places: "PackPlaces") -> tuple[Tensors, int]:
+        """Where the tokens of rows ``row_K`` stand, ``count_C`` of each sequence, and the most of one row."""
+        position_K = self.store["position"][row_K].long()
+        # Ranks of the tokens in their row: after those of the sequences before them there.
         before_C, queries = places.counted(count_C)
         slot_K = (places.row_C * queries + before_C).repeat_interleave(count_C)
         listed = {
-            "row_K": row_K,
-            "label_K": store["label"][row_K],
             "position_K": position_K,
             "place_K": (places.row_C * places.width + places.column_C).repeat_interleave(count_C) + position_K,
             "slot_K": slot_K + _ranges(torch.zeros_like(count_C), count_C),
         }
         if places.shared:
             listed["begin_K"] = places.column_C.repeat_interleave(count_C)
-        if "kv" in self.stores[0] or self.recompute is not None:
-            self._list_keys_and_values(listed, picked, places)
-        return listed, PackSize(queries, places.rows, places.width)
+        return listed, queries
 
     def _list_keys_and_values(self, listed: Tensors, picked: Tensor, places: "PackPlaces") -> None:
         """Rows in the base's store of every place of the pack; of each later store, rows and the places they go to."""
@@ -250,6 +277,8 @@ class SequenceTokens(StageTokens):
 
     def _gathered(self, listed: Tensors) -> Tensors:
         gathered = super()._gathered(listed)
+        if self.easy_N is not None:
+            gathered["easy hidden_KD"] = _taken(self.store.hidden, gathered.pop("easy row_K"))
         if "source_N" not in gathered:
             return gathered
         base, *later = self.stores
@@ -275,20 +304,34 @@ class SequenceTokens(StageTokens):
         if "source_ND" in gathered:
             assert self.recompute is not None
             hidden_BSD = gathered.pop("source_ND").unflatten(0, shape)
-            kv_BSL2GE = self.recompute(hidden_BSD, gathered.get("position_BS"))
-            self._lay_over(gathered, kv_BSL2GE.flatten(0, 1))
+            made_BSL2GE = self.recompute(hidden_BSD, gathered.get("position_BS"))
+            self._lay_over(gathered, made_BSL2GE.flatten(0, 1))
         kv_NL2GE = gathered.get("kv_NL2GE")
-        pack = SequencePack(
-            gathered["hidden_KD"],
-            gathered["position_K"],
-            row_K=gathered["place_K"],
-            slot_K=gathered["slot_K"],
-            queries=size.queries,
-            kv_BSL2GE=None if kv_NL2GE is None else kv_NL2GE.unflatten(0, shape),
-            shape=shape,
-            begin_K=gathered.get("begin_K"),
-        )
-        return pack, gathered["label_K"]
+        kv_BSL2GE = None if kv_NL2GE is None else kv_NL2GE.unflatten(0, shape)
+        easy = _pack(gathered, shape, size.easy_queries, whose="easy ") if size.easy_queries else None
+        return _pack(gathered, shape, size.queries, kv_BSL2GE, easy=easy), gathered["label_K"]
+
+
+def _pack(
+    gathered: Tensors,
+    shape: tuple[int, int],
+    queries: int,
+    kv_BSL2GE: Tensor | None = None,
+    *,
+    whose: str = "",
+    easy: SequencePack | None = None,
+) -> SequencePack:
+    return SequencePack(
+        gathered[f"{whose}hidden_KD"],
+        gathered[f"{whose}position_K"],
+        row_K=gathered[f"{whose}place_K"],
+        slot_K=gathered[f"{whose}slot_K"],
+        queries=queries,
+        kv_BSL2GE=kv_BSL2GE,
+        shape=shape,
+        begin_K=gathered.get(f"{whose}begin_K"),
+        easy=easy,
+    )
 
 
 @dataclass(frozen=True)
