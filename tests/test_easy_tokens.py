@@ -1,7 +1,6 @@
 """Easy tokens that go through a stage without gradients while it is trained (``--easy-tokens forward``)."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -34,10 +33,8 @@ def test_hard_tokens_see_the_stages_own_keys_and_values_of_easy_ones(tiny_settin
     tokens' own laid over them."""
     settings = {**tiny_settings, **LOOK, **adapter, **sizes, "kv": "recompute"}
     base, _, passed = passed_by_base(settings, tmp_path)
-    if adapter:
-        stage = draw_updates(adapter_stage(settings, base, passed))
-    else:
-        stage = copied_stage(base, passed, noise=0.05)
+    as_it_begins = adapter_stage(settings, base, passed) if adapter else copied_stage(base, passed)
+    stage = draw_updates(as_it_begins)
     store = passed.stores["train"]
     index_K = hardest_of_store(store, 0.4).index_K
     picked = torch.tensor([2, 0, 1])
@@ -84,6 +81,7 @@ def test_a_run(tiny_settings, tmp_path):
         "hard_ratio": 0.4,
         "lr": 1e-2,
         "accept": "always",
+        "cache_dir": str(tmp_path / "cache"),
     }
     folder = run_cascade(make_settings({**asked, "out": str(tmp_path / "run")}))
     results = json.loads((folder.path / "results.json").read_text())
@@ -92,7 +90,7 @@ def test_a_run(tiny_settings, tmp_path):
     assert stage["train_hard"] < stage["train_total"]
     assert final["exit_share"] == {"base": 0.0, "stage_1": 1.0}
     assert final["merged"]["all_token_val_ppl"] == pytest.approx(stage["best_val_ppl"], rel=1e-5)
-    kept = {path.name for path in Path(asked["cache_dir"]).rglob("*.bin")}
+    kept = {path.name for path in (tmp_path / "cache").rglob("*.bin")}
     assert "hidden.bin" in kept
     assert "kv.bin" not in kept
     again = run_cascade(make_settings({**asked, "out": str(tmp_path / "again")}))
