@@ -12,8 +12,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inv_rms, bool weight_grad) -> (Tensor, Tensor)");
   m.def("add_rms_norm(Tensor x, Tensor added, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "add_rms_norm_backward(Tensor grad_sum, Tensor grad, Tensor sum, Tensor weight, Tensor inv_rms) -> "
-      "(Tensor, Tensor)");
+      "add_rms_norm_backward(Tensor grad_sum, Tensor grad, Tensor sum, Tensor weight, Tensor inv_rms, "
+      "bool weight_grad) -> (Tensor, Tensor, Tensor)");
   m.def("scale_into_(Tensor(a!)[] into, Tensor[] from, float scale) -> ()");
   m.def("low_rank(Tensor x, Tensor a) -> Tensor");
   m.def(

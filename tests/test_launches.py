@@ -24,7 +24,7 @@ SHAPE = {
 }  # fmt: skip
 # Of our operators those that are several kernels in CUDA: see docs/operators-gpu-cuda.md. The gradient of a norm's
 # weight takes a second one.
-SEVERAL = {"scatter_rows": 3, "select_hard": 2, "rms_norm_backward": 2}
+SEVERAL = {"scatter_rows": 3, "select_hard": 2, "rms_norm_backward": 2, "add_rms_norm_backward": 2}
 
 
 def as_on_a_card() -> None:

@@ -112,11 +112,13 @@ def add_rms_norm(x_ND: Tensor, added_ND: Tensor, weight_D: Tensor, eps: float) -
 
 
 def add_rms_norm_backward(
-    grad_sum_ND: Tensor, grad_ND: Tensor, sum_ND: Tensor, weight_D: Tensor, inv_rms_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradient of ``x``, and the same for ``added`` in the dtype of ``grad``."""
-    grad_x_ND = grad_sum_ND + rms_norm_backward(grad_ND, sum_ND, weight_D, inv_rms_N, False)[0]
-    return grad_x_ND, grad_x_ND.to(grad_ND.dtype, copy=True)  # an operator's results share no memory
+    grad_sum_ND: Tensor, grad_ND: Tensor, sum_ND: Tensor, weight_D: Tensor, inv_rms_N: Tensor, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of ``x``, the same for ``added`` in the dtype of ``grad``, and that of ``weight`` as above."""
+    of_norm_ND, grad_weight_D = rms_norm_backward(grad_ND, sum_ND, weight_D, inv_rms_N, weight_grad)
+    grad_x_ND = grad_sum_ND + of_norm_ND
+    # An operator's results share no memory.
+    return grad_x_ND, grad_x_ND.to(grad_ND.dtype, copy=True), grad_weight_D
 
 
 def scale_into_(into: list[Tensor], values: list[Tensor], scale: float) -> None:
