@@ -24,7 +24,8 @@ def outputs_of(layer, device):
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1)).to(device)
     total, normed = layer.input_layernorm.after(*layer(x.requires_grad_(), None))
     (total.sin() + normed).sum().backward()
-    return [t.detach().cpu() for t in (total, normed, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None))]
+    grads = [p.grad for p in layer.parameters() if p.grad is not None]
+    return [t.detach().cpu() for t in (total, normed, x.grad, *grads)]
 
 with pretend_gpu.as_cuda():
     base = family_model("qwen3").eval().requires_grad_(False)  # which has norms of heads, too

@@ -39,7 +39,9 @@ def inputs_of(shape, dtype, device="cpu", seed=0):
     angle = randn(k, size // 2, seed=3) * 3
     kept = [randn(b * groups * s, size, dtype=dtype, seed=i) for i in (4, 5)]
     maps = [map_.view(b, -1) for map_ in maps]
-    grads = [randn(b, n, groups, size, dtype=dtype, seed=6 + i).transpose(1, 2) for i, n in enumerate((times * q, s, s))]
+    grads = [
+        randn(b, n, groups, size, dtype=dtype, seed=6 + i).transpose(1, 2) for i, n in enumerate((times * q, s, s))
+    ]
     args = *heads, angle.cos(), angle.sin(), slot, place, *maps, *kept
     return [t.to(device) for t in args], size**-0.5 if size else 1.0, [t.to(device) for t in grads]
 
@@ -158,7 +160,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_bad_argument_is_named(name):
     args, scale, _ = inputs_of((3, 2, 4, 5, 2, 2, 4), torch.float32)
-    names = "query key value cos sin slot place token_of_slot token_of_place keys values".split()
+    names = "query", "key", "value", "cos", "sin", "slot", "place", "token_of_slot", "token_of_place", "keys", "values"
     value, message = WRONG[name]
     args[names.index(name)] = value
     with pytest.raises(ValueError, match=f"{name}: .*{message}"):

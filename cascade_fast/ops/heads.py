@@ -8,6 +8,7 @@ Shape legend: K tokens, B sequences, Q places of queries of each, S places of ke
 E head size, F = E / 2, R = T * Q rows of a group, P = B * G * S rows of one head.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,7 +117,9 @@ def _check_place_heads(query, key, value, cos, sin, slot, place, token_of_slot, 
     for name, t in (("key", key), ("value", value)):
         good = t.dim() == 3 and (t.shape[0], t.shape[2]) == (tokens, size) and t.dtype == query.dtype
         good = good and t.shape[1] > 0 and heads % t.shape[1] == 0 and t.shape == key.shape
-        check(good, lambda: f"{name}: {shape_of(t)}; must be like query, {shape_of(query)}, with a divisor of its heads")
+        check(
+            good, lambda: f"{name}: {shape_of(t)}; must be like query, {shape_of(query)}, with a divisor of its heads"
+        )
     for name, t in (("cos", cos), ("sin", sin)):
         good = tuple(t.shape) == (tokens, size // 2) and t.dtype == torch.float32
         check(good, lambda: f"{name}: {shape_of(t)}; must be float32 of shape ({tokens}, {size // 2})")
@@ -211,13 +214,13 @@ for _body in (_place_heads, _place_heads_backward, _take_heads, _take_heads_back
 
 class _PlaceHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query_KHE: Tensor, key_KGE: Tensor, *args: Any):
-        *others, scale, backend = args
-        _value, cos_KF, sin_KF, slot_K, place_K, *_ = others
-        ctx.save_for_backward(cos_KF, sin_KF, slot_K, place_K)
-        ctx.how = query_KHE.shape[1] // key_KGE.shape[1], scale
+    def forward(ctx, *args: Any):
+        *inputs, scale, backend = args
+        ctx.save_for_backward(*inputs[3:7])
+        ctx.how = inputs[0].shape[1] // inputs[1].shape[1], scale
         ctx.backend = backend
-        return _place_heads(query_KHE, key_KGE, *others, scale, backend=backend)
+        place: Callable[..., Any] = _place_heads
+        return place(*inputs, scale, backend=backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -235,7 +238,8 @@ class _TakeHeads(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_KHE: Tensor):
-        grad = _take_heads_backward(grad_KHE, *ctx.saved_tensors, ctx.times, backend=ctx.backend)
+        (token_BQ,) = ctx.saved_tensors
+        grad = _take_heads_backward(grad_KHE, token_BQ, ctx.times, backend=ctx.backend)
         return grad, None, None, None, None
 
 

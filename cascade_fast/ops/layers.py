@@ -309,9 +309,9 @@ class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_sum_ND: Tensor, grad_ND: Tensor):
-        wanted = ctx.needs_input_grad[2]
+        (sum_ND, weight_D, inv_rms_N), wanted = ctx.saved_tensors, ctx.needs_input_grad[2]
         *grads, of_weight_D = _add_rms_norm_backward(
-            grad_sum_ND, grad_ND, *ctx.saved_tensors, wanted, backend=ctx.backend
+            grad_sum_ND, grad_ND, sum_ND, weight_D, inv_rms_N, wanted, backend=ctx.backend
         )
         return *grads, of_weight_D if wanted else None, None, None
 

@@ -296,10 +296,11 @@ def _attend_from_places(
 ) -> Tensor:
     """:func:`attend` where a GPU has the kernels: one places queries, keys and values, one takes back."""
     (sequences, _, _, size), heads, masks = inputs.kv_BGSE, query_KHE.shape[1], inputs.mask_B1QS
-    times, at = heads // key_KGE.shape[1], (places.slot_K, places.place_K, places.token_BQ, places.token_BS)
+    times, (cos_KF, sin_KF), kv_2PE = heads // key_KGE.shape[1], inputs.key_angles, inputs.kv_L2PE[layer]
     query_BGRE, key_BGSE, value_BGSE = ops.place_heads(
-        query_KHE, key_KGE, value_KGE, *inputs.key_angles, *at, *inputs.kv_L2PE[layer], size**-0.5
-    )
+        query_KHE, key_KGE, value_KGE, cos_KF, sin_KF, places.slot_K, places.place_K, places.token_BQ, places.token_BS,
+        kv_2PE[0], kv_2PE[1], size**-0.5,
+    )  # fmt: skip
     if left is not None:
         turned_KGE = ops.take_heads(key_BGSE, places.place_K, places.token_BS, 1)
         left.append(torch.stack((turned_KGE, value_KGE), dim=1))
