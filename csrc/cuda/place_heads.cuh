@@ -35,7 +35,7 @@ struct PlacedHeads {
 // One block takes some places of one part with all their heads, or tokens with kBack, so that it reads their angles
 // once. With kBytes = 16 every half of a head starts on 16 bytes.
 template <class T, int kBytes, bool kBack>
-__global__ void __launch_bounds__(kRotateThreads) place_heads_kernel(const PlacedHeads<T> all) {
+__global__ void __launch_bounds__(kRotateThreads, 4) place_heads_kernel(const PlacedHeads<T> all) {
   using Word = typename WordOf<kBytes>::type;
   constexpr int kCount = Elements<T, kBytes>::kCount;
   __shared__ int64_t other[kRotateThreads];  // the token of each place, or the place of each token; -1: none
