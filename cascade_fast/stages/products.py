@@ -23,8 +23,8 @@ def sums_in_products(x_KD: Tensor, layers: Sequence[Any]) -> bool:
 
 
 def products(x_KD: Tensor, layers: Sequence[nn.Linear]) -> list[Tensor]:
-    """What each of ``layers`` makes of the same inputs, ``(K, F)`` each, in the dtype that autocast multiplies in, if it
-    is on. In 16 bit the sum of the inputs' gradients is rounded once for each layer, not twice."""
+    """What each of ``layers`` makes of the same inputs, ``(K, F)`` each, in the dtype that autocast multiplies in, if
+    it is on. In 16 bit the sum of the inputs' gradients is rounded once for each layer, not twice."""
     device = x_KD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_KD.dtype
     return list(_Products.apply(x_KD.to(dtype), *(layer.weight.to(dtype) for layer in layers)))
