@@ -12,8 +12,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inv_rms, bool weight_grad) -> (Tensor, Tensor)");
   m.def("add_rms_norm(Tensor x, Tensor added, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "add_rms_norm_backward(Tensor grad_sum, Tensor grad, Tensor sum, Tensor weight, Tensor inv_rms) -> "
-      "(Tensor, Tensor)");
+      "add_rms_norm_backward(Tensor grad_sum, Tensor grad, Tensor sum, Tensor weight, Tensor inv_rms, "
+      "bool weight_grad) -> (Tensor, Tensor, Tensor)");
   m.def("scale_into_(Tensor(a!)[] into, Tensor[] from, float scale) -> ()");
   m.def("low_rank(Tensor x, Tensor a) -> Tensor");
   m.def(
@@ -23,6 +23,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
   m.def("silu_mul_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
   m.def("rotate_rows(Tensor x, Tensor cos, Tensor sin, Tensor index, Tensor into) -> Tensor");
   m.def("rotate_rows_backward(Tensor grad, Tensor cos, Tensor sin, Tensor index, int heads, int tokens) -> Tensor");
+  m.def(
+      "place_heads(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor token_of_slot, "
+      "Tensor token_of_place, Tensor keys, Tensor values, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "place_heads_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor cos, Tensor sin, "
+      "Tensor slot, Tensor place, int times, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def("take_heads(Tensor rows, Tensor slot, int times) -> Tensor");
+  m.def("take_heads_backward(Tensor grad, Tensor token_of_slot, int times) -> Tensor");
   m.def("attention(Tensor query, Tensor key, Tensor value, Tensor mask) -> (Tensor, Tensor)");
   m.def(
       "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor mask, Tensor weights) -> "

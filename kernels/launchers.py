@@ -136,7 +136,7 @@ def _rms_norm_entries() -> list[dict[str, Any]]:
             for add in (False, True):
                 name, sizes = "add_rms_norm" if add else "rms_norm", {"ADD": add, **tile}
                 entries.append(_entry(f"{name}-{what}", r._rms_norm_kernel, types, sizes, warps, aligned))
-                for weight in (False,) if add else (False, True):
+                for weight in (False, True):
                     sizes = {"ADD": add, "WEIGHT": weight, **tile}
                     called = f"{name}_backward-{what}{'-weight' if weight else ''}"
                     entries.append(_entry(called, r._rms_norm_backward_kernel, types, sizes, warps, aligned))

@@ -255,7 +255,8 @@ def rms_norm_backward(
 
 
 def add_rms_norm_backward(
-    grad_sum_ND: Tensor, grad_ND: Tensor, sum_ND: Tensor, weight_D: Tensor, inv_rms_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradient of x, and the same for what was added in the dtype of ``grad``. One launch."""
-    return _backward(grad_ND, sum_ND, weight_D, inv_rms_N, grad_sum_ND, False)[:2]
+    grad_sum_ND: Tensor, grad_ND: Tensor, sum_ND: Tensor, weight_D: Tensor, inv_rms_N: Tensor, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of x, the same for what was added in the dtype of ``grad``, and that of the weight; the last, a
+    launch of its own, is empty unless asked for."""
+    return _backward(grad_ND, sum_ND, weight_D, inv_rms_N, grad_sum_ND, weight_grad)

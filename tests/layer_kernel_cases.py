@@ -20,14 +20,18 @@ def check_norms(body, x, added, weight, grads):
     """The four norm operators on these arguments, those without a sum on ``x`` alone. ``body(op)``: a function like
     that of ops/reference.py."""
     dtype = added.dtype
-    total, normed, grad_x, _ = norm_truth(x, added, weight, grads)
+    total, normed, grad_x, grad_weight = norm_truth(x, added, weight, grads)
+    many = 1e-5 * max(1, len(x)) ** 0.5
     got_total, got_normed, inv_rms = body("add_rms_norm")(x, added, weight, EPS)
     assert torch.equal(got_total, x + added)
     assert_rounded_once(got_normed, normed, dtype, atol=2e-6)
     assert_rounded_once(inv_rms, torch.rsqrt(total.square().mean(-1) + EPS), torch.float32)
-    got = body("add_rms_norm_backward")(*grads, got_total, weight, inv_rms)
-    assert_rounded_once(got[0], grad_x, torch.float32, atol=1e-5)
-    assert torch.equal(got[1], got[0].to(dtype))
+    for asked in (False, True):
+        got = body("add_rms_norm_backward")(*grads, got_total, weight, inv_rms, asked)
+        assert_rounded_once(got[0], grad_x, torch.float32, atol=1e-5)
+        assert torch.equal(got[1], got[0].to(dtype))
+        assert got[2].shape == (weight.shape if asked else (0,))
+    assert_rounded_once(got[2], grad_weight, torch.float32, atol=many)
 
     nothing = torch.zeros_like(grads[0])
     _, normed, grad_x, grad_weight = norm_truth(x, nothing, weight, (nothing, grads[1]))
@@ -37,7 +41,7 @@ def check_norms(body, x, added, weight, grads):
         got = body("rms_norm_backward")(grads[1], x, weight, inv_rms, asked)
         assert_rounded_once(got[0], grad_x, torch.float32, atol=1e-5)
         assert got[1].shape == (weight.shape if asked else (0,))
-    assert_rounded_once(got[1], grad_weight, torch.float32, atol=1e-5 * max(1, len(x)) ** 0.5)
+    assert_rounded_once(got[1], grad_weight, torch.float32, atol=many)
 
 
 def check_silu(body, gate, up, grad):

@@ -24,7 +24,7 @@ SHAPE = {
 }  # fmt: skip
 # Of our operators those that are several kernels in CUDA: see docs/operators-gpu-cuda.md. The gradient of a norm's
 # weight takes a second one.
-SEVERAL = {"scatter_rows": 3, "select_hard": 2, "rms_norm_backward": 2}
+SEVERAL = {"scatter_rows": 3, "select_hard": 2, "rms_norm_backward": 2, "add_rms_norm_backward": 2}
 
 
 def as_on_a_card() -> None:
@@ -35,6 +35,7 @@ def as_on_a_card() -> None:
     from cascade_fast.ops import backends
 
     native = backends._native_op
+    stand_in_for_head_ops()
 
     def rows(hidden_ND, index_K, carried):  # the ledger cannot take the empty list that gather_rows returns
         return torch.index_select(hidden_ND, 0, index_K), [one[index_K] for one in carried]
@@ -47,6 +48,18 @@ def as_on_a_card() -> None:
 
     pretend_gpu.count_as_one(*(f"cascade_fast_native::{op}" for op in backends.CUDA_OPS))
     backends._native_op = found
+
+
+def stand_in_for_head_ops() -> None:
+    """Plain torch, where the extension has kernels for GPUs alone: one entry in the ledger each, too."""
+    import torch
+
+    from cascade_fast.ops import backends, reference
+
+    library = torch.library.Library("cascade_fast_native", "IMPL")
+    for op in backends.HEAD_OPS:
+        library.impl(op, getattr(reference, op), "CPU")
+    stand_in_for_head_ops.library = library  # it lives as long as this
 
 
 def launches_of(kernel, kind: str) -> int:

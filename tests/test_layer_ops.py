@@ -49,30 +49,51 @@ def _sum_and_norm(x, added, weight):
 @pytest.mark.parametrize(("n", "d"), MATRICES)
 def test_sum_and_norm(backend, n, d, dtype):
     x, added, weight, grads = norm_inputs(n, d, dtype)
-    truth = [t.double().requires_grad_() for t in (x, added)]
-    expected = _sum_and_norm(*truth, weight.double())
+    truth = [t.double().requires_grad_() for t in (x, added, weight)]
+    expected = _sum_and_norm(*truth)
     torch.autograd.backward(expected, [grad.double() for grad in grads])
-    ours = [t.clone().requires_grad_() for t in (x, added)]
-    total, normed = ops.add_rms_norm(*ours, weight, EPS, backend=backend)
+    ours = [t.clone().requires_grad_() for t in (x, added, weight)]
+    total, normed = ops.add_rms_norm(*ours, EPS, backend=backend)
     torch.autograd.backward((total, normed), grads)
     assert torch.equal(total, x + added)
     assert_rounded_once(normed, expected[1], dtype)
     assert_rounded_once(ours[0].grad, truth[0].grad, torch.float32, atol=1e-5)
     assert_rounded_once(ours[1].grad, truth[1].grad, dtype, atol=1e-5)
+    assert_rounded_once(ours[2].grad, truth[2].grad, torch.float32, atol=1e-5 * max(1, n) ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "d"), MATRICES)
+def test_sum_and_norm_have_the_bits_of_a_sum_and_a_norm(n, d, dtype):
+    """On the CPU: what a stage whose norms learn trains to does not depend on which of them it calls."""
+    x, added, weight, grads = norm_inputs(n, d, dtype)
+    results = []
+    for fused in (True, False):
+        ours = [t.clone().requires_grad_() for t in (x, added, weight)]
+        total = ours[0] + ours[1]
+        out = (total, ops.rms_norm(total, ours[2], EPS, dtype=dtype))
+        if fused:
+            out = ops.add_rms_norm(*ours, EPS)
+        torch.autograd.backward(out, grads)
+        results.append([*(t.detach() for t in out), *(t.grad for t in ours)])
+    assert bits_equal(*results)
 
 
 @pytest.mark.parametrize("used", [0, 1])
-@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (True, True, True)])
 def test_sum_and_norm_with_one_output_used_or_one_gradient_wanted(backend, used, wanted):
     x, added, weight, grads = norm_inputs(9, 33, torch.float32)
-    ours, truth = ([t.clone().requires_grad_(w) for t, w in zip((x, added), wanted, strict=True)] for _ in range(2))
-    ops.add_rms_norm(*ours, weight, EPS, backend=backend)[used].backward(grads[used])
-    _sum_and_norm(*truth, weight)[used].backward(grads[used])
+    inputs = x, added, weight
+    ours, truth = ([t.clone().requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)] for _ in range(2))
+    ops.add_rms_norm(*ours, EPS, backend=backend)[used].backward(grads[used])
+    _sum_and_norm(*truth)[used].backward(grads[used])
     for one, other in zip(ours, truth, strict=True):
+        if other.requires_grad and other.grad is None:  # a weight, where the sum alone is used
+            other.grad = torch.zeros_like(other)
         assert (one.grad is None) == (other.grad is None)
         if one.grad is not None:
             torch.testing.assert_close(one.grad, other.grad)
-    if wanted == (True, True):
+    if all(wanted):
         assert ours[0].grad.data_ptr() != ours[1].grad.data_ptr()
 
 
@@ -187,7 +208,7 @@ def test_gates_far_from_zero(backend, dtype, width):
 
 
 OPS = tuple(calls(2))
-TRAINED = {"add_rms_norm": (0, 1), "silu_mul": (0, 1), "rotate_rows": (0,)}
+TRAINED = {"add_rms_norm": (0, 1, 2), "silu_mul": (0, 1), "rotate_rows": (0,)}
 
 
 def test_no_operator_is_left_out():

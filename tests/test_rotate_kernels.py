@@ -5,9 +5,11 @@ test_triton_kernels.
 Shape legend: K tokens, H heads, E head size, F = E / 2, P rows of E numbers.
 """
 
+import dataclasses
 import os
 
 import pytest
+import test_attention as attention_cases
 import torch
 from cuda_cases import (
     DTYPES,
@@ -23,6 +25,7 @@ from cuda_cases import (
 from layer_op_cases import assert_rounded_once, bits_equal, head_rows, randn
 
 from cascade_fast.ops import backends
+from cascade_fast.stages.attention import AttentionInputs, attend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # (K, H, E, P): no token, no row, no number, one of each, every row, 16-byte words and not, more heads than a tile.
@@ -263,38 +266,39 @@ class TestEmulatedTriton:
 
 # --- a second look's step ---------------------------------------------------------------------------------------------
 
-# Prints calls by operator of attention on a pretend card, and how far it is from the CPU's. The card's kernels cannot
-# run here: the extension's CPU bodies stand in for them.
-PRETEND = """
-import collections, dataclasses, json, pretend_gpu
-pretend_gpu.install("gpu", card="t4", poison=True)
-import torch
-from cascade_fast.ops import backends
-from cascade_fast.stages.attention import AttentionInputs, attend
-import test_attention as cases
 
-plain = backends._native_op
-backends._native_op = lambda op, key: plain(op, "CPU") if op in backends.LAYER_OPS else plain(op, key)
-
-def run(device, everyone):
-    pack = cases._pack((17, 9, 4), everyone)
-    k, generator = len(pack.position_K), torch.Generator().manual_seed(2)
-    tensors = [torch.randn(k, heads, cases.E, generator=generator) for heads in (cases.H, cases.G, cases.G, cases.H)]
+def attention_of_a_pack(device, everyone):
+    """What the tokens of a pack attend to, what they leave, and gradients."""
+    pack = attention_cases._pack((17, 9, 4), everyone)
+    k, generator, size = len(pack.position_K), torch.Generator().manual_seed(2), attention_cases.E
+    groups, heads = attention_cases.G, attention_cases.H
+    tensors = [torch.randn(k, n, size, generator=generator) for n in (heads, groups, groups, heads)]
     *tensors, grad = (t.to(device) for t in tensors)
-    angle = (pack.position_K[:, None] * 0.5 ** torch.arange(cases.E // 2)).repeat(1, 2).to(device)
+    angle = (pack.position_K[:, None] * 0.5 ** torch.arange(size // 2)).repeat(1, 2).to(device)
     fields = {n: v.to(device) for n, v in vars(pack).items() if isinstance(v, torch.Tensor)}
-    pack, shape, left = dataclasses.replace(pack, **fields), (2, 2, cases.G, cases.E), []
-    inputs = AttentionInputs.from_pack(pack, cases.H, shape, angle.cos(), angle.sin(), leaves=True)
+    pack, shape, left = dataclasses.replace(pack, **fields), (2, 2, groups, size), []
+    inputs = AttentionInputs.from_pack(pack, heads, shape, angle.cos(), angle.sin(), leaves=True)
     tensors = [t.requires_grad_() for t in tensors]
     attended = attend(*tensors, inputs, 1, left)
     grads = torch.autograd.grad((attended, left[0]), tensors, (grad, torch.ones_like(left[0])))
     return [t.detach().cpu() for t in (attended, *left, *grads)]
 
+
+# Prints calls by operator of attention on a pretend card, and how far it is from the CPU's, where there is no
+# place_heads. The card's kernels cannot run here: the extension's CPU bodies stand in for them.
+PRETEND = """
+import collections, json, pretend_gpu
+pretend_gpu.install("gpu", card="t4", poison=True)
+import test_rotate_kernels as cases
+from cascade_fast.ops import backends
+
+plain = backends._native_op
+backends._native_op = lambda op, key: plain(op, "CPU") if op in backends.LAYER_OPS else plain(op, key)
 found = []
 for everyone in (False, True):
-    wanted = run("cpu", everyone)
+    wanted = cases.attention_of_a_pack("cpu", everyone)
     with pretend_gpu.as_cuda(), pretend_gpu.ledger() as led:
-        got = run("cuda", everyone)
+        got = cases.attention_of_a_pack("cuda", everyone)
     calls = collections.Counter(k.op.split(".")[1] for k in led.kernels if "cascade_fast" in k.op)
     found.append([calls, max((a - b).abs().max().item() for a, b in zip(wanted, got, strict=True))])
 print(json.dumps(found))

@@ -54,7 +54,7 @@ RECORD = "base_pass.json"  # written last: a folder with this file is complete
 # The modules that decide what is stored, beside operators and kernels: a pass is reused by the same code only.
 CODE = (
     "base/base_pass", "base/cache_name", "base/expanded_heads", "base/fill_store", "base/fused_norms",
-    "base/hidden_store", "base/model", "base/sequences", "criteria", "losses", "selection",
+    "base/fused_rotation", "base/hidden_store", "base/model", "base/sequences", "criteria", "losses", "selection",
 )  # fmt: skip
 
 

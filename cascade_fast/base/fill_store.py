@@ -12,6 +12,7 @@ from torch import Tensor
 from cascade_fast.base.cache_name import with_cache
 from cascade_fast.base.expanded_heads import expanded_heads
 from cascade_fast.base.fused_norms import fused_norms
+from cascade_fast.base.fused_rotation import fused_rotation
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.sequences import Sequences
 from cascade_fast.criteria import Criterion, TokensAtExit
@@ -100,6 +101,7 @@ def fill_store(
         ends.callback(hook.remove)
         ends.enter_context(_first_layers(model, layers))
         ends.enter_context(fused_norms(model))
+        ends.enter_context(fused_rotation(model))
         ends.enter_context(expanded_heads(model))
         for some in sequences.batches(TOKENS_AT_ONCE.get(device.type, 2048)):
             padded = sequences.padded(some)

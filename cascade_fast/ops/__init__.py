@@ -18,6 +18,7 @@ from torch import Tensor
 from cascade_fast.ops import schema  # declares the operators
 from cascade_fast.ops.attention import attention, attention_backward
 from cascade_fast.ops.backends import BACKENDS, OPS, SELECTION_OPS, choose, fused, why_not
+from cascade_fast.ops.heads import place_heads, take_heads
 from cascade_fast.ops.layers import (
     add_rms_norm,
     rotate_rows,
@@ -42,6 +43,7 @@ __all__ = [
     "gather_rows",
     "low_rank",
     "low_rank_backward",
+    "place_heads",
     "rms_norm",
     "rotate_rows",
     "rotate_rows_backward",
@@ -49,6 +51,7 @@ __all__ = [
     "scatter_rows",
     "select_hard",
     "silu_mul",
+    "take_heads",
     "why_not",
 ]
 

@@ -19,8 +19,8 @@ _LIB.define(
     "add_rms_norm(Tensor x, Tensor added, Tensor weight, float eps, *, str backend='auto') -> (Tensor, Tensor, Tensor)"
 )
 _LIB.define(
-    "add_rms_norm_backward(Tensor grad_sum, Tensor grad, Tensor sum, Tensor weight, Tensor inv_rms, *, "
-    "str backend='auto') -> (Tensor, Tensor)"
+    "add_rms_norm_backward(Tensor grad_sum, Tensor grad, Tensor sum, Tensor weight, Tensor inv_rms, "
+    "bool weight_grad=True, *, str backend='auto') -> (Tensor, Tensor, Tensor)"
 )
 _LIB.define("scale_into_(Tensor(a!)[] into, Tensor[] values, float scale, *, str backend='auto') -> ()")
 _LIB.define("silu_mul(Tensor gate, Tensor up, *, str backend='auto') -> Tensor")
@@ -40,11 +40,12 @@ def add_rms_norm(
     Args:
         x_ND: ``(N, D)`` float32; any strides.
         added_ND: ``(N, D)`` float32, float16 or bfloat16.
-        weight_D: ``(D,)`` float32; gets no gradient.
+        weight_D: ``(D,)`` float32.
         eps: added to the mean square.
 
     Returns:
-        The sum ``(N, D)``, float32, and the normed sum in the dtype of ``added``. Differentiable in both inputs.
+        The sum ``(N, D)``, float32, and the normed sum in the dtype of ``added``. Differentiable in ``x``, ``added``
+        and ``weight``.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not match; names the argument.
@@ -196,8 +197,8 @@ def _(x, added, weight, eps, *, backend="auto"):
 
 
 @torch.library.register_fake("cascade_fast::add_rms_norm_backward", lib=_LIB)
-def _(grad_sum, grad, sum, weight, inv_rms, *, backend="auto"):
-    return sum.new_empty(sum.shape), grad.new_empty(sum.shape)
+def _(grad_sum, grad, sum, weight, inv_rms, weight_grad=True, *, backend="auto"):
+    return sum.new_empty(sum.shape), grad.new_empty(sum.shape), weight.new_empty(weight.shape if weight_grad else 0)
 
 
 @torch.library.register_fake("cascade_fast::scale_into_", lib=_LIB)
@@ -238,9 +239,17 @@ def _add_rms_norm(
 
 
 def _add_rms_norm_backward(
-    grad_sum: Tensor, grad: Tensor, sum: Tensor, weight: Tensor, inv_rms: Tensor, *, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    return backends.body("add_rms_norm_backward", sum.device, backend)(grad_sum, grad, sum, weight, inv_rms)
+    grad_sum: Tensor,
+    grad: Tensor,
+    sum: Tensor,
+    weight: Tensor,
+    inv_rms: Tensor,
+    weight_grad: bool = True,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = backends.body("add_rms_norm_backward", sum.device, backend)
+    return run(grad_sum, grad, sum, weight, inv_rms, weight_grad)
 
 
 def _scale_into_(into: list[Tensor], values: list[Tensor], scale: float, *, backend: str = "auto") -> None:
@@ -300,8 +309,11 @@ class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_sum_ND: Tensor, grad_ND: Tensor):
-        grads = _add_rms_norm_backward(grad_sum_ND, grad_ND, *ctx.saved_tensors, backend=ctx.backend)
-        return *grads, None, None, None
+        (sum_ND, weight_D, inv_rms_N), wanted = ctx.saved_tensors, ctx.needs_input_grad[2]
+        *grads, of_weight_D = _add_rms_norm_backward(
+            grad_sum_ND, grad_ND, sum_ND, weight_D, inv_rms_N, wanted, backend=ctx.backend
+        )
+        return *grads, of_weight_D if wanted else None, None, None
 
 
 class _SiluMul(torch.autograd.Function):
@@ -340,8 +352,11 @@ def _add_rms_norm_setup(ctx, inputs, keyword_only_inputs, output):
 
 
 def _add_rms_norm_grads(ctx, grad_sum_ND, grad_ND, _inv_rms_grad):
-    grads = torch.ops.cascade_fast.add_rms_norm_backward(grad_sum_ND, grad_ND, *ctx.saved_tensors, backend=ctx.backend)
-    return *grads, None, None
+    wanted = ctx.needs_input_grad[2]
+    *grads, of_weight_D = torch.ops.cascade_fast.add_rms_norm_backward(
+        grad_sum_ND, grad_ND, *ctx.saved_tensors, wanted, backend=ctx.backend
+    )
+    return *grads, of_weight_D if wanted else None, None
 
 
 def _silu_mul_setup(ctx, inputs, keyword_only_inputs, output):

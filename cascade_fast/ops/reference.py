@@ -112,11 +112,13 @@ def add_rms_norm(x_ND: Tensor, added_ND: Tensor, weight_D: Tensor, eps: float) -
 
 
 def add_rms_norm_backward(
-    grad_sum_ND: Tensor, grad_ND: Tensor, sum_ND: Tensor, weight_D: Tensor, inv_rms_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradient of ``x``, and the same for ``added`` in the dtype of ``grad``."""
-    grad_x_ND = grad_sum_ND + rms_norm_backward(grad_ND, sum_ND, weight_D, inv_rms_N, False)[0]
-    return grad_x_ND, grad_x_ND.to(grad_ND.dtype, copy=True)  # an operator's results share no memory
+    grad_sum_ND: Tensor, grad_ND: Tensor, sum_ND: Tensor, weight_D: Tensor, inv_rms_N: Tensor, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of ``x``, the same for ``added`` in the dtype of ``grad``, and that of ``weight`` as above."""
+    of_norm_ND, grad_weight_D = rms_norm_backward(grad_ND, sum_ND, weight_D, inv_rms_N, weight_grad)
+    grad_x_ND = grad_sum_ND + of_norm_ND
+    # An operator's results share no memory.
+    return grad_x_ND, grad_x_ND.to(grad_ND.dtype, copy=True), grad_weight_D
 
 
 def scale_into_(into: list[Tensor], values: list[Tensor], scale: float) -> None:
@@ -159,6 +161,69 @@ def _turned(x_KHE: Tensor, cos_KF: Tensor, sin_KF: Tensor) -> Tensor:
     first, second = x_KHE.float().chunk(2, dim=-1)
     cos_K1F, sin_K1F = cos_KF[:, None], sin_KF[:, None]
     return torch.cat((first * cos_K1F - second * sin_K1F, second * cos_K1F + first * sin_K1F), dim=-1)
+
+
+def _at_places(x_KHE: Tensor, token_BN: Tensor, into_BHNE: Tensor) -> Tensor:
+    """``(B, H, N, E)``: the heads of the token of each place, of ``into`` where there is none."""
+    token_BN = torch.where(token_BN < 0, len(x_KHE), token_BN).long()
+    placed_BHNE = torch.cat((x_KHE, x_KHE.new_zeros(1, *x_KHE.shape[1:])))[token_BN].transpose(1, 2)
+    return torch.where((token_BN < len(x_KHE))[:, None, :, None], placed_BHNE, into_BHNE).contiguous()
+
+
+def place_heads(
+    query_KHE: Tensor,
+    key_KGE: Tensor,
+    value_KGE: Tensor,
+    cos_KF: Tensor,
+    sin_KF: Tensor,
+    token_BQ: Tensor,
+    token_BS: Tensor,
+    keys_PE: Tensor,
+    values_PE: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`cascade_fast.ops.place_heads`."""
+    dtype, (sequences, seq_len), (_, groups, size) = query_KHE.dtype, token_BS.shape, key_KGE.shape
+    query_KHE = _turned(query_KHE, cos_KF * scale, sin_KF * scale).to(dtype)
+    key_KGE = _turned(key_KGE, cos_KF, sin_KF).to(dtype)
+    query_BHQE = _at_places(query_KHE, token_BQ, query_KHE.new_zeros(()))
+    rows = query_KHE.shape[1] // groups * token_BQ.shape[1]
+    there = (t.view(sequences, groups, seq_len, size) for t in (keys_PE, values_PE))
+    key_BGSE, value_BGSE = (_at_places(x, token_BS, into) for x, into in zip((key_KGE, value_KGE), there, strict=True))
+    return query_BHQE.view(sequences, groups, rows, size), key_BGSE, value_BGSE
+
+
+def place_heads_backward(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    cos_KF: Tensor,
+    sin_KF: Tensor,
+    slot_K: Tensor,
+    place_K: Tensor,
+    times: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`place_heads` in queries, keys and values."""
+    dtype = grad_query.dtype
+    query_KHE = _turned(take_heads(grad_query, slot_K, times), cos_KF * scale, -sin_KF * scale).to(dtype)
+    key_KGE = _turned(take_heads(grad_key, place_K, 1), cos_KF, -sin_KF).to(dtype)
+    return query_KHE, key_KGE, take_heads(grad_value, place_K, 1)
+
+
+def take_heads(rows_BGRE: Tensor, slot_K: Tensor, times: int) -> Tensor:
+    """See :func:`cascade_fast.ops.take_heads`."""
+    sequences, groups, rows, size = rows_BGRE.shape
+    of_heads = rows_BGRE.reshape(sequences, groups * times, rows // times, size).transpose(1, 2).flatten(0, 1)
+    return of_heads[slot_K]
+
+
+def take_heads_backward(grad_KHE: Tensor, token_BQ: Tensor, times: int) -> Tensor:
+    """Gradient of :func:`take_heads`, in memory as ``(B, R, G, E)``."""
+    placed_BHQE = _at_places(grad_KHE, token_BQ, grad_KHE.new_zeros(()))
+    groups, size = grad_KHE.shape[1] // times, grad_KHE.shape[2]
+    folded_BGRE = placed_BHQE.view(len(token_BQ), groups, times * token_BQ.shape[1], size)
+    return folded_BGRE.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 ATTENTION_CHUNK = 32  # keys

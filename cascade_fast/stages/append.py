@@ -55,9 +55,11 @@ class AppendedLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(self, x_KD: Tensor) -> Tensor:
-        x_KD = x_KD + self.self_attn(self.input_layernorm(x_KD))
-        return x_KD + self.mlp(self.post_attention_layernorm(x_KD))
+    def forward(self, x_KD: Tensor, added_KD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream, and what is still to be added to it, before and after."""
+        x_KD, normed_KD = self.input_layernorm.after(x_KD, added_KD)
+        x_KD, normed_KD = self.post_attention_layernorm.after(x_KD, self.self_attn(normed_KD))
+        return x_KD, self.mlp(normed_KD)
 
 
 class AppendedStage(Stage):
@@ -103,10 +105,10 @@ class AppendedStage(Stage):
         A stage that reads the residual stream hands the residual stream on; one that reads the last hidden state
         hands on its own, after its norm.
         """
-        x_KD = hidden_KD.float()
+        x_KD, added_KD = hidden_KD.float(), None
         for layer in self.layers:
-            x_KD = layer(x_KD)
-        normed_KD = self.norm(x_KD)
+            x_KD, added_KD = layer(x_KD, added_KD)
+        x_KD, normed_KD = self.norm.after(x_KD, added_KD)
         return (x_KD if self.config.reads == "residual" else normed_KD), normed_KD
 
     def run(self, hidden_KD: Tensor) -> StageRun:

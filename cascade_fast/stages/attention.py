@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cascade_fast import ops
-from cascade_fast.stages.gpu_attention import Masks, folded_attention, padded_queries
+from cascade_fast.stages.gpu_attention import Masks, attention_by_group, folded_attention, padded_queries
 from cascade_fast.stages.tokens import SequencePack
 
 SCORE_BYTES = 8 * 2**20  # most scores that one product on the CPU makes: beyond, it goes by blocks of queries
@@ -60,6 +60,32 @@ def rotate(x_KHE: Tensor, cos_K1F: Tensor, sin_K1F: Tensor, dtype: torch.dtype) 
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where the tokens of a pack stand among queries and keys, as ``ops.place_heads`` reads it.
+
+    Attributes:
+        slot_K, place_K: ``(K,)`` int64: the row of each token among ``B * Q`` queries, and among ``B * S`` keys.
+        token_BQ, token_BS: int32: the token of each row; -1: none.
+    """
+
+    slot_K: Tensor
+    place_K: Tensor
+    token_BQ: Tensor
+    token_BS: Tensor
+
+    @classmethod
+    def from_pack(cls, pack: SequencePack) -> "Places":
+        (sequences, seq_len), tokens = pack.shape, pack.row_K.shape[0]
+        token_K = torch.arange(tokens, dtype=torch.int32, device=pack.row_K.device)
+
+        def tokens_of(index_K: Tensor, places: int) -> Tensor:
+            return token_K.new_full((sequences * places,), -1).index_copy_(0, index_K, token_K).view(sequences, places)
+
+        token_BQ, token_BS = tokens_of(pack.slot_K, pack.queries), tokens_of(pack.row_K, seq_len)
+        return cls(pack.slot_K, pack.row_K, token_BQ, token_BS)
+
+
+@dataclass(frozen=True)
 class AttentionInputs:
     """What attention needs of a pack in every layer, made once. What moves are rows of one head, E numbers each.
 
@@ -74,6 +100,7 @@ class AttentionInputs:
         at_once: whether all scores of a layer are made at once, forward and backward written out: on the CPU, where
             nobody wants the keys and values.
         mask_B1QS: see :func:`grouped_attention`; on the CPU, where all of it is used at once, what is to be added.
+        places: of the tokens, where a GPU has kernels that place their heads and take them back; else None.
     """
 
     kv_L2PE: Tensor
@@ -85,6 +112,7 @@ class AttentionInputs:
     query_angles: tuple[Tensor, Tensor]
     mask_B1QS: Tensor | Masks
     at_once: bool
+    places: "Places | None" = None
 
     def over(self, key_KGE: Tensor, value_KGE: Tensor, beneath: "AttentionInputs") -> "AttentionInputs":
         """The same with one layer, in which other tokens' keys, not yet rotated, and values stand: those of the pack
@@ -139,6 +167,7 @@ class AttentionInputs:
             query_angles=(cos_KF * size**-0.5, sin_KF * size**-0.5),
             mask_B1QS=mask_B1QS,
             at_once=device.type == "cpu" and fits and not leaves,
+            places=Places.from_pack(pack) if device.type != "cpu" and ops.fused("place_heads", device) else None,
         )
 
 
@@ -234,6 +263,8 @@ def attend(
     """
     if inputs.at_once:
         return _Attend.apply(query_KHE, key_KGE, value_KGE, inputs, layer)
+    if inputs.places is not None:
+        return _attend_from_places(query_KHE, key_KGE, value_KGE, inputs, inputs.places, layer, left)
     (sequences, groups, _, size), heads = inputs.kv_BGSE, query_KHE.shape[1]
     fused = query_KHE.device.type != "cpu" and ops.fused("rotate_rows", query_KHE.device)
     if fused:
@@ -261,6 +292,35 @@ def attend(
         return _TakeRows.apply(attended_BHQE.flatten(0, 2), inputs.slot_Y, heads)
     attended_YE, _ = ops.gather_rows(attended_BHQE.flatten(0, 2), inputs.slot_Y)
     return attended_YE.view(query_KHE.shape)
+
+
+def _attend_from_places(
+    query_KHE: Tensor,
+    key_KGE: Tensor,
+    value_KGE: Tensor,
+    inputs: AttentionInputs,
+    places: Places,
+    layer: int,
+    left: list[Tensor] | None,
+) -> Tensor:
+    """:func:`attend` where a GPU has the kernels: one places queries, keys and values, one takes back."""
+    (sequences, _, _, size), heads, masks = inputs.kv_BGSE, query_KHE.shape[1], inputs.mask_B1QS
+    times, (cos_KF, sin_KF), kv_2PE = heads // key_KGE.shape[1], inputs.key_angles, inputs.kv_L2PE[layer]
+    query_BGRE, key_BGSE, value_BGSE = ops.place_heads(
+        query_KHE, key_KGE, value_KGE, cos_KF, sin_KF, places.slot_K, places.place_K, places.token_BQ, places.token_BS,
+        kv_2PE[0], kv_2PE[1], size**-0.5,
+    )  # fmt: skip
+    if left is not None:
+        turned_KGE = ops.take_heads(key_BGSE, places.place_K, places.token_BS, 1)
+        left.append(torch.stack((turned_KGE, value_KGE), dim=1))
+    assert isinstance(masks, Masks)
+    if masks.whole is not None:
+        attended_BGRE = attention_by_group(query_BGRE, key_BGSE, value_BGSE, masks.whole)
+    else:
+        query_BHQE = query_BGRE.view(sequences, heads, inputs.queries, size)
+        attended_BHQE = folded_attention(query_BHQE, key_BGSE, value_BGSE, masks)
+        attended_BGRE = attended_BHQE.reshape(query_BGRE.shape)
+    return ops.take_heads(attended_BGRE, places.slot_K, places.token_BQ, times)
 
 
 def additive(mask_B1QS: Tensor, dtype: torch.dtype) -> Tensor:

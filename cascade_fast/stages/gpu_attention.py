@@ -100,8 +100,12 @@ def folded_attention(query_BHQE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, m
 def _attend(query_BHQE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, mask_B1RS: Tensor) -> Tensor:
     """``mask_B1RS``: of R = T * Q queries a group."""
     folded_BGRE = query_BHQE.reshape(*key_BGSE.shape[:2], -1, query_BHQE.shape[-1])
+    return attention_by_group(folded_BGRE, key_BGSE, value_BGSE, mask_B1RS).reshape(query_BHQE.shape)
+
+
+def attention_by_group(query_BGRE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, mask_B1RS: Tensor) -> Tensor:
+    """The same of R = T * Q queries a group, ``(B, G, R, E)``, in whatever order in memory."""
     with sdpa_kernel(BACKENDS):
-        attended_BGRE = torch.nn.functional.scaled_dot_product_attention(
-            folded_BGRE, key_BGSE, value_BGSE, attn_mask=mask_B1RS, scale=1.0
+        return torch.nn.functional.scaled_dot_product_attention(
+            query_BGRE, key_BGSE, value_BGSE, attn_mask=mask_B1RS, scale=1.0
         )
-    return attended_BGRE.reshape(query_BHQE.shape)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cascade_fast import ops
 from cascade_fast.input_checks import InputError, check_fields, shown
 from cascade_fast.settings import LORA_TARGETS, RunSettings
+from cascade_fast.stages.products import products, sums_in_products
 from cascade_fast.stages.rms_norm import RMSNorm
 
 # The linear layers of a decoder layer that take the same inputs.
@@ -190,7 +191,7 @@ def project(x_KD: Tensor, layers: Sequence[Any]) -> list[Tensor]:
     """What each of ``layers`` makes of the same inputs, each ``(K, F)``."""
     together = layers[0].lent.together if isinstance(layers[0], LentLinear) else None
     if together is None:
-        return [layer(x_KD) for layer in layers]
+        return products(x_KD, layers) if sums_in_products(x_KD, layers) else [layer(x_KD) for layer in layers]
     updates = [weight for layer in layers if layer.scale for weight in (layer.lora_A.weight, layer.lora_B.weight)]
     return list(_Project.apply(x_KD, together, *updates))
 

@@ -18,8 +18,7 @@ class RMSNorm(nn.Module):
         """``x + added`` (None: ``x``), and its norm."""
         if added_KD is None:
             return x_KD, self(x_KD)
-        fits = not self.weight.requires_grad and added_KD.dtype == _compute_dtype(x_KD.device)
-        if fits and ops.fused("add_rms_norm", x_KD.device):
+        if added_KD.dtype == _compute_dtype(x_KD.device) and ops.fused("add_rms_norm", x_KD.device):
             return ops.add_rms_norm(x_KD, added_KD, self.weight.float(), self.eps)
         x_KD = x_KD + added_KD
         return x_KD, self(x_KD)

@@ -123,26 +123,39 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight_D, dou
   return {out_ND, inv_rms_N};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight_D, const Tensor& inv_rms_N, bool weight_grad) {
+// Gradients of x, of what was added to it (`grad_sum`: what else has come back to the sum; null: nothing was) and of the
+// weight, empty unless asked for.
+std::tuple<Tensor, Tensor, Tensor> norm_grads(const Tensor* grad_sum, const Tensor& grad, const Tensor& x,
+                                              const Tensor& weight_D, const Tensor& inv_rms_N, bool weight_grad) {
   const Tensor grad_ND = torch::stable::contiguous(grad), x_ND = torch::stable::contiguous(x);
   const Tensor w_D = torch::stable::contiguous(weight_D);
+  const Tensor grad_sum_ND = grad_sum == nullptr ? x_ND : torch::stable::contiguous(*grad_sum);
   const int64_t n = x_ND.size(0), d = x_ND.size(1), parts = ceil_div(n, kRowsPerPart);
   const Tensor grad_x_ND = torch::stable::new_empty(x_ND, {n, d});
+  const Tensor grad_added_ND = torch::stable::new_empty(grad_ND, {grad_sum == nullptr ? 0 : n, d});
   const Tensor grad_weight_PD = torch::stable::new_empty(x_ND, {weight_grad ? std::max<int64_t>(parts, 1) : 0, d});
   const NormGradRows rows{grad_ND.const_data_ptr(), x_ND.const_data_ptr<float>(), w_D.const_data_ptr<float>(),
-                          inv_rms_N.const_data_ptr<float>(), nullptr, grad_x_ND.mutable_data_ptr<float>(), nullptr,
+                          inv_rms_N.const_data_ptr<float>(),
+                          grad_sum == nullptr ? nullptr : grad_sum_ND.const_data_ptr<float>(),
+                          grad_x_ND.mutable_data_ptr<float>(),
+                          grad_sum == nullptr ? nullptr : grad_added_ND.mutable_data_ptr(),
                           weight_grad ? grad_weight_PD.mutable_data_ptr<float>() : nullptr, n, d};
   const auto run = run_for_this_cpu<NormGradRows>(grad_ND.scalar_type());
   parallel_blocks(parts, 1, [&](int64_t begin, int64_t end) { run(rows, begin, end); });
   const Tensor grad_weight_D = torch::stable::new_empty(x_ND, {weight_grad ? d : 0});
-  if (!weight_grad) return {grad_x_ND, grad_weight_D};
+  if (!weight_grad) return {grad_x_ND, grad_added_ND, grad_weight_D};
   float* total = grad_weight_D.mutable_data_ptr<float>();
   std::memset(total, 0, d * sizeof(float));
   for (int64_t part = 0; part < parts; ++part) {
     const float* share = grad_weight_PD.const_data_ptr<float>() + part * d;
     for (int64_t i = 0; i < d; ++i) total[i] += share[i];
   }
+  return {grad_x_ND, grad_added_ND, grad_weight_D};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& inv_rms, bool weight_grad) {
+  const auto [grad_x_ND, _, grad_weight_D] = norm_grads(nullptr, grad, x, weight, inv_rms, weight_grad);
   return {grad_x_ND, grad_weight_D};
 }
 
@@ -163,19 +176,10 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(
   return {sum_ND, out_ND, inv_rms_N};
 }
 
-std::tuple<Tensor, Tensor> add_rms_norm_backward(
-    const Tensor& grad_sum, const Tensor& grad, const Tensor& sum, const Tensor& weight_D, const Tensor& inv_rms_N) {
-  const Tensor grad_sum_ND = torch::stable::contiguous(grad_sum), grad_ND = torch::stable::contiguous(grad);
-  const Tensor sum_ND = torch::stable::contiguous(sum), w_D = torch::stable::contiguous(weight_D);
-  const int64_t n = sum_ND.size(0), d = sum_ND.size(1), parts = ceil_div(n, kRowsPerPart);
-  const Tensor grad_x_ND = torch::stable::new_empty(sum_ND, {n, d});
-  const Tensor grad_added_ND = torch::stable::new_empty(grad_ND, {n, d});
-  const NormGradRows rows{grad_ND.const_data_ptr(), sum_ND.const_data_ptr<float>(), w_D.const_data_ptr<float>(),
-                          inv_rms_N.const_data_ptr<float>(), grad_sum_ND.const_data_ptr<float>(),
-                          grad_x_ND.mutable_data_ptr<float>(), grad_added_ND.mutable_data_ptr(), nullptr, n, d};
-  const auto run = run_for_this_cpu<NormGradRows>(grad_ND.scalar_type());
-  parallel_blocks(parts, 1, [&](int64_t begin, int64_t end) { run(rows, begin, end); });
-  return {grad_x_ND, grad_added_ND};
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(const Tensor& grad_sum, const Tensor& grad, const Tensor& sum,
+                                                         const Tensor& weight, const Tensor& inv_rms,
+                                                         bool weight_grad) {
+  return norm_grads(&grad_sum, grad, sum, weight, inv_rms, weight_grad);
 }
 
 }  // namespace

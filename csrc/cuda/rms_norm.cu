@@ -81,30 +81,43 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_cuda(
   return {sum_ND, out_ND, inv_rms_N};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward_cuda(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& inv_rms, bool weight_grad) {
+// Gradients of x, of what was added to it (kAdd; `grad_sum`: what else has come back to the sum) and of the weight,
+// empty unless asked for.
+template <bool kAdd>
+std::tuple<Tensor, Tensor, Tensor> norm_grads(const Tensor& grad_sum, const Tensor& grad, const Tensor& x,
+                                              const Tensor& weight, const Tensor& inv_rms, bool weight_grad) {
   const DeviceGuard guard(x.get_device_index());
   const Tensor grad_ND = with_contiguous_rows(grad), x_ND = with_contiguous_rows(x);
+  const Tensor grad_sum_ND = with_contiguous_rows(grad_sum);
   const Tensor weight_D = torch::stable::contiguous(weight), inv_rms_N = torch::stable::contiguous(inv_rms);
   const int64_t rows = x_ND.size(0);
   const int dim = row_elements(x_ND);
   const cudaStream_t stream = current_stream(x_ND);
   const Tensor grad_x_ND = torch::stable::new_empty(x_ND, {rows, dim});
+  const Tensor grad_added_ND = torch::stable::new_empty(grad_ND, {kAdd ? rows : 0, dim});
   const Tensor grad_weight_D = torch::stable::new_empty(x_ND, {weight_grad ? dim : 0});
   Tensor parts_PD = grad_weight_D;  // replaced where there are parts; it lives until the launches are queued
   int64_t parts = 0;
   if (rows > 0) {
-    for_norm(grad_ND.scalar_type(), dim, weight_D, {&grad_ND, &x_ND, &grad_x_ND}, [&]<class T, int kCount>() {
+    const auto launch = [&]<class T, int kCount>() {
       const int64_t most = std::min(kNormParts, (rows + kNormRowsPerPart - 1) / kNormRowsPerPart);
       const NormLaunch shape(rows, dim, kCount, weight_grad ? most : rows);
       if (weight_grad) parts_PD = torch::stable::new_empty(x_ND, {parts = shape.teams, dim});
-      const auto kernel = weight_grad ? rms_norm_backward_kernel<T, kCount, false, true>
-                                      : rms_norm_backward_kernel<T, kCount, false, false>;
+      const auto kernel = weight_grad ? rms_norm_backward_kernel<T, kCount, kAdd, true>
+                                      : rms_norm_backward_kernel<T, kCount, kAdd, false>;
       kernel<<<shape.blocks, shape.threads, 0, stream>>>(
           static_cast<const typename T::Bits*>(grad_ND.const_data_ptr()), row_stride(grad_ND), float_bits(x_ND),
-          row_stride(x_ND), float_bits(weight_D), static_cast<const float*>(inv_rms_N.const_data_ptr()), nullptr, 0,
-          mutable_float_bits(grad_x_ND), nullptr, mutable_float_bits(parts_PD), rows, dim, shape.team);
-    });
+          row_stride(x_ND), float_bits(weight_D), static_cast<const float*>(inv_rms_N.const_data_ptr()),
+          kAdd ? float_bits(grad_sum_ND) : nullptr, kAdd ? row_stride(grad_sum_ND) : 0, mutable_float_bits(grad_x_ND),
+          kAdd ? static_cast<typename T::Bits*>(grad_added_ND.mutable_data_ptr()) : nullptr,
+          mutable_float_bits(parts_PD), rows, dim, shape.team);
+    };
+    const ScalarType dtype = grad_ND.scalar_type();
+    if constexpr (kAdd) {
+      for_norm(dtype, dim, weight_D, {&grad_ND, &x_ND, &grad_x_ND, &grad_sum_ND, &grad_added_ND}, launch);
+    } else {
+      for_norm(dtype, dim, weight_D, {&grad_ND, &x_ND, &grad_x_ND}, launch);
+    }
   }
   if (weight_grad && dim > 0) {
     rms_norm_sum_parts_kernel<<<blocks_for(dim, kWarp), kNormSumThreads, 0, stream>>>(
@@ -112,30 +125,19 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cuda(
         static_cast<int>(parts), dim);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
+  return {grad_x_ND, grad_added_ND, grad_weight_D};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward_cuda(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& inv_rms, bool weight_grad) {
+  const auto [grad_x_ND, _, grad_weight_D] = norm_grads<false>(x, grad, x, weight, inv_rms, weight_grad);
   return {grad_x_ND, grad_weight_D};
 }
 
-std::tuple<Tensor, Tensor> add_rms_norm_backward_cuda(
-    const Tensor& grad_sum, const Tensor& grad, const Tensor& sum, const Tensor& weight, const Tensor& inv_rms) {
-  const DeviceGuard guard(sum.get_device_index());
-  const Tensor grad_sum_ND = with_contiguous_rows(grad_sum), grad_ND = with_contiguous_rows(grad);
-  const Tensor sum_ND = with_contiguous_rows(sum);
-  const Tensor weight_D = torch::stable::contiguous(weight), inv_rms_N = torch::stable::contiguous(inv_rms);
-  const int64_t rows = sum_ND.size(0);
-  const int dim = row_elements(sum_ND);
-  const Tensor grad_x_ND = torch::stable::new_empty(sum_ND, {rows, dim});
-  const Tensor grad_added_ND = torch::stable::new_empty(grad_ND, {rows, dim});
-  if (rows == 0) return {grad_x_ND, grad_added_ND};
-  const auto matrices = {&grad_sum_ND, &grad_ND, &sum_ND, &grad_x_ND, &grad_added_ND};
-  for_norm(grad_ND.scalar_type(), dim, weight_D, matrices, [&]<class T, int kCount>() {
-    const NormLaunch shape(rows, dim, kCount, rows);
-    rms_norm_backward_kernel<T, kCount, true, false><<<shape.blocks, shape.threads, 0, current_stream(sum_ND)>>>(
-        static_cast<const typename T::Bits*>(grad_ND.const_data_ptr()), row_stride(grad_ND), float_bits(sum_ND),
-        row_stride(sum_ND), float_bits(weight_D), static_cast<const float*>(inv_rms_N.const_data_ptr()),
-        float_bits(grad_sum_ND), row_stride(grad_sum_ND), mutable_float_bits(grad_x_ND),
-        static_cast<typename T::Bits*>(grad_added_ND.mutable_data_ptr()), nullptr, rows, dim, shape.team);
-  });
-  return {grad_x_ND, grad_added_ND};
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward_cuda(
+    const Tensor& grad_sum, const Tensor& grad, const Tensor& sum, const Tensor& weight, const Tensor& inv_rms,
+    bool weight_grad) {
+  return norm_grads<true>(grad_sum, grad, sum, weight, inv_rms, weight_grad);
 }
 
 }  // namespace cascade
