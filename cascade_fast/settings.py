@@ -31,6 +31,7 @@ OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_QUANTIZATIONS = ("none", "nf4")
 STORES = ("auto", "device", "host")
+CUDA_GRAPHS = ("auto", "on", "off")
 EXIT_THRESHOLDS = ("trained", "validation")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 LOSS_ON = ("assistant", "all")
@@ -270,6 +271,13 @@ class RunSettings:
         "training",
         "adamw, or with 8-bit moments: bitsandbytes' on a GPU, our own with the same state on the CPU",
         choices=OPTIMIZERS,
+    )
+    cuda_graph: str = _setting(
+        "auto",
+        "training",
+        "on: on a GPU the launches of a stage's step are recorded for each size of batch and replayed as one; auto: off, "
+        "until a GPU has shown it right",
+        choices=CUDA_GRAPHS,
     )
     patience: int = _setting(1, "training", "epochs without a better validation loss before a stage stops")
 

@@ -15,6 +15,7 @@ Shape legend: K hard tokens, D hidden size, U units, C sequences of a batch, B r
 of a row, L layers, G key/value heads, E head size; 2 is (key, value).
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from torch import Tensor
 from cascade_fast import ops
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.runtime.transfer import Tensors, send, send_ahead
+from cascade_fast.stages.buckets import Bucket
 
 Recompute = Callable[[Tensor, Tensor | None], Tensor]  # of (B, S, D) and (B, S): see SequenceTokens
 
@@ -119,6 +121,10 @@ class StageTokens:
         """Rows in the store of the units' tokens."""
         return self.index_K[picked]
 
+    def in_buckets(self) -> "StageTokens":
+        """The same in batches of few sizes: at the end some hold tokens that do not count."""
+        return self
+
     def batch(self, picked: Tensor, device: torch.device) -> tuple[Any, Tensor]:
         """What the stage reads of the units ``picked``, here hidden states ``(K, D)``, and the labels ``(K,)``."""
         listed, size = self._listed(picked)
@@ -186,6 +192,7 @@ class SequenceTokens(StageTokens):
         super().__init__(stores[-1], index_K)
         self.stores = stores
         self.recompute = recompute
+        self.bucketed = False
         self.sequence_U, self.count_U = torch.unique_consecutive(self.store["sequence"][index_K], return_counts=True)
         self.start_U = self.count_U.cumsum(0) - self.count_U
         self.base_start_U, self.length_U = _rows_of(stores[0], self.sequence_U)
@@ -214,12 +221,23 @@ class SequenceTokens(StageTokens):
     def rows(self, picked: Tensor) -> Tensor:
         return self.index_K[_ranges(self.start_U[picked], self.count_U[picked])]
 
+    def in_buckets(self) -> "SequenceTokens":
+        if all(len(of_U.unique()) == 1 for of_U in (self.count_U, self.length_U)):  # packs have few sizes as they are
+            return self
+        made = copy.copy(self)
+        made.bucketed = True
+        return made
+
     def _listed(self, picked: Tensor) -> tuple[Tensors, PackSize]:
         store, count_C, row_K = self.store, self.count_U[picked], self.rows(picked)
         position_K = store["position"][row_K].long()
         places = PackPlaces.from_lengths(self.length_U[picked])
         # Ranks of hard tokens in their row: after those of the sequences before them there.
         before_C, queries = places.counted(count_C)
+        own_places, bucket = places.shared or self.bucketed, None
+        if self.bucketed:
+            bucket = Bucket.around(len(row_K), queries, places.rows, places.width)
+            places, queries = dataclasses.replace(places, rows=bucket.rows, width=bucket.width), bucket.queries
         slot_K = (places.row_C * queries + before_C).repeat_interleave(count_C)
         listed = {
             "row_K": row_K,
@@ -228,18 +246,22 @@ class SequenceTokens(StageTokens):
             "place_K": (places.row_C * places.width + places.column_C).repeat_interleave(count_C) + position_K,
             "slot_K": slot_K + _ranges(torch.zeros_like(count_C), count_C),
         }
-        if places.shared:
+        if own_places:
             listed["begin_K"] = places.column_C.repeat_interleave(count_C)
+        if bucket is not None:
+            listed = bucket.fill(listed)
         if "kv" in self.stores[0] or self.recompute is not None:
-            self._list_keys_and_values(listed, picked, places)
+            self._list_keys_and_values(listed, picked, places, own_places)
         return listed, PackSize(queries, places.rows, places.width)
 
-    def _list_keys_and_values(self, listed: Tensors, picked: Tensor, places: "PackPlaces") -> None:
+    def _list_keys_and_values(
+        self, listed: Tensors, picked: Tensor, places: "PackPlaces", own_places: bool
+    ) -> None:
         """Rows in the base's store of every place of the pack; of each later store, rows and the places they go to."""
         start_C, length_C = self.base_start_U[picked], self.length_U[picked]
         # Where nobody is, some token is taken: no query sees it.
         listed["source_N"] = places.laid_out(start_C, length_C, fill=int(start_C[0])).flatten()
-        if self.recompute is not None and places.shared:
+        if self.recompute is not None and own_places:
             listed["position_BS"] = places.laid_out(torch.zeros_like(start_C), length_C, fill=0)
         first_C = places.row_C * places.width + places.column_C
         for number, store in enumerate(self.stores[1:], 1):
