@@ -275,8 +275,8 @@ class RunSettings:
     cuda_graph: str = _setting(
         "auto",
         "training",
-        "on: on a GPU the launches of a stage's step are recorded for each size of batch and replayed as one; auto: off, "
-        "until a GPU has shown it right",
+        "on: the launches of a stage's step on a GPU are recorded for each size of batch, and replayed as one; auto: "
+        "off, until a GPU has shown it right",
         choices=CUDA_GRAPHS,
     )
     patience: int = _setting(1, "training", "epochs without a better validation loss before a stage stops")

@@ -1,7 +1,6 @@
-"""Packs in few sizes, for steps that are recorded once for each size: a step of a pack takes some more tokens than it has.
+"""Packs in few sizes, for steps that are recorded once for each size: they are filled up with tokens.
 
-The tokens that a pack is filled up with stand in rows of their own, after those of the sequences: no other token sees
-them. Their losses are left out.
+These stand in rows of their own, after those of the sequences: no other token sees them. Their losses are left out.
 
 Shape legend: K hard tokens, B rows of a pack, S places of a row, Q queries of a row.
 """

@@ -254,9 +254,7 @@ class SequenceTokens(StageTokens):
             self._list_keys_and_values(listed, picked, places, own_places)
         return listed, PackSize(queries, places.rows, places.width)
 
-    def _list_keys_and_values(
-        self, listed: Tensors, picked: Tensor, places: "PackPlaces", own_places: bool
-    ) -> None:
+    def _list_keys_and_values(self, listed: Tensors, picked: Tensor, places: "PackPlaces", own_places: bool) -> None:
         """Rows in the base's store of every place of the pack; of each later store, rows and the places they go to."""
         start_C, length_C = self.base_start_U[picked], self.length_U[picked]
         # Where nobody is, some token is taken: no query sees it.

@@ -303,7 +303,7 @@ class Trainer:
         return linear_cross_entropy(normed_MD, self.module.head, label_M, dtype=self.compute.dtype, count=count)
 
     def _update(self, loss: Tensor, tokens: int | Tensor, lr: float | Tensor) -> None:
-        """The optimizer's step with the gradients that are there, of the mean ``loss`` of ``tokens``, and the totals."""
+        """The optimizer's step with the gradients that are there, those of ``loss``, a mean; and the totals."""
         gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
         norm = (self._folded_step if self.folds else self._plain_step)(gradients)
         finite = (loss if norm is None else loss + norm) < math.inf  # neither is negative; not so for NaN
