@@ -193,7 +193,7 @@ def test_packs_are_filled_up_to_few_sizes(tiny_base, tmp_path):
             assert len(set(pack.slot_K.tolist())) == len(set(pack.row_K.tolist())) == len(label_K)
             assert pack.slot_K.max() < pack.shape[0] * pack.queries
     assert filled > len(picks) / 2
-    assert len(sizes[1]) < len(sizes[0]) / 2
+    assert len(sizes[1]) < len(sizes[0])
 
 
 @pytest.mark.parametrize(
@@ -233,8 +233,9 @@ def test_steps_of_filled_packs_on_a_pretend_card(tiny_base, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    # Data gathered, the batch copied, two numbers set: what is launched beside the graph.
-    assert found == {"append": {"launches": 5, "syncs": []}, "second look": {"launches": 11, "syncs": []}}
+    # Beside the graph: two numbers set, and two or seven tensors of the batch copied.
+    for kind, launches in (("append", 4), ("second look", 9)):
+        assert found[kind] == {"launches": launches, "syncs": []}
 
 
 # --- in a process of its own ------------------------------------------------------------------------------------------
