@@ -234,7 +234,8 @@ class SequenceTokens(StageTokens):
         places = PackPlaces.from_lengths(self.length_U[picked])
         # Ranks of hard tokens in their row: after those of the sequences before them there.
         before_C, queries = places.counted(count_C)
-        own_places, bucket = places.shared or self.bucketed, None
+        own_places = places.shared or self.bucketed
+        bucket: Bucket | None = None
         if self.bucketed:
             bucket = Bucket.around(len(row_K), queries, places.rows, places.width)
             places, queries = dataclasses.replace(places, rows=bucket.rows, width=bucket.width), bucket.queries
