@@ -13,7 +13,7 @@ CONSTRAINTS ?= constraints.txt
 WITH := $(addprefix -c ,$(CONSTRAINTS))
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup train test test-slow test-gpu test-oldest constraints lint bench bench-gpu check-cuda sanitize clean
+.PHONY: setup train test test-slow test-gpu test-emulated test-oldest constraints lint bench bench-gpu check-cuda sanitize clean
 
 setup: $(VENV)/.installed
 
@@ -43,6 +43,10 @@ test-slow: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	CASCADE_FAST_REQUIRE_GPU=1 $(PY) -m pytest -m gpu $(ARGS)
+
+# What needs the packages ptxsim (executes compiled kernels) and pretend_gpu (a device that counts), of a folder ../shared.
+test-emulated: $(VENV)/.dev
+	PYTHONPATH=$(abspath ../shared) OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) -m "emulated and not slow" $(ARGS)
 
 # What runs models, with the oldest releases of what it stands on.
 OLDEST := tests/test_base_pass.py tests/test_modeling.py tests/test_second_look_model.py tests/test_generate.py \

@@ -56,6 +56,7 @@ from cascade_fast.stages.kind import StageKind, base_needs, find_base_for_stages
 from cascade_fast.stages.outcome import measure_outcome
 from cascade_fast.stages.stage import Stage
 from cascade_fast.stages.tokens import Recompute, StageTokens
+from cascade_fast.training.graphs import check_graphs
 from cascade_fast.training.messages import say_base_pass, say_stage, say_start, say_summary
 from cascade_fast.training.prompt_samples import PromptSamples, check_prompts
 from cascade_fast.training.stage_trainer import StageTrainer
@@ -415,6 +416,8 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     )
     folder = RunFolder.find(settings, record)
     plan = None if folder.finished else plan_run(settings, base, sequences, compute, folder.path, folder.record.kv)
+    if plan is not None:
+        check_graphs(settings, compute, plan.memory.micro_batch_tokens)
     with folder.open(kv=folder.record.kv if plan is None else plan.settings.kv):
         if plan is None or folder.finished:
             folder.check()

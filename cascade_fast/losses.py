@@ -59,8 +59,14 @@ def _padding(rows: int, head_VD: Tensor) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, dtype: torch.dtype) -> Tensor:
-        n = hidden_ND.shape[0]
+    def forward(
+        ctx, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, dtype: torch.dtype, count: Tensor | None
+    ) -> Tensor:
+        n = hidden_ND.shape[0] if count is None else count
+        left_out_N1 = None
+        if count is not None:  # their hidden states of zero leave the head's gradient as it is
+            left_out_N1 = (torch.arange(len(hidden_ND), device=hidden_ND.device) >= count)[:, None]
+            hidden_ND = hidden_ND.masked_fill(left_out_N1, 0.0)
         head_VD = weight_VD.detach().to(dtype)
         grad_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
@@ -70,6 +76,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         for rows, hidden_CD, logits_CV in _logit_chunks(hidden_ND.detach(), head_VD):
             loss_C, _ = ops.cross_entropy_(logits_CV, labels_N[rows], grad=with_grad, scale=scale)
+            if left_out_N1 is not None:
+                loss_C = loss_C.masked_fill(left_out_N1[rows, 0], 0.0)
             loss_sum += loss_C.sum()
             # Now scale * d loss_sum / d logits. The 1/N of the mean comes in float32 at the end: in float16 it would
             # push small probabilities below the smallest number.
@@ -78,6 +86,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden_ND[rows] = _times_head(grad_CV, head_VD)
             if grad_weight_VD is not None:
                 _add_product(grad_weight_VD, grad_CV.T, hidden_CD, first=rows.start == 0)
+        if left_out_N1 is not None and grad_hidden_ND is not None:
+            grad_hidden_ND.masked_fill_(left_out_N1, 0.0)
         ctx.grads = grad_hidden_ND, grad_weight_VD
         ctx.divisor = n * scale
         return loss_sum / n
@@ -92,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.mul_(scale)
         ctx.grads = None
-        return grad_hidden_ND, grad_weight_VD, None, None
+        return grad_hidden_ND, grad_weight_VD, None, None, None
 
 
 def _times_head(grad_CV: Tensor, head_VD: Tensor) -> Tensor:
@@ -114,7 +124,12 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, dtype: torch.dtype = torch.float32
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    count: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy of ``softmax(hidden @ weight.T)`` against ``labels``, as a float32 scalar.
 
@@ -123,10 +138,12 @@ def linear_cross_entropy(
         weight_VD: ``(V, D)`` output head; gets a gradient only if it requires one.
         labels_N: ``(N,)`` int64 in ``[0, V)``.
         dtype: of the matrix products.
+        count: how many of the N count, from the first on, as a 0-dimensional float32 tensor; the others have no
+            influence. By default all of them do.
 
     The gradients are made in the forward pass and handed out once: a second backward is an error.
     """
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, dtype)
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, dtype, count)
 
 
 @torch.no_grad()

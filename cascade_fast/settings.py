@@ -32,6 +32,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_QUANTIZATIONS = ("none", "nf4")
 STORES = ("auto", "device", "host")
 EASY_TOKENS = ("skip", "forward")
+CUDA_GRAPHS = ("auto", "on", "off")
 EXIT_THRESHOLDS = ("trained", "validation")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 LOSS_ON = ("assistant", "all")
@@ -278,6 +279,13 @@ class RunSettings:
         "training",
         "adamw, or with 8-bit moments: bitsandbytes' on a GPU, our own with the same state on the CPU",
         choices=OPTIMIZERS,
+    )
+    cuda_graph: str = _setting(
+        "auto",
+        "training",
+        "on: the launches of a stage's step on a GPU are recorded for each size of batch, and replayed as one; auto: "
+        "off, until a GPU has shown it right",
+        choices=CUDA_GRAPHS,
     )
     patience: int = _setting(1, "training", "epochs without a better validation loss before a stage stops")
 

@@ -27,9 +27,16 @@ DTYPES = {torch.float32: "Float32", torch.float16: "Float16", torch.bfloat16: "B
 WORDS = {16: "uint4", 4: "uint32_t", 2: "uint16_t"}
 
 has_nvcc = shutil.which("nvcc") is not None
-emulated = pytest.mark.skipif(
-    not has_nvcc or importlib.util.find_spec("ptxsim") is None,
-    reason="needs nvcc and the PTX emulator ptxsim on PYTHONPATH",
+
+
+def _emulated(missing: bool, needs: str) -> Callable[[Any], Any]:
+    """Marks a test, or a class of them, as one of ``make test-emulated``; skipped where what it needs is missing."""
+    skipped = pytest.mark.skipif(missing, reason=f"needs {needs}")
+    return lambda test: pytest.mark.emulated(skipped(test))
+
+
+emulated = _emulated(
+    not has_nvcc or importlib.util.find_spec("ptxsim") is None, "nvcc and the PTX emulator ptxsim on PYTHONPATH"
 )
 needs_nvcc = pytest.mark.skipif(not has_nvcc, reason="needs nvcc")
 
@@ -122,9 +129,7 @@ def run_interpreted(file: str, tests: str, least: int) -> None:
     assert "skipped" not in out
 
 
-needs_pretend_gpu = pytest.mark.skipif(
-    importlib.util.find_spec("pretend_gpu") is None, reason="needs the package pretend_gpu on the path"
-)
+needs_pretend_gpu = _emulated(importlib.util.find_spec("pretend_gpu") is None, "the package pretend_gpu on PYTHONPATH")
 
 
 def on_pretend_card(program: str) -> Any:

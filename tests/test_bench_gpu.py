@@ -22,7 +22,11 @@ def bench(*before: str, to: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "before", [pytest.param([], marks=pytest.mark.gpu, id="card"), pytest.param(PRETEND, id="pretend")]
+    "before",
+    [
+        pytest.param([], marks=pytest.mark.gpu, id="card"),
+        pytest.param(PRETEND, marks=pytest.mark.emulated, id="pretend"),
+    ],
 )
 def test_every_part_leaves_its_numbers(before, tmp_path):
     if before and importlib.util.find_spec("pretend_gpu") is None:

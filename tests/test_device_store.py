@@ -52,6 +52,7 @@ def found(tiny_base, tmp_path_factory) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("store", ["device", "host"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_are_those_of_the_cpu(found, kind, store):
@@ -62,6 +63,7 @@ def test_batches_are_those_of_the_cpu(found, kind, store):
     assert seen["later stage different"] == []
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("store", ["device", "host"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_waits_for_nothing_and_copies_what_it_must(found, kind, store):

@@ -33,7 +33,9 @@ HALF = {"warm": {}, "adapters, every token": RUNS["adapters, every token"]}
 LOSSES = ("val_ppl", "all_token_val_ppl", "all_token_test_ppl", "train_loss", "val_loss")
 
 
-@pytest.fixture(params=[pytest.param("card", marks=pytest.mark.gpu), "pretend card"])
+@pytest.fixture(
+    params=[pytest.param("card", marks=pytest.mark.gpu), pytest.param("pretend card", marks=pytest.mark.emulated)]
+)
 def python(request) -> list[str]:
     """The command that runs a module on a GPU."""
     if request.param == "card":

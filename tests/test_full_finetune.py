@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from cuda_cases import needs_pretend_gpu, on_pretend_card
 from torch import nn
 
 from cascade_fast.base.model import find_base
@@ -120,3 +121,24 @@ def test_what_it_cannot_do(tiny_settings, tmp_path):
     (tmp_path / "other" / "cat.jpg").write_text("meow")
     with pytest.raises(InputError, match="exists and is not the folder of a full fine-tune"):
         full_finetune(_config(tiny_settings, tmp_path / "other"))
+
+
+PRETEND = """
+import json, torch, pretend_gpu
+pretend_gpu.install(card="t4", poison=True, late_copies=True)
+from cascade_fast.base.sequences import Sequences
+from cascade_fast.training.finetune import WholeSequences
+tokens = WholeSequences(Sequences.from_lists([range(n) for n in (9, 5, 7, 9, 3)], [[i % 3 > 0 for i in range(n - 1)]
+    for n in (9, 5, 7, 9, 3)]))
+picks = torch.arange(5).split(2)
+with pretend_gpu.as_cuda(), pretend_gpu.ledger() as ledger:
+    there = [(ids, index, label) for (ids, index), label in tokens.batches(picks, torch.device("cuda"))]
+here = [(ids, index, label) for (ids, index), label in tokens.batches(picks, torch.device("cpu"))]
+same = all(torch.equal(a.cpu(), b) for ours, theirs in zip(there, here, strict=True) for a, b in zip(ours, theirs))
+print(json.dumps([same, len(ledger.syncs), [c.pinned and c.non_blocking for c in ledger.copies]]))
+"""
+
+
+@needs_pretend_gpu
+def test_a_gpu_gets_batches_that_nobody_waits_for():
+    assert on_pretend_card(PRETEND) == [True, 0, [True] * 3]

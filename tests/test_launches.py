@@ -184,6 +184,7 @@ def planned(kind: str, layers: int):
     return time.launches / 20, time.bytes / 20
 
 
+@pytest.mark.emulated
 def test_the_plan_knows_the_launches_of_a_step(counted):
     from cascade_fast.planning.times import BASE_LAYER_LAUNCHES
     from cascade_fast.stages.counts import LAUNCHES
@@ -192,6 +193,7 @@ def test_the_plan_knows_the_launches_of_a_step(counted):
     assert counted["base layer"] == BASE_LAYER_LAUNCHES
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("kind", ["append", "second look"])
 def test_the_plan_is_within_a_tenth_of_the_ledger(counted, kind):
     step = counted["steps"][kind]["device"]
@@ -200,6 +202,7 @@ def test_the_plan_is_within_a_tenth_of_the_ledger(counted, kind):
     assert moved == pytest.approx(step["bytes"], rel=0.1)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("kind", PRESETS)
 def test_a_step_waits_for_nothing_and_copies_what_it_must(counted, kind):
     step = counted["steps"][kind]

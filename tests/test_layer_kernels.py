@@ -244,6 +244,7 @@ class TestInterpretedTriton:
         check_non_finite(launcher)
 
 
+@pytest.mark.emulated
 class TestEmulatedTriton:
     """Compiled for sm_75 and executed, programs interleaved at random, every access checked and counted."""
 

@@ -237,6 +237,7 @@ class TestInterpretedTriton:
         check(launcher, (5, 3, 34, 31), torch.float16, layout=tokens_apart)
 
 
+@pytest.mark.emulated
 class TestEmulatedTriton:
     """Compiled for sm_75 and executed, programs interleaved at random, every access checked and counted."""
 

@@ -66,6 +66,7 @@ def test_a_folded_step_is_the_plain_one(make, enabled, clip):
     assert not hasattr(folding, "grad_scale") or folding.grad_scale is None
 
 
+@pytest.mark.emulated
 def test_launches_of_the_optimizer_on_a_pretend_card():
     """What is launched for gradients that are there; and nothing in a step waits."""
     if importlib.util.find_spec("pretend_gpu") is None:

@@ -285,7 +285,9 @@ assert pinned == [list(tensors)] * 2, pinned
 """
 
 
-@pytest.mark.parametrize("card", [pytest.param("card", marks=pytest.mark.gpu), "pretend card"])
+@pytest.mark.parametrize(
+    "card", [pytest.param("card", marks=pytest.mark.gpu), pytest.param("pretend card", marks=pytest.mark.emulated)]
+)
 def test_a_snapshot_of_what_is_on_a_gpu(tmp_path, card):
     """On a pretend card copies arrive when somebody has waited for them; till then there is rubbish."""
     command = [sys.executable]

@@ -219,6 +219,7 @@ class TestInterpreter:
         check_operators("cpu", torch.float32)
 
 
+@pytest.mark.emulated
 class TestEmulator:
     """Compiled for sm_75 and executed: blocks and warps interleaved at random, every access checked and counted."""
 

@@ -15,6 +15,7 @@ Shape legend: K hard tokens, D hidden size, U units, C sequences of a batch, B r
 of a row, L layers, G key/value heads, E head size; 2 is (key, value).
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from torch import Tensor
 from cascade_fast import ops
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.runtime.transfer import Tensors, send, send_ahead
+from cascade_fast.stages.buckets import Bucket
 
 Recompute = Callable[[Tensor, Tensor | None], Tensor]  # of (B, S, D) and (B, S): see SequenceTokens
 
@@ -123,6 +125,10 @@ class StageTokens:
         """Rows in the store of the units' tokens."""
         return self.index_K[picked]
 
+    def in_buckets(self) -> "StageTokens":
+        """The same in batches of few sizes: at the end some hold tokens that do not count."""
+        return self
+
     def batch(self, picked: Tensor, device: torch.device) -> tuple[Any, Tensor]:
         """What the stage reads of the units ``picked``, here hidden states ``(K, D)``, and the labels ``(K,)``."""
         listed, size = self._listed(picked)
@@ -201,6 +207,7 @@ class SequenceTokens(StageTokens):
         self.stores = stores
         self.recompute = recompute
         self.easy_N = torch.ones(len(self.store), dtype=torch.bool).index_fill_(0, index_K, False) if easy_too else None
+        self.bucketed = False
         self.sequence_U, self.count_U = torch.unique_consecutive(self.store["sequence"][index_K], return_counts=True)
         self.start_U = self.count_U.cumsum(0) - self.count_U
         self.base_start_U, self.length_U = _rows_of(stores[0], self.sequence_U)
@@ -229,44 +236,61 @@ class SequenceTokens(StageTokens):
     def rows(self, picked: Tensor) -> Tensor:
         return self.index_K[_ranges(self.start_U[picked], self.count_U[picked])]
 
+    def in_buckets(self) -> "SequenceTokens":
+        if all(len(of_U.unique()) == 1 for of_U in (self.count_U, self.length_U)):  # packs have few sizes as they are
+            return self
+        made = copy.copy(self)
+        made.bucketed = True
+        return made
+
     def _listed(self, picked: Tensor) -> tuple[Tensors, PackSize]:
-        row_K, count_C = self.rows(picked), self.count_U[picked]
-        places = PackPlaces.from_lengths(self.length_U[picked])
-        listed, queries = self._listed_tokens(row_K, count_C, places)
-        listed |= {"row_K": row_K, "label_K": self.store["label"][row_K]}
+        row_K, count_C, length_C = self.rows(picked), self.count_U[picked], self.length_U[picked]
+        places = PackPlaces.from_lengths(length_C)
+        own_places = places.shared or self.bucketed
+        before_C, queries = places.counted(count_C)
+        bucket: Bucket | None = None
+        if self.bucketed:
+            bucket = Bucket.around(len(row_K), queries, places.rows, places.width)
+            places, queries = dataclasses.replace(places, rows=bucket.rows, width=bucket.width), bucket.queries
+        listed = self._listed_places(row_K, count_C, before_C, queries, places, own_places)
+        listed["label_K"] = self.store["label"][row_K]
+        if bucket is not None:
+            listed = bucket.fill(listed)
         if self.easy_N is not None:
-            length_C = self.length_U[picked]
             row_N = _ranges(self.base_start_U[picked], length_C)
             row_J = row_N[self.easy_N[row_N]]
-            easy, easy_queries = self._listed_tokens(row_J, length_C - count_C, places)
-            listed |= {f"easy {name}": of_J for name, of_J in {**easy, "row_K": row_J}.items()}
+            before_C, easy_queries = places.counted(length_C - count_C)
+            easy = self._listed_places(row_J, length_C - count_C, before_C, easy_queries, places, own_places)
+            listed |= {f"easy {name}": of_J for name, of_J in easy.items()}
             return listed, PackSize(queries, places.rows, places.width, easy_queries)
-        everyone = len(row_K) == int(self.length_U[picked].sum())  # nobody then sees what the base has left
+        everyone = len(row_K) == int(length_C.sum())  # nobody then sees what the base has left
         if not everyone and ("kv" in self.stores[0] or self.recompute is not None):
-            self._list_keys_and_values(listed, picked, places)
+            self._list_keys_and_values(listed, picked, places, own_places)
         return listed, PackSize(queries, places.rows, places.width)
 
-    def _listed_tokens(self, row_K: Tensor, count_C: Tensor, places: "PackPlaces") -> tuple[Tensors, int]:
-        """Where the tokens of rows ``row_K`` stand, ``count_C`` of each sequence, and the most of one row."""
+    def _listed_places(
+        self, row_K: Tensor, count_C: Tensor, before_C: Tensor, queries: int, places: "PackPlaces", own_places: bool
+    ) -> Tensors:
+        """Tokens of rows ``row_K``, ``count_C`` of each sequence, and where they stand: after the ``before_C`` of the
+        sequences before them in their row. ``own_places``: whether a sequence may begin anywhere in a row."""
         position_K = self.store["position"][row_K].long()
-        # Ranks of the tokens in their row: after those of the sequences before them there.
-        before_C, queries = places.counted(count_C)
         slot_K = (places.row_C * queries + before_C).repeat_interleave(count_C)
         listed = {
+            "row_K": row_K,
             "position_K": position_K,
             "place_K": (places.row_C * places.width + places.column_C).repeat_interleave(count_C) + position_K,
             "slot_K": slot_K + _ranges(torch.zeros_like(count_C), count_C),
         }
-        if places.shared:
+        if own_places:
             listed["begin_K"] = places.column_C.repeat_interleave(count_C)
-        return listed, queries
+        return listed
 
-    def _list_keys_and_values(self, listed: Tensors, picked: Tensor, places: "PackPlaces") -> None:
+    def _list_keys_and_values(self, listed: Tensors, picked: Tensor, places: "PackPlaces", own_places: bool) -> None:
         """Rows in the base's store of every place of the pack; of each later store, rows and the places they go to."""
         start_C, length_C = self.base_start_U[picked], self.length_U[picked]
         # Where nobody is, some token is taken: no query sees it.
         listed["source_N"] = places.laid_out(start_C, length_C, fill=int(start_C[0])).flatten()
-        if self.recompute is not None and places.shared:
+        if self.recompute is not None and own_places:
             listed["position_BS"] = places.laid_out(torch.zeros_like(start_C), length_C, fill=0)
         first_C = places.row_C * places.width + places.column_C
         for number, store in enumerate(self.stores[1:], 1):

@@ -29,6 +29,7 @@ from cascade_fast.runtime.compute import Compute, keep_freed_memory, peak_rss_by
 from cascade_fast.runtime.console import say
 from cascade_fast.runtime.files import clear_temporaries, is_temporary, load_tensors, save_tensors
 from cascade_fast.runtime.run_folder import RESULTS, read_any_results, write_results
+from cascade_fast.runtime.transfer import Tensors, send, send_ahead
 from cascade_fast.settings import SPLITS, RunSettings
 from cascade_fast.training.trainer import NON_FINITE_LOSS, Trainer, TrainingHistory, after_divergence, validation_loss
 
@@ -172,19 +173,32 @@ class WholeSequences:
     def batch(self, picked: Tensor, device: torch.device) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
         """The ids ``(B, S)`` of the sequences ``picked``, padded on the right, which of the ``B * S`` places count
         (None: all), and their labels ``(N,)``, int64."""
-        padded = self.sequences.padded(picked)
-        label_BS = padded.label_BS.flatten()
-        index_N = None
-        if not bool(padded.labelled_BS.all()):
-            index_N = (label_BS != NO_LABEL).nonzero().squeeze(1)
-            label_BS, index_N = label_BS[index_N], index_N.to(device)
-        return (padded.input_BS.to(device), index_N), label_BS.to(device)
+        listed, _ = self._listed(picked)
+        return self._put_together(*send([listed], device))
 
     def batches(
         self, picks: Sequence[Tensor], device: torch.device
     ) -> Generator[tuple[tuple[Tensor, Tensor | None], Tensor], None, None]:
-        """As :meth:`batch` for each of ``picks``."""
-        return (self.batch(picked, device) for picked in picks)
+        """As :meth:`batch` for each of ``picks``. To a GPU a batch is sent while the one before it is in use."""
+        if device.type == "cpu":
+            yield from (self.batch(picked, device) for picked in picks)
+        else:
+            for sent, _ in send_ahead(self._listed, picks, device):
+                yield self._put_together(sent)
+
+    def _listed(self, picked: Tensor) -> tuple[Tensors, None]:
+        """What :meth:`batch` gives, by name, on the CPU."""
+        padded = self.sequences.padded(picked)
+        label_N = padded.label_BS.flatten()
+        listed = {"ids_BS": padded.input_BS, "label_N": label_N}
+        if not bool(padded.labelled_BS.all()):
+            index_N = (label_N != NO_LABEL).nonzero().squeeze(1)
+            listed |= {"label_N": label_N[index_N], "index_N": index_N}
+        return listed, None
+
+    @staticmethod
+    def _put_together(listed: Tensors) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
+        return (listed["ids_BS"], listed.get("index_N")), listed["label_N"]
 
 
 class WholeModel(nn.Module):

@@ -18,6 +18,7 @@ from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.stage import Stage
 from cascade_fast.stages.tokens import StageTokens
+from cascade_fast.training.graphs import CudaRecorder, StepGraphs
 from cascade_fast.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from cascade_fast.training.trainer import EpochTotals, Trainer, TrainingHistory
 
@@ -69,9 +70,10 @@ class StageTrainer(Trainer):
         deadline: float | None = None,
         micro_batch_tokens: int | None = None,
     ) -> None:
+        graphs = settings.cuda_graph == "on"
         super().__init__(
             stage.to(compute.device),
-            train,
+            train.in_buckets() if graphs else train,
             val,
             settings,
             name=f"stage {number}",
@@ -81,6 +83,8 @@ class StageTrainer(Trainer):
             micro_batch_tokens=micro_batch_tokens or settings.micro_batch_tokens,
             decayed_only=stage.decayed_only(),
         )
+        if graphs:
+            self.graphs = StepGraphs(self.step_on_tensors, self.optimizer, self.device, CudaRecorder(self.device))
         self.folder, self.log, self.log_size = folder, log, log_size
         self.checkpoints = Checkpoints(folder)
         self.best_unsaved = False

@@ -26,6 +26,7 @@ from cascade_fast.runtime.compute import Compute, trim_host_memory, wait_for
 from cascade_fast.runtime.console import Progress, epoch_line, say
 from cascade_fast.runtime.snapshots import SnapshotWriter
 from cascade_fast.settings import RunSettings
+from cascade_fast.training.graphs import StepGraphs
 from cascade_fast.training.optimizers import build_optimizer, learning_rate, set_learning_rate
 from cascade_fast.training.scaler import FoldingScaler
 
@@ -173,6 +174,7 @@ class Trainer:
         self.micro_batch_units = train.units_of(micro_batch_tokens or settings.batch_tokens)
         self.steps_per_epoch = math.ceil(train.units / self.batch_units)
         self.ahead: Generator[tuple[Any, Tensor], None, None] | None = None  # batches of the rest of the epoch
+        self.graphs: StepGraphs | None = None  # of steps that are recorded; a batch is one part then
         self.trims = self.device.type == "cpu" and train.batches_differ
         self.writer = SnapshotWriter(self.device)
         self.history = TrainingHistory()
@@ -272,32 +274,52 @@ class Trainer:
 
     def train_step(self, picked: Tensor) -> int:
         """One step of the optimizer on the units ``picked``, in an epoch the next ones; how many tokens they hold."""
-        settings, lr = self.settings, self._learning_rate(self.step)
-        set_learning_rate(self.optimizer, lr)
-        tokens = self.train.count(picked)
-        loss = torch.zeros((), device=self.device)
+        lr, tokens = self._learning_rate(self.step), self.train.count(picked)
         parts = picked.split(self.micro_batch_units)
         ahead = self.train.batches(parts, self.device) if self.ahead is None else self.ahead
+        if self.graphs is not None:
+            self.graphs.run(*next(ahead), tokens, lr)
+            return tokens
+        set_learning_rate(self.optimizer, lr)
+        loss = torch.zeros((), device=self.device)
         for inputs, label_M in itertools.islice(ahead, len(parts)):
-            with self.compute.autocast():
-                _, normed_MD = self.module(inputs)
-            part = linear_cross_entropy(normed_MD, self.module.head, label_M, dtype=self.compute.dtype)
+            part = self._loss(inputs, label_M)
             if len(label_M) < tokens:
                 part = part * (len(label_M) / tokens)
             self.scaler.scale(part).backward()
             loss += part.detach()
+        self._update(loss, tokens, lr)
+        return tokens
+
+    def step_on_tensors(self, inputs: Any, label_M: Tensor, count: Tensor, lr: Tensor) -> None:
+        """The same of a whole batch, of which the first ``count`` tokens count: see :class:`StepGraphs`."""
+        loss = self._loss(inputs, label_M, count)
+        self.scaler.scale(loss).backward()
+        self._update(loss.detach(), count, lr)
+
+    def _loss(self, inputs: Any, label_M: Tensor, count: Tensor | None = None) -> Tensor:
+        with self.compute.autocast():
+            _, normed_MD = self.module(inputs)
+        return linear_cross_entropy(normed_MD, self.module.head, label_M, dtype=self.compute.dtype, count=count)
+
+    def _update(self, loss: Tensor, tokens: int | Tensor, lr: float | Tensor) -> None:
+        """The optimizer's step with the gradients that are there, those of ``loss``, a mean; and the totals."""
         gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
         norm = (self._folded_step if self.folds else self._plain_step)(gradients)
         finite = (loss if norm is None else loss + norm) < math.inf  # neither is negative; not so for NaN
         self.optimizer.zero_grad(set_to_none=True)
         if self.decayed_only:  # AdamW with a zero gradient: decay and nothing else
             with torch.no_grad():
-                torch._foreach_mul_(self.decayed_only, 1.0 - lr * settings.weight_decay)
+                torch._foreach_mul_(self.decayed_only, 1.0 - lr * self.settings.weight_decay)
         loss_sum, seen, not_finite = self.totals.unbind()
-        loss_sum.add_(torch.where(finite, loss, 0.0), alpha=tokens)  # exact: a product of float32 and a count
-        seen.add_(finite, alpha=tokens)
+        counted = torch.where(finite, loss, 0.0)  # times a count: exact, a product of float32 and a count
+        if isinstance(tokens, Tensor):
+            loss_sum.add_(counted.double() * tokens)
+            seen.add_(finite * tokens)
+        else:
+            loss_sum.add_(counted, alpha=tokens)
+            seen.add_(finite, alpha=tokens)
         not_finite.add_(~finite)
-        return tokens
 
     def _folded_step(self, gradients: list[Tensor]) -> Tensor | None:
         return self.scaler.fold(self.optimizer, gradients, self.settings.grad_clip)
