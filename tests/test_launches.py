@@ -24,16 +24,20 @@ SHAPE = {
 }  # fmt: skip
 # Of our operators those that are several kernels in CUDA: see docs/operators-gpu-cuda.md. The gradient of a norm's
 # weight takes a second one.
-SEVERAL = {"scatter_rows": 3, "select_hard": 2, "rms_norm_backward": 2}
+SEVERAL = {"scatter_rows": 3, "select_hard": 2, "rms_norm_backward": 2, "grad_norm": 2, "adamw_": 2}
 
 
 def as_on_a_card() -> None:
-    """Operators that have a CUDA kernel are one entry in the ledger each, computed by the CPU's kernel."""
+    """Operators that have a CUDA kernel are one entry in the ledger each, computed by the CPU's body."""
     import pretend_gpu
     import torch
 
-    from cascade_fast.ops import backends
+    from cascade_fast.ops import backends, reference
 
+    for_card = torch.library.Library("cascade_fast_native", "IMPL")
+    for op in backends.GPU_OPS:
+        for_card.impl(op, getattr(reference, op), "CPU")
+    as_on_a_card.library = for_card  # lives on with the operators
     native = backends._native_op
 
     def rows(hidden_ND, index_K, carried):  # the ledger cannot take the empty list that gather_rows returns

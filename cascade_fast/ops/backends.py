@@ -37,13 +37,14 @@ OTHER_OPS = (
     "low_rank_backward",
     "adamw8bit",
 )
-OPS = SELECTION_OPS + OTHER_OPS
+GPU_OPS = ("grad_norm", "adamw_")  # on the CPU torch's own bodies do as well
+OPS = SELECTION_OPS + OTHER_OPS + GPU_OPS
 LAYER_OPS = (
     "rms_norm", "rms_norm_backward", "add_rms_norm", "add_rms_norm_backward", "silu_mul", "silu_mul_backward",
     "rotate_rows", "rotate_rows_backward",
 )  # fmt: skip
 # Those with kernels for GPUs. Plain torch serves the others there: nothing is missing.
-CUDA_OPS = (*SELECTION_OPS, *LAYER_OPS, "cross_entropy_", "adamw8bit")
+CUDA_OPS = (*SELECTION_OPS, *LAYER_OPS, *GPU_OPS, "cross_entropy_", "adamw8bit")
 TRITON_OPS = (*SELECTION_OPS, *LAYER_OPS, "cross_entropy_")
 
 if importlib.util.find_spec("cascade_fast._C") is not None:
@@ -117,7 +118,7 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
 
 def _preference(op: str, device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
-        return ("cpp", "reference")
+        return ("reference",) if op in GPU_OPS else ("cpp", "reference")
     if device.type != "cuda":
         return ("reference",)
     capability = _capability(device.index or 0)

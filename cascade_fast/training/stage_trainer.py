@@ -80,6 +80,7 @@ class StageTrainer(Trainer):
             deadline=deadline,
             micro_batch_tokens=micro_batch_tokens or settings.micro_batch_tokens,
             decayed_only=stage.decayed_only(),
+            linears=stage.linears(),
         )
         self.folder, self.log, self.log_size = folder, log, log_size
         self.checkpoints = Checkpoints(folder)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade_fast.losses import linear_cross_entropy, perplexity, token_losses
 from cascade_fast.records import Epoch
@@ -26,6 +26,7 @@ from cascade_fast.runtime.compute import Compute, trim_host_memory, wait_for
 from cascade_fast.runtime.console import Progress, epoch_line, say
 from cascade_fast.runtime.snapshots import SnapshotWriter
 from cascade_fast.settings import RunSettings
+from cascade_fast.training.half_weights import HalfWeights
 from cascade_fast.training.optimizers import build_optimizer, learning_rate, set_learning_rate
 from cascade_fast.training.scaler import FoldingScaler
 
@@ -141,6 +142,7 @@ class Trainer:
         deadline: ``time.monotonic()`` after which training ends with what it has, or None.
         micro_batch_tokens: how many go through the module at once; by default a whole batch.
         decayed_only: parameters that never have a gradient.
+        linears: layers of ``module`` that may multiply with copies of their weights: see ``half_weights.py``.
     """
 
     def __init__(
@@ -156,6 +158,7 @@ class Trainer:
         deadline: float | None = None,
         micro_batch_tokens: int | None = None,
         decayed_only: Iterable[Tensor] = (),
+        linears: Iterable[nn.Linear] = (),
     ) -> None:
         self.module, self.train, self.val, self.settings = module, train, val, settings
         self.name, self.number, self.compute, self.device = name, number, compute, compute.device
@@ -172,6 +175,8 @@ class Trainer:
         self.batch_units = train.units_of(settings.batch_tokens)
         self.micro_batch_units = train.units_of(micro_batch_tokens or settings.batch_tokens)
         self.steps_per_epoch = math.ceil(train.units / self.batch_units)
+        one_pass = self.micro_batch_units >= self.batch_units
+        self.halves = HalfWeights(linears, self.parameters, self.optimizer, compute.dtype, one_pass=one_pass)
         self.ahead: Generator[tuple[Any, Tensor], None, None] | None = None  # batches of the rest of the epoch
         self.trims = self.device.type == "cpu" and train.batches_differ
         self.writer = SnapshotWriter(self.device)
@@ -211,6 +216,7 @@ class Trainer:
             Interrupted: a signal has come; a checkpoint has been saved.
             DiskFull: what is written in the background had no room; it shows at the next checkpoint, or at the end.
         """
+        self.halves.refresh()  # of weights that were loaded
         with self.writer:
             while not (self.history.stopped or self.signals):
                 if self._run_epoch():
@@ -224,6 +230,7 @@ class Trainer:
         """The module gets its best weights, unless it has them."""
         if self.history.best_epoch < len(self.history.epochs) or self.history.stopped == NON_FINITE_LOSS:
             self.load_best()
+            self.halves.refresh()
         return self.history
 
     def _run_epoch(self) -> bool:
@@ -279,14 +286,15 @@ class Trainer:
         parts = picked.split(self.micro_batch_units)
         ahead = self.train.batches(parts, self.device) if self.ahead is None else self.ahead
         for inputs, label_M in itertools.islice(ahead, len(parts)):
-            with self.compute.autocast():
+            with self.compute.autocast(), self.halves.in_use():
                 _, normed_MD = self.module(inputs)
             part = linear_cross_entropy(normed_MD, self.module.head, label_M, dtype=self.compute.dtype)
             if len(label_M) < tokens:
                 part = part * (len(label_M) / tokens)
             self.scaler.scale(part).backward()
             loss += part.detach()
-        gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
+        leaves = map(self.halves.leaf, self.parameters)
+        gradients: list[Tensor] = [leaf.grad for leaf in leaves if leaf.grad is not None]
         norm = (self._folded_step if self.folds else self._plain_step)(gradients)
         finite = (loss if norm is None else loss + norm) < math.inf  # neither is negative; not so for NaN
         self.optimizer.zero_grad(set_to_none=True)
@@ -363,7 +371,8 @@ class Trainer:
         self.module.eval()
         if self.trims:
             trim_host_memory()
-        val_loss = validation_loss(self.module, self.val, self.compute)
+        with self.halves.in_use():
+            val_loss = validation_loss(self.module, self.val, self.compute)
         if not math.isfinite(val_loss):
             self._diverged()
             return
