@@ -62,7 +62,8 @@ def part_of(kernel) -> str:
     name = Path(kernel.line.file).name
     if name == "losses.py" or "cross_entropy_" in kernel.op:
         return "loss"
-    return "optimizer" if name == "scaler.py" else "stage"
+    of_optimizer = name == "scaler.py" or any(op in kernel.op for op in ("grad_norm", "adamw_"))
+    return "optimizer" if of_optimizer else "stage"
 
 
 def a_step(kind: str, layers: int, store: str) -> dict:

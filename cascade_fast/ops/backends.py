@@ -101,6 +101,8 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
     if backend == "cpp":
         if device.type != "cpu":
             return f"it serves CPU tensors, these are on {device}"
+        if op in GPU_OPS:
+            return "torch's own operators do as well on the CPU"
         return None if _native_op(op, "CPU") else "the compiled extension cascade_fast._C is not installed"
     if backend == "cuda":
         if device.type != "cuda":
@@ -142,6 +144,8 @@ def choose(op: str, device: torch.device, backend: str = "auto") -> str:
     if backend == "auto":
         source = "CASCADE_FAST_BACKEND"
         backend = os.environ.get(source) or "auto"
+        if op in GPU_OPS and backend in ("cpp", "triton"):  # which have none of them: no reason to stop a run
+            backend = "auto"
     if backend not in BACKENDS:
         raise ValueError(f"{source}={backend!r}: must be one of {', '.join(BACKENDS)}")
     if backend != "auto":
