@@ -106,10 +106,11 @@ def epoch_time(
     frozen = shape.counts.matrices() - learning
     flops: float = tokens * shape.counts.training_flops(settings.seq_len)
     step_bytes = trained * (28 if settings.optimizer == "adamw" else 16)  # weights, gradient, state: read and written
-    if settings.grad_clip > 0:
-        step_bytes += 12 * trained
+    halves = has_half_weights(settings, shape, width, micro, on_cpu=device.on_cpu)
+    if settings.grad_clip > 0:  # a norm; on the CPU a pass that clips as well
+        step_bytes += trained * (12 if device.on_cpu else width if halves else 4)
     part_bytes: float = learning * 3 * width + 2 * shape.counts.head * width  # weights twice, a gradient
-    if width < 4 and not has_half_weights(settings, shape, width, micro, on_cpu=device.on_cpu):
+    if width < 4 and not halves:
         part_bytes += learning * (4 + width + width + 4)  # casts of both
     # Read there and back; in 4 bit each of them also writes what it unpacks.
     part_bytes += 2 * frozen * (NF4_BYTES + 2 * width if settings.base_quantization == "nf4" else width)
