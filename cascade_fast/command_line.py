@@ -110,9 +110,8 @@ def run_command(work: Callable[[], int | None], *, debug: bool, again: str | Non
         return 130
     except Exception as error:
         # Imported here: a mistake in the flags is answered before torch is loaded.
-        from cascade_fast.cascade import NonFiniteLoss
         from cascade_fast.selection import NonFiniteScores
-        from cascade_fast.training.trainer import Interrupted
+        from cascade_fast.training.trainer import Interrupted, NonFiniteLoss
 
         if isinstance(error, Interrupted):
             print(f"interrupted ({error}), saved; {again} goes on", file=sys.stderr)

@@ -35,6 +35,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cascade_fast_native, m) {
   m.def(
       "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor mask, Tensor weights) -> "
       "(Tensor, Tensor, Tensor)");
+  m.def("grad_norm(Tensor[] grads, Tensor? scale, float clip) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
+      "Tensor(e!)[] copies, float lr, float beta1, float beta2, float eps, float weight_decay, Tensor? lr_now, "
+      "Tensor? grad_scale, Tensor? found_inf) -> ()");
   m.def(
       "adamw8bit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, "
       "Tensor(e!)[] absmax2, int[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, "

@@ -22,7 +22,8 @@ SHAPES = ((0, 8), (3, 0), (1, 1), (5, 1), (7, 31), (4, 32), (9, 33), (13, 65), (
 
 def need(backend: str) -> str:
     """Skips where the extension is missing; fails instead where CASCADE_FAST_REQUIRE_EXT=1 says it must be there."""
-    reasons = [reason for op in ops.OPS if (reason := ops.why_not(op, torch.device("cpu"), backend))]
+    of_cpu = [op for op in ops.OPS if op not in ops.GPU_OPS]
+    reasons = [reason for op in of_cpu if (reason := ops.why_not(op, torch.device("cpu"), backend))]
     if reasons:
         required = os.environ.get("CASCADE_FAST_REQUIRE_EXT", "0") not in ("", "0")
         (pytest.fail if required else pytest.skip)(f"backend {backend}: {reasons[0]}")
@@ -169,6 +170,25 @@ def adamw8bit_arguments(
             codes = torch.randint(0, 256, p.shape, generator=generator, dtype=torch.uint8)
             state.append(codes if coded(i) else codes.float() * scale / 256)
     return params, grads, state1, state2, absmax1, absmax2, [step + i for i in range(len(shapes))]
+
+
+def adamw_arguments(
+    shapes: list[tuple[int, ...]], dtypes=(torch.float32,), copies=(None,), step: float = 3.0
+) -> tuple[list[Tensor], ...]:
+    """Parameters, gradients, moments, steps, copies of rubbish; dtypes of gradients and copies take turns."""
+    generator = torch.Generator().manual_seed(4)
+
+    def randn(shape, size):
+        return torch.randn(shape, generator=generator) * size
+
+    params = [randn(shape, 0.05) for shape in shapes]
+    grads = [randn(shape, 0.02).to(dtypes[i % len(dtypes)]) for i, shape in enumerate(shapes)]
+    exp_avgs = [randn(shape, 1e-3) for shape in shapes]
+    exp_avg_sqs = [randn(shape, 1e-2) ** 2 for shape in shapes]
+    steps = [torch.tensor(step + i) for i in range(len(shapes))]
+    kinds = [copies[i % len(copies)] for i in range(len(shapes))]
+    made = [torch.empty(0) if k is None else torch.full(s, 9.0, dtype=k) for k, s in zip(kinds, shapes, strict=True)]
+    return params, grads, exp_avgs, exp_avg_sqs, steps, made
 
 
 def flat(result: object) -> list[Tensor]:

@@ -17,7 +17,9 @@ H = torch.zeros(4, 3)
 def test_auto_takes_the_extension_on_the_cpu(monkeypatch):
     monkeypatch.delenv("CASCADE_FAST_BACKEND", raising=False)
     cases.need("cpp")
-    assert {ops.choose(op, CPU) for op in ops.OPS} == {"cpp"}
+    served = {op: ops.choose(op, CPU) for op in ops.OPS}
+    assert {op for op, by in served.items() if by == "reference"} == set(ops.GPU_OPS)
+    assert set(served.values()) == {"cpp", "reference"}
 
 
 @pytest.mark.parametrize("op", ops.SELECTION_OPS)

@@ -17,7 +17,7 @@ from cascade_fast import cascade as module
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.model import find_base
 from cascade_fast.base.texts import load_sequences
-from cascade_fast.cascade import NonFiniteLoss, run_cascade
+from cascade_fast.cascade import run_cascade
 from cascade_fast.criteria import get_criterion
 from cascade_fast.reporting.report import diagnose
 from cascade_fast.runtime.compute import Compute
@@ -28,7 +28,7 @@ from cascade_fast.stages.append import AppendedStage
 from cascade_fast.stages.exits import ExitStage, evaluate_exits, run_stage
 from cascade_fast.stages.kind import base_needs
 from cascade_fast.stages.stage import StageConfig
-from cascade_fast.training.trainer import TrainingHistory, epoch_order
+from cascade_fast.training.trainer import NonFiniteLoss, TrainingHistory, epoch_order
 
 sys.path.append(str(Path(__file__).parent.parent))
 from benchmarks.naive_loop import naive_losses, naive_stage

@@ -24,16 +24,23 @@ SHAPE = {
 }  # fmt: skip
 # Of our operators those that are several kernels in CUDA: see docs/operators-gpu-cuda.md. The gradient of a norm's
 # weight takes a second one.
-SEVERAL = {"scatter_rows": 3, "select_hard": 2, "rms_norm_backward": 2, "add_rms_norm_backward": 2}
+SEVERAL = {
+    "scatter_rows": 3, "select_hard": 2, "rms_norm_backward": 2, "add_rms_norm_backward": 2, "grad_norm": 2,
+    "adamw_": 2,
+}  # fmt: skip
 
 
 def as_on_a_card() -> None:
-    """Operators that have a CUDA kernel are one entry in the ledger each, computed by the CPU's kernel."""
+    """Operators that have a CUDA kernel are one entry in the ledger each, computed by the CPU's body."""
     import pretend_gpu
     import torch
 
-    from cascade_fast.ops import backends
+    from cascade_fast.ops import backends, reference
 
+    for_card = torch.library.Library("cascade_fast_native", "IMPL")
+    for op in backends.GPU_OPS:
+        for_card.impl(op, getattr(reference, op), "CPU")
+    as_on_a_card.library = for_card  # lives on with the operators
     native = backends._native_op
     stand_in_for_head_ops()
 
@@ -71,7 +78,8 @@ def part_of(kernel) -> str:
     name = Path(kernel.line.file).name
     if name == "losses.py" or "cross_entropy_" in kernel.op:
         return "loss"
-    return "optimizer" if name == "scaler.py" else "stage"
+    of_optimizer = name == "scaler.py" or any(op in kernel.op for op in ("grad_norm", "adamw_"))
+    return "optimizer" if of_optimizer else "stage"
 
 
 def a_step(kind: str, layers: int, store: str) -> dict:

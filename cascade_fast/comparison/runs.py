@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.cascade import NonFiniteLoss
 from cascade_fast.input_checks import InputError
 from cascade_fast.records import Final, FinetuneResults, RunResults
 from cascade_fast.runtime.compute import Compute
@@ -27,6 +26,7 @@ from cascade_fast.runtime.files import read_json, write_json
 from cascade_fast.runtime.run_folder import CONFIG, RESULTS, read_any_results
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.kind import find_base_for_stages
+from cascade_fast.training.trainer import NonFiniteLoss
 
 RECORD = "comparison.json"
 Row = dict[str, Any]

@@ -1,5 +1,6 @@
 """Operators of the cascade: score tokens, select the hard ones, gather their rows, scatter results back; parts of a
-decoder layer (``layers.py``); and a step of 8-bit AdamW.
+decoder layer (``layers.py``); and steps of AdamW
+(``optimizer.py``; 8 bit).
 
 Every operator has one contract (``schema.py``), a plain torch body (``reference.py``) and faster bodies picked by
 ``backends.py``. ``backend`` is ``"auto"`` or a name of :data:`BACKENDS`; a name that cannot run is an error.
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from cascade_fast.ops import schema  # declares the operators
 from cascade_fast.ops.attention import attention, attention_backward
-from cascade_fast.ops.backends import BACKENDS, OPS, SELECTION_OPS, choose, fused, why_not
+from cascade_fast.ops.backends import BACKENDS, GPU_OPS, OPS, SELECTION_OPS, choose, fused, why_not
 from cascade_fast.ops.heads import place_heads, take_heads
 from cascade_fast.ops.layers import (
     add_rms_norm,
@@ -27,12 +28,15 @@ from cascade_fast.ops.layers import (
     silu_mul,
 )
 from cascade_fast.ops.low_rank import low_rank, low_rank_backward
+from cascade_fast.ops.optimizer import adamw_, grad_norm
 
 __all__ = [
     "BACKENDS",
+    "GPU_OPS",
     "OPS",
     "SELECTION_OPS",
     "adamw8bit",
+    "adamw_",
     "add_rms_norm",
     "attention",
     "attention_backward",
@@ -41,6 +45,7 @@ __all__ = [
     "cross_entropy_",
     "fused",
     "gather_rows",
+    "grad_norm",
     "low_rank",
     "low_rank_backward",
     "place_heads",

@@ -37,7 +37,8 @@ OTHER_OPS = (
     "low_rank_backward",
     "adamw8bit",
 )
-OPS = SELECTION_OPS + OTHER_OPS
+GPU_OPS = ("grad_norm", "adamw_")  # on the CPU torch's own bodies do as well
+OPS = SELECTION_OPS + OTHER_OPS + GPU_OPS
 LAYER_OPS = (
     "rms_norm", "rms_norm_backward", "add_rms_norm", "add_rms_norm_backward", "silu_mul", "silu_mul_backward",
     "rotate_rows", "rotate_rows_backward",
@@ -45,7 +46,7 @@ LAYER_OPS = (
 # Around attention on a GPU. The CPU has other operators there.
 HEAD_OPS = ("place_heads", "place_heads_backward", "take_heads", "take_heads_backward")
 # Those with kernels for GPUs. Plain torch serves the others there: nothing is missing.
-CUDA_OPS = (*SELECTION_OPS, *LAYER_OPS, *HEAD_OPS, "cross_entropy_", "adamw8bit")
+CUDA_OPS = (*SELECTION_OPS, *LAYER_OPS, *HEAD_OPS, *GPU_OPS, "cross_entropy_", "adamw8bit")
 TRITON_OPS = (*SELECTION_OPS, *LAYER_OPS, "cross_entropy_")
 
 if importlib.util.find_spec("cascade_fast._C") is not None:
@@ -102,6 +103,8 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
     if backend == "cpp":
         if device.type != "cpu":
             return f"it serves CPU tensors, these are on {device}"
+        if op in GPU_OPS:
+            return "torch's own operators do as well on the CPU"
         return None if _native_op(op, "CPU") else "the compiled extension cascade_fast._C is not installed"
     if backend == "cuda":
         if device.type != "cuda":
@@ -119,7 +122,7 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
 
 def _preference(op: str, device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
-        return ("reference",) if op in HEAD_OPS else ("cpp", "reference")
+        return ("reference",) if op in (*HEAD_OPS, *GPU_OPS) else ("cpp", "reference")
     if device.type != "cuda":
         return ("reference",)
     capability = _capability(device.index or 0)
@@ -143,6 +146,8 @@ def choose(op: str, device: torch.device, backend: str = "auto") -> str:
     if backend == "auto":
         source = "CASCADE_FAST_BACKEND"
         backend = os.environ.get(source) or "auto"
+        if op in GPU_OPS and backend in ("cpp", "triton"):  # which have none of them: no reason to stop a run
+            backend = "auto"
     if backend not in BACKENDS:
         raise ValueError(f"{source}={backend!r}: must be one of {', '.join(BACKENDS)}")
     if backend != "auto":

@@ -368,3 +368,60 @@ def adamw8bit(
             absmax2[i].copy_(absmax)
         state1[i].copy_(m)
         state2[i].copy_(v)
+
+
+# --- AdamW and the norm of its gradients ------------------------------------------------------------------------------
+
+
+def grad_norm(grads: list[Tensor], scale: Tensor | None, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`cascade_fast.ops.grad_norm`; 1e-6 is that of ``torch.nn.utils.clip_grad_norm_``."""
+    norm = torch.nn.utils.get_total_norm([grad.float() for grad in grads])
+    if clip == 0:
+        factor = torch.ones_like(norm) if scale is None else scale.clone()
+    elif scale is None:
+        factor = ((norm + 1e-6) / clip).clamp(min=1.0)
+    else:
+        factor = torch.maximum(scale, torch.add(norm, scale, alpha=1e-6) / clip)
+    return norm, factor, (norm - norm).nan_to_num(nan=1.0)  # inf - inf is NaN, too
+
+
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    copies: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    lr_now: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """See :func:`cascade_fast.ops.adamw_`."""
+    torch._foreach_add_(steps, 1)
+    torch._fused_adamw_(
+        params,
+        [grad.to(torch.float32, copy=True) for grad in grads],  # unscaled in place
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        lr=lr if lr_now is None else lr_now,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )
+    if found_inf is not None:
+        torch._foreach_sub_(steps, [found_inf] * len(steps))
+    for param, copy in zip(params, copies, strict=True):
+        if copy.numel() > 0:
+            copy.copy_(param)

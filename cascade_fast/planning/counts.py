@@ -97,6 +97,13 @@ def optimizer_bytes(shape: Shape, optimizer: str) -> float:
     return 8 * small + (trained - small) * (2 + 8 / 256)
 
 
+def has_half_weights(settings: RunSettings, shape: Shape, width: int, micro: int, *, on_cpu: bool) -> bool:
+    """Whether linear layers multiply with 16-bit copies of their weights: see training/half_weights.py. ``micro``:
+    tokens of a forward and backward pass."""
+    trained = shape.counts.frozen() == 0 and settings.optimizer == "adamw"
+    return trained and not on_cpu and width == 2 and micro >= settings.batch_tokens
+
+
 def saved_activation_bytes(shape: Shape, width: int, *, on_cpu: bool = True) -> int:
     """What autograd keeps of one token in one stage layer, for ``width`` bytes of compute dtype."""
     s = shape.stage

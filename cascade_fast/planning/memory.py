@@ -23,6 +23,7 @@ from cascade_fast.losses import SPARE, chunk_tokens
 from cascade_fast.planning.counts import (
     Shape,
     base_weight_bytes,
+    has_half_weights,
     kept_layer_bytes,
     optimizer_bytes,
     saved_activation_bytes,
@@ -218,6 +219,10 @@ def _training_phase(settings: RunSettings, shape: Shape, width: int, micro: int,
         s.layers * saved_activation_bytes(shape, width, on_cpu=on_cpu) + 4 * 4 * s.hidden_size
     )
     casts = _cast_bytes(shape, width)  # kept for the backward pass
+    if has_half_weights(settings, shape, width, micro, on_cpu=on_cpu):
+        phase.lasting["weights in the compute dtype"] = casts
+        gradients -= (4.0 - width) * shape.counts.trained_matrices()
+        casts = 0.0
     logits = _logit_bytes(shape, width, on_cpu=on_cpu)
     activations += shape.memory(settings, width).training_bytes(micro, on_cpu)
     casts += _add_recomputing(phase, settings, shape, width)

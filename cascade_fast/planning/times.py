@@ -10,7 +10,13 @@ from typing import Any
 
 from cascade_fast.criteria import get_criterion
 from cascade_fast.losses import chunk_tokens
-from cascade_fast.planning.counts import NF4_BYTES, Shape, base_weight_bytes, saved_activation_bytes
+from cascade_fast.planning.counts import (
+    NF4_BYTES,
+    Shape,
+    base_weight_bytes,
+    has_half_weights,
+    saved_activation_bytes,
+)
 from cascade_fast.planning.devices import Device
 from cascade_fast.planning.kv import recompute_flops
 from cascade_fast.planning.memory import base_tokens_at_once
@@ -100,12 +106,12 @@ def epoch_time(
     frozen = shape.counts.matrices() - learning
     flops = tokens * shape.step_flops(settings)
     step_bytes = trained * (28 if settings.optimizer == "adamw" else 16)  # weights, gradient, state: read and written
-    if settings.grad_clip > 0:
-        step_bytes += 12 * trained
-    casts = (4 + width) * learning if width < 4 else 0
-    part_bytes: float = (
-        casts + learning * (2 * width + 4 + (2 * width if width < 4 else 0)) + 2 * shape.counts.head * width
-    )
+    halves = has_half_weights(settings, shape, width, micro, on_cpu=device.on_cpu)
+    if settings.grad_clip > 0:  # a norm; on the CPU a pass that clips as well
+        step_bytes += trained * (12 if device.on_cpu else width if halves else 4)
+    part_bytes: float = learning * 3 * width + 2 * shape.counts.head * width  # weights twice, a gradient
+    if width < 4 and not halves:
+        part_bytes += learning * (4 + width + width + 4)  # casts of both
     # Read there and back; in 4 bit each of them also writes what it unpacks.
     part_bytes += 2 * frozen * (NF4_BYTES + 2 * width if settings.base_quantization == "nf4" else width)
     activations = s.layers * 4 * saved_activation_bytes(shape, width)  # each written and read, there and back

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 from cascade_fast import ops
 from cascade_fast.base.model import attention_shape
-from cascade_fast.stages.lora import project
+from cascade_fast.stages.lora import LentLinear, project
 from cascade_fast.stages.rms_norm import RMSNorm
 
 
@@ -156,6 +156,13 @@ class Stage(nn.Module):
     def decayed_only(self) -> list[nn.Parameter]:
         """Parameters that never get a gradient: only weight decay moves them."""
         return []
+
+    def linears(self) -> list[nn.Linear]:
+        """Those of the layers that only multiply: none of an adapter, whose updates are read elsewhere."""
+        modules = list(self.layers.modules())
+        if any(isinstance(module, LentLinear) for module in modules):
+            return []
+        return [module for module in modules if type(module) is nn.Linear]
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -10,20 +10,25 @@ from torch import Tensor, nn
 from cascade_fast import ops
 from cascade_fast.input_checks import InputError
 from cascade_fast.settings import RunSettings
+from cascade_fast.training.adamw import AdamW
 from cascade_fast.training.adamw8bit import NESTED, AdamW8bit
 
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter], settings: RunSettings, device: torch.device
 ) -> torch.optim.Optimizer:
-    """``adamw`` is torch's fused AdamW. ``adamw8bit`` is our :class:`~cascade_fast.training.adamw8bit.AdamW8bit`; where
-    the extension has no kernel for the GPU, bitsandbytes', with the same state. ``paged_adamw8bit`` is bitsandbytes' on
-    a GPU and the same as ``adamw8bit`` on the CPU, where there is nothing to page.
+    """``adamw`` is torch's fused AdamW; on a GPU that has the operator, our own with the same state,
+    :class:`~cascade_fast.training.adamw.AdamW`. ``adamw8bit`` is our
+    :class:`~cascade_fast.training.adamw8bit.AdamW8bit`; where the extension has no kernel for the GPU, bitsandbytes',
+    with the same state. ``paged_adamw8bit`` is bitsandbytes' on a GPU and the same as ``adamw8bit`` on the CPU, where
+    there is nothing to page.
 
     Raises:
         InputError: bitsandbytes is needed and not installed.
     """
     if settings.optimizer == "adamw":
+        if device.type != "cpu" and ops.fused("adamw_", device):
+            return AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
         return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     own = settings.optimizer == "adamw8bit" and ops.why_not("adamw8bit", device, "cuda") is None
     if own or device.type == "cpu":

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cascade_fast import ops
+
 
 class FoldingScaler(torch.amp.GradScaler):
     """A gradient scaler, its scale and state those of torch's, whose :meth:`fold` reads every gradient once.
@@ -24,7 +26,7 @@ class FoldingScaler(torch.amp.GradScaler):
         Args:
             optimizer: honours its attributes ``grad_scale``, which gradients are divided by, and ``found_inf``, 1
                 where the step is left out, as torch's fused optimizers do: both 0-dimensional float32 on the device.
-            gradients: all that the optimizer will read.
+            gradients: all that the optimizer will read, one at least.
             clip: the largest norm that unscaled gradients keep; 0 does not clip.
 
         Returns:
@@ -34,16 +36,8 @@ class FoldingScaler(torch.amp.GradScaler):
         if scale is None and clip == 0:
             optimizer.step()
             return None
-        norm = torch.nn.utils.get_total_norm(gradients)
-        factor, left_out = scale, None
-        if clip > 0:
-            # scale * max(1, (norm / scale + 1e-6) / clip); 1e-6 is clip_grad_norm_'s.
-            if scale is None:
-                factor = ((norm + 1e-6) / clip).clamp(min=1.0)
-            else:
-                factor = torch.maximum(scale, torch.add(norm, scale, alpha=1e-6) / clip)
-        if scale is not None:
-            left_out = (norm - norm).nan_to_num(nan=1.0)  # inf - inf is NaN, too
+        norm, factor, found_inf = ops.grad_norm(gradients, scale, clip)
+        left_out = None if scale is None else found_inf
         optimizer.grad_scale, optimizer.found_inf = factor, left_out
         try:
             optimizer.step()

@@ -82,6 +82,7 @@ class StageTrainer(Trainer):
             deadline=deadline,
             micro_batch_tokens=micro_batch_tokens or settings.micro_batch_tokens,
             decayed_only=stage.decayed_only(),
+            linears=stage.linears(),
         )
         if graphs:
             self.graphs = StepGraphs(self.step_on_tensors, self.optimizer, self.device, CudaRecorder(self.device))

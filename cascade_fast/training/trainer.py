@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade_fast.losses import linear_cross_entropy, perplexity, token_losses
 from cascade_fast.records import Epoch
@@ -27,6 +27,7 @@ from cascade_fast.runtime.console import Progress, epoch_line, say
 from cascade_fast.runtime.snapshots import SnapshotWriter
 from cascade_fast.settings import RunSettings
 from cascade_fast.training.graphs import StepGraphs
+from cascade_fast.training.half_weights import HalfWeights
 from cascade_fast.training.optimizers import build_optimizer, learning_rate, set_learning_rate
 from cascade_fast.training.scaler import FoldingScaler
 
@@ -45,6 +46,10 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
         self.exit_code = 128 + signal_number
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training diverged; the run has been finished with what was good before."""
 
 
 class Batches(Protocol):
@@ -142,6 +147,7 @@ class Trainer:
         deadline: ``time.monotonic()`` after which training ends with what it has, or None.
         micro_batch_tokens: how many go through the module at once; by default a whole batch.
         decayed_only: parameters that never have a gradient.
+        linears: layers of ``module`` that may multiply with copies of their weights: see ``half_weights.py``.
     """
 
     def __init__(
@@ -157,6 +163,7 @@ class Trainer:
         deadline: float | None = None,
         micro_batch_tokens: int | None = None,
         decayed_only: Iterable[Tensor] = (),
+        linears: Iterable[nn.Linear] = (),
     ) -> None:
         self.module, self.train, self.val, self.settings = module, train, val, settings
         self.name, self.number, self.compute, self.device = name, number, compute, compute.device
@@ -173,6 +180,8 @@ class Trainer:
         self.batch_units = train.units_of(settings.batch_tokens)
         self.micro_batch_units = train.units_of(micro_batch_tokens or settings.batch_tokens)
         self.steps_per_epoch = math.ceil(train.units / self.batch_units)
+        one_pass = self.micro_batch_units >= self.batch_units
+        self.halves = HalfWeights(linears, self.parameters, self.optimizer, compute.dtype, one_pass=one_pass)
         self.ahead: Generator[tuple[Any, Tensor], None, None] | None = None  # batches of the rest of the epoch
         self.graphs: StepGraphs | None = None  # of steps that are recorded; a batch is one part then
         self.trims = self.device.type == "cpu" and train.batches_differ
@@ -213,6 +222,7 @@ class Trainer:
             Interrupted: a signal has come; a checkpoint has been saved.
             DiskFull: what is written in the background had no room; it shows at the next checkpoint, or at the end.
         """
+        self.halves.refresh()  # of weights that were loaded
         with self.writer:
             while not (self.history.stopped or self.signals):
                 if self._run_epoch():
@@ -226,6 +236,7 @@ class Trainer:
         """The module gets its best weights, unless it has them."""
         if self.history.best_epoch < len(self.history.epochs) or self.history.stopped == NON_FINITE_LOSS:
             self.load_best()
+            self.halves.refresh()
         return self.history
 
     def _run_epoch(self) -> bool:
@@ -298,13 +309,14 @@ class Trainer:
         self._update(loss.detach(), count, lr)
 
     def _loss(self, inputs: Any, label_M: Tensor, count: Tensor | None = None) -> Tensor:
-        with self.compute.autocast():
+        with self.compute.autocast(), self.halves.in_use():
             _, normed_MD = self.module(inputs)
         return linear_cross_entropy(normed_MD, self.module.head, label_M, dtype=self.compute.dtype, count=count)
 
     def _update(self, loss: Tensor, tokens: int | Tensor, lr: float | Tensor) -> None:
         """The optimizer's step with the gradients that are there, those of ``loss``, a mean; and the totals."""
-        gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
+        leaves = map(self.halves.leaf, self.parameters)
+        gradients: list[Tensor] = [leaf.grad for leaf in leaves if leaf.grad is not None]
         norm = (self._folded_step if self.folds else self._plain_step)(gradients)
         finite = (loss if norm is None else loss + norm) < math.inf  # neither is negative; not so for NaN
         self.optimizer.zero_grad(set_to_none=True)
@@ -385,7 +397,8 @@ class Trainer:
         self.module.eval()
         if self.trims:
             trim_host_memory()
-        val_loss = validation_loss(self.module, self.val, self.compute)
+        with self.halves.in_use():
+            val_loss = validation_loss(self.module, self.val, self.compute)
         if not math.isfinite(val_loss):
             self._diverged()
             return

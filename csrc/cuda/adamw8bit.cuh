@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../dynamic_map.h"
-#include "numeric.cuh"
+#include "lists.cuh"
 
 #include <type_traits>
 
@@ -78,60 +78,6 @@ __device__ inline uint32_t encode(const Map& map, float x, float inverse) {
 __device__ inline float inverse_of(float absmax) {
   // Finite for a subnormal scale; NaN for 0, so that every code of such a block becomes 0.
   return absmax == 0.f ? __uint_as_float(0x7fc00000u) : fminf(1.f / absmax, 3.402823466e38f);
-}
-
-// --- four elements, which a lane has side by side, in one word; those past `left` are 0 ------------------------------
-
-template <class Bits>
-struct Four;
-
-template <>
-struct Four<uint32_t> {
-  using Word = uint4;
-  static __device__ uint32_t get(const Word& word, int i) {
-    return i == 0 ? word.x : i == 1 ? word.y : i == 2 ? word.z : word.w;
-  }
-  static __device__ Word pack(const uint32_t (&x)[4]) { return make_uint4(x[0], x[1], x[2], x[3]); }
-};
-
-template <>
-struct Four<uint16_t> {
-  using Word = uint2;
-  static __device__ uint16_t get(const Word& word, int i) { return (i < 2 ? word.x : word.y) >> i % 2 * 16; }
-  static __device__ Word pack(const uint32_t (&x)[4]) { return make_uint2(x[0] | x[1] << 16, x[2] | x[3] << 16); }
-};
-
-template <>
-struct Four<uint8_t> {
-  using Word = uint32_t;
-  static __device__ uint8_t get(Word word, int i) { return word >> 8 * i; }
-  static __device__ Word pack(const uint32_t (&x)[4]) { return x[0] | x[1] << 8 | x[2] << 16 | x[3] << 24; }
-};
-
-// kWhole: there are four, and they start on a word.
-template <bool kWhole, class Bits>
-__device__ inline typename Four<Bits>::Word load_four(const Bits* from, int left) {
-  if constexpr (kWhole) {
-    return *reinterpret_cast<const typename Four<Bits>::Word*>(from);
-  } else {
-    uint32_t x[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = i < left ? from[i] : 0u;
-    return Four<Bits>::pack(x);
-  }
-}
-
-template <bool kWhole, class Bits>
-__device__ inline void store_four(Bits* to, int left, const uint32_t (&x)[4]) {
-  if constexpr (kWhole) {
-    // One store, as nothing reads it again soon; a plain one became four in places.
-    __stcs(reinterpret_cast<typename Four<Bits>::Word*>(to), Four<Bits>::pack(x));
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i < left) to[i] = static_cast<Bits>(x[i]);
-    }
-  }
 }
 
 // --- a block of 256 values -------------------------------------------------------------------------------------------
@@ -257,11 +203,7 @@ __global__ void __launch_bounds__(kStepThreads, 3)
   for (int i = threadIdx.x; i < kWords; i += kStepThreads) words[i] = reinterpret_cast<const float*>(kMaps)[i];
   const auto* maps = reinterpret_cast<const Map*>(words);
   __syncthreads();
-  int which = 0;  // the last tensor that begins at this thread block or before
-  for (int end = count; end - which > 1;) {
-    const int middle = (which + end) / 2;
-    (list.first[middle] <= static_cast<int>(blockIdx.x) ? which : end) = middle;
-  }
+  const int which = tensor_of_block(list.first, count);
   const StepRates rates = rates_of(settings);
   if (list.absmax1[which] != nullptr) {
     step_chunk<T, uint8_t>(rates, maps, list, which);

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "lists.cuh"
 #include "numeric.cuh"
 
 namespace cascade {
@@ -59,14 +60,22 @@ inline bool rows_aligned(std::initializer_list<const Tensor*> matrices) {
 // slot_N: where in index_K (contiguous) a row is, -1 where it is not. A memset and a kernel, in scatter_rows.cu.
 Tensor inverse_of(const Tensor& index_K, int64_t rows);
 
+inline ElementKind kind_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return kFloat32Elements;
+    case ScalarType::Half: return kFloat16Elements;
+    case ScalarType::BFloat16: return kBFloat16Elements;
+    default: STD_TORCH_CHECK(false, "cascade_fast: the dtype must be float32, float16 or bfloat16");
+  }
+}
+
 // Calls run.template operator()<T>() with the element type of `dtype`.
 template <class Run>
 void for_dtype(ScalarType dtype, Run run) {
-  switch (dtype) {
-    case ScalarType::Float: return run.template operator()<Float32>();
-    case ScalarType::Half: return run.template operator()<Float16>();
-    case ScalarType::BFloat16: return run.template operator()<BFloat16>();
-    default: STD_TORCH_CHECK(false, "cascade_fast: the dtype must be float32, float16 or bfloat16");
+  switch (kind_of(dtype)) {
+    case kFloat32Elements: return run.template operator()<Float32>();
+    case kFloat16Elements: return run.template operator()<Float16>();
+    default: return run.template operator()<BFloat16>();
   }
 }
 
