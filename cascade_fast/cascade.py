@@ -60,13 +60,7 @@ from cascade_fast.training.graphs import check_graphs
 from cascade_fast.training.messages import say_base_pass, say_stage, say_start, say_summary
 from cascade_fast.training.prompt_samples import PromptSamples, check_prompts
 from cascade_fast.training.stage_trainer import StageTrainer
-from cascade_fast.training.trainer import (
-    NON_FINITE_LOSS,
-    TIME_IS_UP,
-    NonFiniteLoss,
-    TrainingHistory,
-    after_divergence,
-)
+from cascade_fast.training.trainer import NON_FINITE_LOSS, TIME_IS_UP, NonFiniteLoss, TrainingHistory
 
 EXIT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the tokens that arrive; tried on validation
 
@@ -447,8 +441,5 @@ def run_cascade(settings: RunSettings) -> RunFolder:
         folder.clean()
         say_summary(results, folder)
         if results.stages and results.stages[-1].stopped == NON_FINITE_LOSS:
-            raise NonFiniteLoss(
-                f"training of stage {len(results.stages)} stopped: the loss is not finite. The best before it is "
-                f"kept in {folder.path}. {after_divergence(compute.dtype)}"
-            )
+            raise NonFiniteLoss(len(results.stages), folder.path, compute.dtype)
         return folder

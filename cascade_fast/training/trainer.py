@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -46,10 +47,6 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
         self.exit_code = 128 + signal_number
-
-
-class NonFiniteLoss(RuntimeError):
-    """Training diverged; the run has been finished with what was good before."""
 
 
 class Batches(Protocol):
@@ -117,6 +114,16 @@ def after_divergence(dtype: torch.dtype) -> str:
     if dtype == torch.float16:
         return f"Try --dtype float32 (float16 overflows above 65,504), {tries}"
     return f"Try {tries}" + ("" if dtype == torch.float32 else ", or --dtype float32")
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training of a stage diverged; the run in ``folder`` has been finished with what was good before."""
+
+    def __init__(self, stage: int, folder: Path, dtype: torch.dtype) -> None:
+        super().__init__(
+            f"training of stage {stage} stopped: the loss is not finite. The best before it is kept in {folder}. "
+            f"{after_divergence(dtype)}"
+        )
 
 
 def epoch_order(n: int, *, seed: int, stage: int, epoch: int) -> Tensor:
