@@ -20,6 +20,13 @@ RUNS = {
     "second-look, recompute": {"stage_kind": "second-look", "kv": "recompute", "num_stages": 1},
     "adapters": {"stage_kind": "second-look", "adapter": "lora", "lora_rank": 4},
     "adapters, every token": {"stage_kind": "second-look", "adapter": "lora", "hard_ratio": 1, "num_stages": 1},
+    "adapters, easy tokens forward": {
+        "stage_kind": "second-look",
+        "adapter": "lora",
+        "lora_rank": 4,
+        "num_stages": 1,
+        "easy_tokens": "forward",
+    },
     "seed": {"preset": "seed", "num_stages": 2},
 }
 SLOW = (
@@ -27,6 +34,7 @@ SLOW = (
     "second-look, from the host",
     "second-look, recompute",
     "adapters",
+    "adapters, easy tokens forward",
     "seed",
 )  # on the pretend card
 HALF = {"warm": {}, "adapters, every token": RUNS["adapters, every token"]}
