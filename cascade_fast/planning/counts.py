@@ -44,11 +44,11 @@ class Shape:
         """Of a stage; its layers are as large as the base's."""
         return self.kind.counts(self.stage)
 
-    def step_flops(self, settings: RunSettings) -> float:
+    def step_flops(self, settings: RunSettings) -> int:
         """Of a hard token in a training step, and of the easy tokens beside it that go through the stage, too."""
-        flops = float(self.counts.training_flops(settings.seq_len))
+        flops = self.counts.training_flops(settings.seq_len)
         if settings.easy_tokens == "forward":
-            flops += (1 / settings.hard_ratio - 1) * self.counts.forward_flops(settings.seq_len)
+            flops += round((1 / settings.hard_ratio - 1) * self.counts.forward_flops(settings.seq_len))
         return flops
 
     def base_body(self) -> int:

@@ -98,7 +98,7 @@ def compute_ledger(
     )
 
 
-def _stage_flops(settings: RunSettings, base_config: Any) -> float:
+def _stage_flops(settings: RunSettings, base_config: Any) -> int:
     return Shape.from_settings(settings, base_config).step_flops(settings)
 
 

@@ -104,7 +104,7 @@ def epoch_time(
     parts = steps * math.ceil(settings.batch_tokens / micro)
     learning = shape.counts.trained_matrices()
     frozen = shape.counts.matrices() - learning
-    flops = tokens * shape.step_flops(settings)
+    flops: float = tokens * shape.step_flops(settings)
     step_bytes = trained * (28 if settings.optimizer == "adamw" else 16)  # weights, gradient, state: read and written
     halves = has_half_weights(settings, shape, width, micro, on_cpu=device.on_cpu)
     if settings.grad_clip > 0:  # a norm; on the CPU a pass that clips as well

@@ -134,9 +134,11 @@ class SecondLookLayer(nn.Module):
         self.post_attention_layernorm = config.norm(config.hidden_size)
         self.mlp = GatedMLP(config)
 
-    def forward(self, stream: Stream, inputs: AttentionInputs, layer: int, left: list[Tensor] | None) -> Stream:
+    def forward(
+        self, x_KD: Tensor, added_KD: Tensor | None, inputs: AttentionInputs, layer: int, left: list[Tensor] | None
+    ) -> Stream:
         """The residual stream, and what is still to be added to it, before and after."""
-        x_KD, heads = self._begin(stream, inputs)
+        x_KD, heads = self._begin((x_KD, added_KD), inputs)
         return self._end(x_KD, self.self_attn(heads, inputs, layer, left))
 
     def with_easy(
@@ -210,7 +212,7 @@ class SecondLookStage(Stage):
             self.updates.place()
         if pack.easy is None:
             for number, layer in enumerate(self.layers):
-                stream = layer(stream, inputs, number, left)
+                stream = layer(*stream, inputs, number, left)
         else:
             easy, easy_inputs = self._begin(pack.easy, leaves=False)
             layers: Any = self.layers
