@@ -27,8 +27,9 @@ class ShiftLayer(nn.Module):
         super().__init__()
         self.shift_D = nn.Parameter(torch.zeros(config.hidden_size))
 
-    def forward(self, x_KD):
-        return x_KD + self.shift_D
+    def forward(self, x_KD, added_KD):
+        x_KD = x_KD if added_KD is None else x_KD + added_KD
+        return x_KD, self.shift_D.expand_as(x_KD)
 
 
 class ShiftStage(AppendedStage):
