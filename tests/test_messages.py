@@ -3,24 +3,28 @@
 import pytest
 import torch
 
-from cascade_fast import ops
 from cascade_fast.cascade import run_cascade
 from cascade_fast.ops import backends, schema
 from cascade_fast.settings import make_settings
-from cascade_fast.training.messages import selection_operators
+from cascade_fast.training.messages import operators_of
 
 GPU = torch.device("cuda")  # named only
+LAYERS = "cross_entropy_, rms_norm, add_rms_norm, silu_mul"
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "select_hard, gather_rows: cpp on cpu"),
-        ({"store": "device"}, "select_hard, gather_rows: cuda on cuda"),
-        ({"criterion": "cosine"}, "select_hard, gather_rows: cpp on cpu; cosine_score: cuda on cuda"),
+        ({}, f"select_hard, gather_rows: cpp on cpu; {LAYERS}, grad_norm, adamw_: cuda on cuda"),
+        ({"store": "device"}, f"select_hard, gather_rows, {LAYERS}, grad_norm, adamw_: cuda on cuda"),
         (
-            {"stage_kind": "second-look", "hard_ratio": 1.0},
-            "gather_rows: cpp on cpu; gather_rows in attention, scatter_rows in attention: cuda on cuda",
+            {"criterion": "cosine", "optimizer": "adamw8bit"},
+            f"select_hard, gather_rows: cpp on cpu; cosine_score, {LAYERS}, adamw8bit: cuda on cuda",
+        ),
+        (
+            {"stage_kind": "second-look", "hard_ratio": 1.0, "adapter": "lora"},
+            f"gather_rows: cpp on cpu; {LAYERS}, place_heads, take_heads, grad_norm, adamw_: cuda on cuda; "
+            "low_rank, scale_into_: reference on cuda",
         ),
     ],
 )
@@ -28,7 +32,7 @@ def test_the_stores_are_served_where_they_are(monkeypatch, settings, said):
     monkeypatch.delenv("CASCADE_FAST_BACKEND", raising=False)
     monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
     monkeypatch.setattr(backends, "why_not", lambda op, device, backend: None)
-    assert selection_operators(make_settings(settings), GPU) == said
+    assert operators_of(make_settings(settings), GPU) == said
 
 
 @pytest.mark.parametrize("kind", ["append", "second-look"])
@@ -46,5 +50,6 @@ def test_the_operators_named_are_those_that_run(look_settings, tmp_path, monkeyp
     changes = {"stage_kind": kind, "criterion": criterion, "hard_ratio": ratio, "num_stages": 1, "out": str(tmp_path)}
     settings = make_settings({**look_settings, **changes})
     run_cascade(settings)
-    said = selection_operators(settings, torch.device("cpu"))
-    assert {op for op in ops.SELECTION_OPS if op in said} == called & set(ops.SELECTION_OPS)
+    said = operators_of(settings, torch.device("cpu"))
+    named = {op for part in said.split("; ") for op in part.split(": ")[0].split(", ")}
+    assert named == {op for op in called if not op.endswith("_backward")}

@@ -41,24 +41,30 @@ def say_start(
     if sequences.general is not None:
         say(f"other text {settings.general_text}: {sequences.general.tokens:,} tokens, read once, at the end")
     say(f"computing on {compute.device} in {compute.dtype_name} ({compute.reason})")
-    say(f"selection operators: {selection_operators(settings, compute.device)}")
+    say(f"operators: {operators_of(settings, compute.device)}")
 
 
-def selection_operators(settings: RunSettings, device: torch.device) -> str:
-    """Which of them a run calls, who serves each, and where: tokens are selected and gathered where the hidden stores
-    lie, on ``device`` or in the host's memory; scores and attention are on ``device``. ``settings``: the plan's."""
-    stores = device if settings.store == "device" else torch.device("cpu")
-    calls = [("gather_rows", "gather_rows", stores)]
+def operators_of(settings: RunSettings, device: torch.device) -> str:
+    """Which operators a run calls, who serves each, and where: tokens are selected and gathered where the hidden stores
+    lie, on ``device`` or in the host's memory; all else is on ``device``. ``settings``: the plan's."""
+    stores, on_cpu = device if settings.store == "device" else torch.device("cpu"), device.type == "cpu"
+    calls = [("gather_rows", stores)]
     if settings.hard_ratio < 1:
-        calls.insert(0, ("select_hard", "select_hard", stores))
+        calls.insert(0, ("select_hard", stores))
     scored_by = get_criterion(settings.criterion).operator
-    if scored_by is not None:
-        calls.append((scored_by, scored_by, device))
-    if get_kind(settings.stage_kind).attends:
-        calls += [(f"{op} in attention", op, device) for op in ("gather_rows", "scatter_rows")]
+    calls += [(op, device) for op in (scored_by, "cross_entropy_", "rms_norm", "add_rms_norm", "silu_mul") if op]
+    if get_kind(settings.stage_kind).attends:  # on the CPU a stage that is measured leaves its keys and values
+        around = ("attention", "rotate_rows", "scatter_rows") if on_cpu else ("place_heads", "take_heads")
+        calls += [(op, device) for op in around]
+    if settings.adapter == "lora":
+        calls += [(op, device) for op in ("low_rank", "scale_into_")]
+    if settings.optimizer == "adamw8bit":
+        calls.append(("adamw8bit", device))
+    elif settings.optimizer == "adamw" and not on_cpu:
+        calls += [(op, device) for op in ("grad_norm", "adamw_")]
     served: dict[str, list[str]] = {}
-    for name, op, where in calls:
-        served.setdefault(f"{ops.choose(op, where)} on {where}", []).append(name)
+    for op, where in calls:
+        served.setdefault(f"{ops.choose(op, where)} on {where}", []).append(op)
     return "; ".join(f"{', '.join(names)}: {by}" for by, names in served.items())
 
 
