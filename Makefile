@@ -46,7 +46,7 @@ test-gpu: $(VENV)/.dev
 
 # What needs the packages ptxsim (executes compiled kernels) and pretend_gpu (a device that counts), of a folder ../shared.
 test-emulated: $(VENV)/.dev
-	PYTHONPATH=$(abspath ../shared) OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) -m "emulated and not slow" $(ARGS)
+	PYTHONPATH=$(realpath ../shared) OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) -m "emulated and not slow" $(ARGS)
 
 # What runs models, with the oldest releases of what it stands on.
 OLDEST := tests/test_base_pass.py tests/test_modeling.py tests/test_second_look_model.py tests/test_generate.py \
