@@ -25,6 +25,7 @@ from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.settings import make_settings
 from cascade_fast.stages.exits import hardest_of_store
 from cascade_fast.stages.kind import base_needs, find_base_for_stages, get_kind
+from cascade_fast.training.adamw import AdamW
 from cascade_fast.training.graphs import CudaRecorder, StepGraphs, check_graphs
 from cascade_fast.training.optimizers import set_learning_rate
 from cascade_fast.training.stage_trainer import StageTrainer
@@ -165,6 +166,17 @@ def test_recorded_steps_are_the_plain_ones(tiny_base, tmp_path, kind):
     compare(plain, graphs, 3)
     assert recorder.replays > graphs.steps_per_epoch
     assert recorder.runs + recorder.replays == 3 * graphs.steps_per_epoch
+
+
+def test_recorded_steps_of_our_adamw(tiny_base, tmp_path):
+    """The optimizer of a GPU that has its operator: on the CPU plain torch."""
+    plain, graphs = trainers(tiny_base, tmp_path / "runs", "second look")
+    for trainer in (plain, graphs):
+        trainer.optimizer = AdamW(trainer.parameters, trainer.settings.lr, trainer.settings.weight_decay)
+    recorder = Recorder()
+    record_steps(graphs, recorder)
+    compare(plain, graphs, 3)
+    assert recorder.replays > graphs.steps_per_epoch
 
 
 def test_a_number_of_the_first_step_would_show(tiny_base, tmp_path):

@@ -26,6 +26,10 @@ LAYERS = "cross_entropy_, rms_norm, add_rms_norm, silu_mul"
             f"gather_rows: cpp on cpu; {LAYERS}, place_heads, take_heads, grad_norm, adamw_: cuda on cuda; "
             "low_rank, scale_into_: reference on cuda",
         ),
+        (
+            {"preset": "lora", "base_quantization": "nf4", "optimizer": "paged_adamw8bit"},
+            f"gather_rows: cpp on cpu; {LAYERS}, place_heads, take_heads: cuda on cuda",
+        ),
     ],
 )
 def test_the_stores_are_served_where_they_are(monkeypatch, settings, said):
@@ -33,6 +37,15 @@ def test_the_stores_are_served_where_they_are(monkeypatch, settings, said):
     monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
     monkeypatch.setattr(backends, "why_not", lambda op, device, backend: None)
     assert operators_of(make_settings(settings), GPU) == said
+
+
+def test_a_gpu_without_the_extension_s_cuda_part(monkeypatch):
+    """Triton's kernels run; what has none is torch's own, or is not called."""
+    monkeypatch.delenv("CASCADE_FAST_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
+    monkeypatch.setattr(backends, "why_not", lambda op, device, backend: "none" if backend == "cuda" else None)
+    said = operators_of(make_settings({"stage_kind": "second-look", "store": "device"}), GPU)
+    assert said == f"select_hard, gather_rows, {LAYERS}, rotate_rows: triton on cuda; grad_norm: reference on cuda"
 
 
 @pytest.mark.parametrize("kind", ["append", "second-look"])

@@ -1,6 +1,5 @@
 """Operators of the cascade: score tokens, select the hard ones, gather their rows, scatter results back; parts of a
-decoder layer (``layers.py``); and steps of AdamW
-(``optimizer.py``; 8 bit).
+decoder layer (``layers.py``, ``attention.py``, ``heads.py``, ``low_rank.py``); and steps of AdamW (``optimizer.py``).
 
 Every operator has one contract (``schema.py``), a plain torch body (``reference.py``) and faster bodies picked by
 ``backends.py``. ``backend`` is ``"auto"`` or a name of :data:`BACKENDS`; a name that cannot run is an error.

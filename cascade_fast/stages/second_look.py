@@ -364,6 +364,8 @@ class SecondLook(StageKind):
     ) -> Recompute | None:
         if settings.kv != "recompute" or passed.all_enter:
             return None
+        if settings.easy_tokens == "forward" and all(len(s.labelled_index()) == len(s) for s in passed.stores.values()):
+            return None  # every token enters
         shape = self.config(settings, base_config)
         if shape.lora is None:
             stage = self.new(settings, base_config, passed, None, 1)

@@ -53,19 +53,29 @@ def operators_of(settings: RunSettings, device: torch.device) -> str:
         calls.insert(0, ("select_hard", stores))
     scored_by = get_criterion(settings.criterion).operator
     calls += [(op, device) for op in (scored_by, "cross_entropy_", "rms_norm", "add_rms_norm", "silu_mul") if op]
-    if get_kind(settings.stage_kind).attends:  # on the CPU a stage that is measured leaves its keys and values
-        around = ("attention", "rotate_rows", "scatter_rows") if on_cpu else ("place_heads", "take_heads")
+    if get_kind(settings.stage_kind).attends:
+        if on_cpu:  # a stage that is measured leaves its keys and values, for which rows are scattered
+            around: tuple[str, ...] = ("attention", "rotate_rows", "scatter_rows")
+        else:
+            around = ("place_heads", "take_heads") if ops.fused("place_heads", device) else ("rotate_rows",)
         calls += [(op, device) for op in around]
-    if settings.adapter == "lora":
+    if settings.adapter == "lora" and settings.base_quantization == "none":
         calls += [(op, device) for op in ("low_rank", "scale_into_")]
-    if settings.optimizer == "adamw8bit":
-        calls.append(("adamw8bit", device))
-    elif settings.optimizer == "adamw" and not on_cpu:
-        calls += [(op, device) for op in ("grad_norm", "adamw_")]
+    calls += [(op, device) for op in _optimizer_operators(settings, device)]
     served: dict[str, list[str]] = {}
     for op, where in calls:
         served.setdefault(f"{ops.choose(op, where)} on {where}", []).append(op)
     return "; ".join(f"{', '.join(names)}: {by}" for by, names in served.items())
+
+
+def _optimizer_operators(settings: RunSettings, device: torch.device) -> tuple[str, ...]:
+    """Those that :func:`build_optimizer` and the loss scale use; none where an optimizer is torch's or bitsandbytes'."""
+    if settings.optimizer == "adamw":
+        return (
+            () if device.type == "cpu" else ("grad_norm", "adamw_") if ops.fused("adamw_", device) else ("grad_norm",)
+        )
+    own = device.type == "cpu" or (settings.optimizer == "adamw8bit" and ops.fused("adamw8bit", device))
+    return ("adamw8bit",) if own else ()
 
 
 def say_base_pass(passed: BasePass) -> None:
