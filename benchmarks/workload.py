@@ -106,7 +106,8 @@ def preset_trainer(
     stage = kind.new(settings, config, passed, None, 1)
     index_K = torch.randperm(tokens)[: hard_count(settings.hard_ratio, tokens)].sort().values
     train = passed.stores["train"]
-    hard = kind.tokens([train.to(compute.device) if settings.store == "device" else train], index_K)
+    near = train.to(compute.device) if settings.store == "device" else train
+    hard = kind.tokens([near], index_K, easy_too=settings.easy_tokens == "forward")
     return StageTrainer(
         stage.train(), hard, hard, settings, number=1, folder=folder, compute=compute,
         log=MetricsLog(folder / "log.jsonl"), log_size=0,

@@ -82,7 +82,7 @@ def part_of(kernel) -> str:
     return "optimizer" if of_optimizer else "stage"
 
 
-def a_step(kind: str, layers: int, store: str) -> dict:
+def a_step(kind: str, layers: int, store: str, **changes: object) -> dict:
     """Of one step in the middle of an epoch: launches by part, bytes moved, syncs and copies with their lines."""
     import pretend_gpu
     from transformers import LlamaConfig
@@ -90,7 +90,7 @@ def a_step(kind: str, layers: int, store: str) -> dict:
     from benchmarks import workload
     from cascade_fast.stages.tokens import StageTokens
 
-    changes = {"layers_per_stage": layers, "batch_tokens": 24, "store": store}
+    changes |= {"layers_per_stage": layers, "batch_tokens": 24, "store": store}
     config = LlamaConfig(num_hidden_layers=layers, **SHAPE)
     with tempfile.TemporaryDirectory() as folder:
         trainer = workload.preset_trainer(PRESETS[kind], Path(folder), "cuda", config, 4, **changes)
@@ -159,6 +159,14 @@ def count() -> dict:
             launches = {"layer": layer, "once": two["stage"] - 2 * layer}
             launches |= {name: two[name] for name in ("loss", "optimizer")}
             steps[kind] = {"launches": launches, "device": two, "host": host}
+            if kind != "append":
+                forward = {"easy_tokens": "forward", "hard_ratio": 0.6}
+                two, three = (a_step(kind, layers, "device", **forward) for layers in (2, 3))
+                host = a_step(kind, 2, "host", **forward)
+                of_layer = three["stage"] - two["stage"]
+                launches["easy_layer"] = of_layer - layer
+                launches["easy_once"] = two["stage"] - 2 * of_layer - launches["once"]
+                steps[f"{kind}, easy tokens forward"] = {"device": two, "host": host}
         return {"steps": steps, "base layer": base_pass(3) - base_pass(2)}
 
 
@@ -197,7 +205,7 @@ def test_the_plan_knows_the_launches_of_a_step(counted):
     from cascade_fast.planning.times import BASE_LAYER_LAUNCHES
     from cascade_fast.stages.counts import LAUNCHES
 
-    assert {kind: step["launches"] for kind, step in counted["steps"].items()} == LAUNCHES
+    assert {kind: counted["steps"][kind]["launches"] for kind in PRESETS} == LAUNCHES
     assert counted["base layer"] == BASE_LAYER_LAUNCHES
 
 
@@ -211,7 +219,7 @@ def test_the_plan_is_within_a_tenth_of_the_ledger(counted, kind):
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("kind", PRESETS)
+@pytest.mark.parametrize("kind", [*PRESETS, "second look, easy tokens forward", "adapters, easy tokens forward"])
 def test_a_step_waits_for_nothing_and_copies_what_it_must(counted, kind):
     step = counted["steps"][kind]
     for store, copies in (("device", 0), ("host", 1)):
@@ -235,6 +243,10 @@ def test_the_table_of_the_docs_is_what_the_plan_counts_with():
     for name, row in rows.items():
         (cells,) = re.findall(rf"^\| {row} \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
         assert [int(cell) for cell in cells] == [LAUNCHES[kind][name] for kind in PRESETS], row
+    easy = {"easy_layer": "with `--easy-tokens forward`, a layer more", "easy_once": "the same, around the layers"}
+    for name, row in easy.items():
+        (cells,) = re.findall(rf"^\| {re.escape(row)} \| \| (\d+) \| (\d+) \|", text, re.MULTILINE)
+        assert [int(cell) for cell in cells] == [LAUNCHES[kind][name] for kind in ("second look", "adapters")], row
     assert f"The base pass launches {BASE_LAYER_LAUNCHES} kernels a layer" in text
 
 

@@ -5,6 +5,7 @@ test_triton_kernels.
 Shape legend: K tokens, H heads, E head size, F = E / 2, P rows of E numbers.
 """
 
+import collections
 import dataclasses
 import os
 
@@ -285,24 +286,27 @@ def attention_of_a_pack(device, everyone):
     return [t.detach().cpu() for t in (attended, *left, *grads)]
 
 
-# Prints calls by operator of attention on a pretend card, and how far it is from the CPU's, where there is no
-# place_heads. The card's kernels cannot run here: the extension's CPU bodies stand in for them.
+def attention_beside_the_cpu(everyone):
+    """Calls by operator of attention on a pretend card, and how far it is from the CPU's; where pretend_gpu is."""
+    import pretend_gpu
+
+    wanted = attention_of_a_pack("cpu", everyone)
+    with pretend_gpu.as_cuda(), pretend_gpu.ledger() as led:
+        got = attention_of_a_pack("cuda", everyone)
+    calls = collections.Counter(k.op.split(".")[1] for k in led.kernels if "cascade_fast" in k.op)
+    return calls, max((a - b).abs().max().item() for a, b in zip(wanted, got, strict=True))
+
+
+# Where there is no place_heads. The card's kernels cannot run here: the extension's CPU bodies stand in for them.
 PRETEND = """
-import collections, json, pretend_gpu
+import json, pretend_gpu
 pretend_gpu.install("gpu", card="t4", poison=True)
 import test_rotate_kernels as cases
 from cascade_fast.ops import backends
 
 plain = backends._native_op
 backends._native_op = lambda op, key: plain(op, "CPU") if op in backends.LAYER_OPS else plain(op, key)
-found = []
-for everyone in (False, True):
-    wanted = cases.attention_of_a_pack("cpu", everyone)
-    with pretend_gpu.as_cuda(), pretend_gpu.ledger() as led:
-        got = cases.attention_of_a_pack("cuda", everyone)
-    calls = collections.Counter(k.op.split(".")[1] for k in led.kernels if "cascade_fast" in k.op)
-    found.append([calls, max((a - b).abs().max().item() for a, b in zip(wanted, got, strict=True))])
-print(json.dumps(found))
+print(json.dumps([cases.attention_beside_the_cpu(everyone) for everyone in (False, True)]))
 """
 
 

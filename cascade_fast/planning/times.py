@@ -124,6 +124,8 @@ def epoch_time(
         flops += recompute_flops(memory)
     of = shape.counts.launches
     launches: float = parts * (s.layers * of["layer"] + of["once"] + of["loss"]) + steps * of["optimizer"]
+    if settings.easy_tokens == "forward":
+        launches += parts * (s.layers * of["easy_layer"] + of["easy_once"])
     launches += (chunks - parts) * CHUNK_LAUNCHES
     return _time(flops, moved, launches, device)
 

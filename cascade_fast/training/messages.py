@@ -69,11 +69,11 @@ def operators_of(settings: RunSettings, device: torch.device) -> str:
 
 
 def _optimizer_operators(settings: RunSettings, device: torch.device) -> tuple[str, ...]:
-    """Those that :func:`build_optimizer` and the loss scale use; none where an optimizer is torch's or bitsandbytes'."""
+    """Those of the optimizer and the loss scale; none of an optimizer that is torch's or bitsandbytes'."""
+    if settings.optimizer == "adamw" and device.type == "cpu":
+        return ()
     if settings.optimizer == "adamw":
-        return (
-            () if device.type == "cpu" else ("grad_norm", "adamw_") if ops.fused("adamw_", device) else ("grad_norm",)
-        )
+        return ("grad_norm", "adamw_") if ops.fused("adamw_", device) else ("grad_norm",)
     own = device.type == "cpu" or (settings.optimizer == "adamw8bit" and ops.fused("adamw8bit", device))
     return ("adamw8bit",) if own else ()
 
