@@ -55,10 +55,11 @@ def _assert_same(one: Path, other: Path) -> None:
 
 
 def _wait_for(out: Path, text: str, process: subprocess.Popen) -> None:
-    """Until metrics.jsonl or a checkpoint's name holds ``text``."""
+    """Until metrics.jsonl or the name of a finished file holds ``text``. A file being written begins with a dot."""
     for _ in range(2400):
         metrics = out / "metrics.jsonl"
-        names = " ".join(p.name for p in (*out.glob("training/*/*"), *out.glob("*.safetensors")))
+        files = (*out.glob("training/*/*"), *out.glob("*.safetensors"))
+        names = " ".join(p.name for p in files if not p.name.startswith("."))
         if text in names or (metrics.exists() and text in metrics.read_text()):
             return
         assert process.poll() is None, process.communicate()[0]
