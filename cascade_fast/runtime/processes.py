@@ -1,0 +1,213 @@
+"""The processes of one run, as torchrun, ``accelerate launch`` or srun start them; or one alone.
+
+All of them do the same, each its part of the work; files, messages and decisions are the first one's. Between them
+there is torch.distributed: NCCL for tensors on GPUs, gloo for tensors on the host. Nothing is pickled.
+"""
+
+import datetime
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from cascade_fast.input_checks import InputError
+
+TIMEOUT = datetime.timedelta(hours=12)  # of a wait for others; one that has died is noticed at once
+FAILED = "cascade_fast/failed"  # counts the processes that have ended with an error
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who this process is among those of the run. Methods that end with all of them are called by all of them.
+
+    Attributes:
+        rank: from 0; across all machines.
+        count: how many there are.
+        local_rank: from 0; on this machine.
+        store: what they share before and beside torch.distributed; None where one is alone.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    store: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes, speaks and decides."""
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        return self.count > 1
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.several:
+            self.largest([0])
+
+    def largest(self, numbers: list[int]) -> list[int]:
+        """Place by place the largest of what all processes give; on the host, whatever the device is at."""
+        if not self.several:
+            return numbers
+        import torch
+        import torch.distributed as dist
+
+        given = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(given, op=dist.ReduceOp.MAX)
+        return [int(number) for number in given]
+
+    def sum_(self, tensor: Any) -> Any:
+        """``tensor`` becomes the sum of what all processes give, in place, on its device; the same bits everywhere."""
+        if self.several:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
+    def rows(self, part: Any) -> Any:
+        """The rows of all processes, in the order of their ranks: ``(N, ...)`` of ``part`` ``(n, ...)`` on the host.
+        ``n`` may differ."""
+        if not self.several:
+            return part
+        import torch
+        import torch.distributed as dist
+
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        dist.all_gather(counts, torch.tensor([len(part)]))
+        most = max(int(count) for count in counts)
+        padded = part.new_zeros(most, *part.shape[1:])
+        padded[: len(part)] = part
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded)
+        return torch.cat([rows[: int(count)] for rows, count in zip(gathered, counts, strict=True)])
+
+    def of_first(self, value: Any) -> Any:
+        """What the first process gives, for all of them: plain values, as JSON has them."""
+        if not self.several:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        text = json.dumps(value).encode() if self.first else b""
+        (size,) = self.largest([len(text)])
+        data = torch.zeros(size, dtype=torch.uint8)
+        if self.first:
+            data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        dist.broadcast(data, src=0)
+        return json.loads(bytes(data.tolist()))
+
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """The first process does what follows, then the others: they find in a cache what it has made."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def part(self, size: int) -> slice:
+        """This process's share of ``size`` things in a row; shares differ by one at most."""
+        return slice(size * self.rank // self.count, size * (self.rank + 1) // self.count)
+
+
+ALONE = Processes()
+_these = ALONE
+
+
+def processes() -> Processes:
+    """Those of this run, once :func:`start_processes` has been called; one alone before."""
+    return _these
+
+
+def start_processes() -> Processes:
+    """Joins the processes that were started together, as the environment tells; one that is alone stays so.
+
+    With a GPU for each process they use NCCL, else gloo.
+
+    Raises:
+        InputError: the environment does not say how to find the others.
+    """
+    global _these
+    rank, count, local_rank = _environment()
+    if count == 1 or _these.several:
+        return _these
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    for name, value in (("RANK", rank), ("WORLD_SIZE", count), ("LOCAL_RANK", local_rank)):
+        os.environ[name] = str(value)
+    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"LOCAL_RANK: {local_rank}; this machine has {torch.cuda.device_count()} CUDA GPUs: start one process "
+                "for each, as torchrun --nproc-per-node does"
+            )
+        torch.cuda.set_device(local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+    _these = Processes(rank, count, local_rank, store)
+    return _these
+
+
+def end_processes() -> None:
+    """Leaves the others in good order: all of them are done."""
+    global _these
+    if _these.several:
+        import torch.distributed as dist
+
+        _these.wait()
+        dist.destroy_process_group()
+        _these = ALONE
+
+
+def speaks() -> bool:
+    """Whether messages are this process's to give; also before the processes have been started."""
+    return (_these.rank if _these.several else _environment()[0]) == 0
+
+
+def first_to_fail() -> bool:
+    """Whether no other process has ended with an error before: what follows elsewhere follows from it."""
+    if not _these.several:
+        return speaks()
+    try:
+        return bool(_these.store.add(FAILED, 1) == 1)
+    except RuntimeError:  # whoever kept the store is gone
+        return _these.first
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether ``error`` says that another process is gone."""
+    if not _these.several:
+        return False
+    text = str(error).lower()
+    signs = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "timed out", "connection refused")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def _environment() -> tuple[int, int, int]:
+    """Rank, count and local rank: of torchrun and ``accelerate launch``, or of srun.
+
+    Raises:
+        InputError: half of it is missing.
+    """
+    given = os.environ
+    if "RANK" in given or int(given.get("WORLD_SIZE", "1")) > 1:
+        missing = [n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in given]
+        if missing and given.get("WORLD_SIZE") != "1":
+            raise InputError(f"{missing[0]}: not set; torchrun sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT")
+        rank, count = int(given.get("RANK", "0")), int(given["WORLD_SIZE"])
+        return rank, count, int(given.get("LOCAL_RANK", rank))
+    if "SLURM_STEP_ID" in given and int(given.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in given:
+        if given.get("SLURM_NNODES", "1") == "1":
+            given.setdefault("MASTER_ADDR", "127.0.0.1")
+        if "MASTER_ADDR" not in given:
+            raise InputError("MASTER_ADDR: not set; with srun on several machines it names the first one")
+        given.setdefault("MASTER_PORT", str(20000 + int(given.get("SLURM_JOB_ID", "0")) % 10000))
+        return int(given["SLURM_PROCID"]), int(given["SLURM_NTASKS"]), int(given.get("SLURM_LOCALID", "0"))
+    return 0, 1, 0
