@@ -40,6 +40,7 @@ from cascade_fast.runtime.console import Progress, format_count, say, working
 from cascade_fast.runtime.files import DamagedFile, write_json
 from cascade_fast.runtime.machine import describe_machine, package_versions
 from cascade_fast.runtime.metrics_log import MetricsLog
+from cascade_fast.runtime.processes import by_first, processes
 from cascade_fast.runtime.run_folder import RunFolder, write_results
 from cascade_fast.runtime.trackers import Trackers, check_trackers
 from cascade_fast.selection import EVERY_TOKEN, select_below, threshold_text
@@ -185,7 +186,7 @@ class CascadeRun:
         if accepted:
             self.stages.append(trained)
             self.evaluation = evaluation
-            trained.save(self.folder.stage(number))
+            by_first(trained.save)(self.folder.stage(number))
         self.records.append(record)
         self.log.write("stage", **{k: v for k, v in record.to_dict().items() if k != "epochs"})
         self.folder.write_stage_record(number, record, self.log.size())
@@ -399,7 +400,8 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     settings = with_layers(settings, base.config)
     tokenizer = base.tokenizer()
     check_prompts(settings, base, tokenizer)
-    with working("reading the text and making tokens of it"):
+    these = processes()
+    with working("reading the text and making tokens of it"), these.first_before_others():
         sequences = load_sequences(settings, tokenizer)
         sequences = dataclasses.replace(sequences, general=load_general(settings, tokenizer))
     settings = sequences.settle(settings)
@@ -414,6 +416,7 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     plan = None if folder.finished else plan_run(settings, base, sequences, compute, folder.path, folder.record.kv)
     if plan is not None:
         check_graphs(settings, compute, plan.memory.micro_batch_tokens)
+        plan = plan.of_first(these)
     with folder.open(kv=folder.record.kv if plan is None else plan.settings.kv):
         if plan is None or folder.finished:
             folder.check()
@@ -421,11 +424,13 @@ def run_cascade(settings: RunSettings) -> RunFolder:
             say(f"finished already: {folder.report}")
             return folder
         settings, log = plan.settings, folder.log
-        log.trackers = Trackers.start(settings.report_to, folder.path, settings.to_dict(), log.records())
+        if these.first:
+            log.trackers = Trackers.start(settings.report_to, folder.path, settings.to_dict(), log.records())
         say_start(settings, folder, base, sequences, compute)
         for line in plan.lines():
             say(line)
-        passed = base_pass(base, sequences, settings, base_needs(settings), compute, cache_folder(settings))
+        with these.first_before_others():
+            passed = base_pass(base, sequences, settings, base_needs(settings), compute, cache_folder(settings))
         say_base_pass(passed)
         passed = passed.to(compute.device, layers=settings.adapter != "none")  # once, for all stages
         micro, chats = plan.memory.micro_batch_tokens, sequences.chats
@@ -433,10 +438,11 @@ def run_cascade(settings: RunSettings) -> RunFolder:
         run.train()
         with working("measuring validation and test, and writing the report"):
             results, tokens = run.results(started, plan.memory), run.heat_map(sequences.splits["val"], tokenizer)
-            write_json(folder.config, finished_run_config(folder.record, results, base, run.stages))
-            write_heat_map(folder.path, tokens)
-            write_results(folder.path, results)
-            write_report(folder.path)
+            if these.first:
+                write_json(folder.config, finished_run_config(folder.record, results, base, run.stages))
+                write_heat_map(folder.path, tokens)
+                write_results(folder.path, results)
+                write_report(folder.path)
         log.write("end", **results.final.to_dict(), base_val_ppl=results.base.val_ppl)
         folder.clean()
         say_summary(results, folder)

@@ -28,13 +28,18 @@ def _train(settings: RunSettings) -> None:
     # Imported here: a mistake in the flags is answered before torch is loaded.
     from cascade_fast.cascade import run_cascade
     from cascade_fast.reporting.report import add_samples
-    from cascade_fast.runtime.console import quiet_libraries
+    from cascade_fast.runtime.console import console, quiet_libraries
+    from cascade_fast.runtime.processes import end_processes, start_processes
     from cascade_fast.training.messages import say_next
 
     quiet_libraries()
+    these = start_processes()
+    console.quiet = not these.first
     folder = run_cascade(settings).path
-    add_samples(folder, settings.device)
-    say_next(folder)
+    if these.first:
+        add_samples(folder, settings.device)
+        say_next(folder)
+    end_processes()
 
 
 if __name__ == "__main__":

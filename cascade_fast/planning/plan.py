@@ -20,6 +20,7 @@ from cascade_fast.planning.memory import GIB, PROCESS_BYTES, MemoryPlan, memory_
 from cascade_fast.planning.times import Time, base_pass_time, epoch_time
 from cascade_fast.runtime.compute import Compute, resident_bytes
 from cascade_fast.runtime.files import free_disk_bytes
+from cascade_fast.runtime.processes import Processes
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.kind import base_needs, with_layers
 
@@ -41,6 +42,15 @@ class RunPlan:
     base_pass: Time
     epoch: Time  # of stage 1, without validation
     kv_line: str | None
+
+    def of_first(self, these: Processes) -> "RunPlan":
+        """With what the first process has settled: memory and disk, which it goes by, are not the same everywhere."""
+        kv, store, micro = these.of_first([self.settings.kv, self.settings.store, self.memory.micro_batch_tokens])
+        return dataclasses.replace(
+            self,
+            settings=dataclasses.replace(self.settings, kv=kv, store=store),
+            memory=dataclasses.replace(self.memory, micro_batch_tokens=micro),
+        )
 
     @property
     def fits(self) -> bool:

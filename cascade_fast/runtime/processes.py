@@ -5,16 +5,18 @@ there is torch.distributed: NCCL for tensors on GPUs, gloo for tensors on the ho
 """
 
 import datetime
+import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec
 
 from cascade_fast.input_checks import InputError
 
 TIMEOUT = datetime.timedelta(hours=12)  # of a wait for others; one that has died is noticed at once
+P = ParamSpec("P")
 FAILED = "cascade_fast/failed"  # counts the processes that have ended with an error
 
 
@@ -164,6 +166,19 @@ def end_processes() -> None:
         _these.wait()
         dist.destroy_process_group()
         _these = ALONE
+
+
+def by_first(work: Callable[P, None]) -> Callable[P, None]:
+    """``work`` of the first process alone: once all have come to it, and before any goes on."""
+
+    @functools.wraps(work)
+    def called(*args: P.args, **kwargs: P.kwargs) -> None:
+        _these.wait()
+        if _these.first:
+            work(*args, **kwargs)
+        _these.wait()
+
+    return called
 
 
 def speaks() -> bool:

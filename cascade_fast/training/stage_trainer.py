@@ -113,6 +113,7 @@ class StageTrainer(Trainer):
         self.best_unsaved = True
 
     def load_best(self) -> None:
+        self.these.wait()  # for the first process, which has written them
         if self.history.best_epoch:
             release_memory()  # of the last steps
             self.module.load_state_dict(load_tensors(self._best(self.history.best_epoch))[0])
@@ -125,6 +126,8 @@ class StageTrainer(Trainer):
     def save_checkpoint(self) -> None:
         """All that training goes on from: module, optimizer, scaler, totals, and where it stands. Written in the
         background; ``state`` is plain values of this moment."""
+        if not self.these.first:
+            return
         optimizer, optimizer_values = optimizer_tensors(self.optimizer)
         tensors = {f"stage.{name}": t for name, t in self.module.state_dict().items()}
         tensors |= {f"optimizer.{name}": t for name, t in optimizer.items()}

@@ -1,0 +1,54 @@
+"""Data parallel training with torch's DistributedDataParallel: each process runs its part of a batch, and the gradient
+is that of the batch's mean over all its tokens, as one process has it.
+"""
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cascade_fast.runtime.processes import Processes
+
+
+def replica(module: nn.Module, these: Processes, without_gradient: Iterable[Tensor]) -> Any:
+    """What steps call in place of ``module``: with several processes its gradients are summed over them while the
+    backward pass runs.
+
+    Args:
+        without_gradient: parameters that no loss reaches; nobody waits for them.
+    """
+    if not these.several:
+        return module
+    asked = [p for p in without_gradient if p.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    made = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    for parameter in asked:
+        parameter.requires_grad_()
+    # A process's loss is its tokens' share of the mean: shares add up, whatever the number of tokens of each.
+    made.register_comm_hook(None, _sum)
+    return made
+
+
+def _sum(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def not_yet(module: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Around forward and backward of a part of a batch: gradients are summed over processes with the last one."""
+    if last or not isinstance(module, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return module.no_sync()
+
+
+def own_parts(picked: Tensor, most: int, these: Processes) -> tuple[Sequence[Tensor], bool]:
+    """This process's units of a batch's, ``most`` at a time; and whether they count. Where there are fewer units than
+    processes some run one that does not: all have to come to the sum."""
+    own = picked[these.part(len(picked))]
+    counts = len(own) > 0
+    return (own if counts else picked[:1]).split(most), counts
