@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cascade_fast.command_line import add_model_arguments, add_run_argument, run_command
+from cascade_fast.command_line import add_model_arguments, add_run_argument, run_command, together
 from cascade_fast.input_checks import InputError
 from cascade_fast.settings import LOSS_ON, READ
 
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake in what was asked for."""
     asked = build_parser().parse_args(argv)
-    return run_command(lambda: _run(asked), debug=asked.debug)
+    return run_command(lambda: _run(asked), debug=asked.debug, several=True)
 
 
 def _check(asked: argparse.Namespace) -> None:
@@ -72,6 +72,11 @@ def _check(asked: argparse.Namespace) -> None:
 
 def _run(asked: argparse.Namespace) -> int:
     _check(asked)
+    with together() as these:
+        return _evaluate(asked, writes=these.first)
+
+
+def _evaluate(asked: argparse.Namespace, *, writes: bool) -> int:
     from cascade_fast.model.evaluation_text import evaluation_text
     from cascade_fast.model.loading import load_model
     from cascade_fast.model.measuring import sweep_threshold
@@ -92,10 +97,11 @@ def _run(asked: argparse.Namespace) -> int:
     evaluation.say_tables(results)
     if asked.sweep_threshold is not None:
         results["sweep"] = sweep_threshold(model, sequences, points=asked.sweep_points, **how)
-        evaluation.write_sweep(Path(asked.sweep_threshold), results)
-    if asked.csv is not None:
+        if writes:
+            evaluation.write_sweep(Path(asked.sweep_threshold), results)
+    if asked.csv is not None and writes:
         evaluation.write_table(Path(asked.csv), results)
-    if asked.json is not None:
+    if asked.json is not None and writes:
         evaluation.write_results(Path(asked.json), results)
     return 0
 

@@ -205,6 +205,11 @@ def lost_another(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
+def started_count() -> int:
+    """How many processes the environment says have been started together."""
+    return _environment()[1]
+
+
 def _environment() -> tuple[int, int, int]:
     """Rank, count and local rank: of torchrun and ``accelerate launch``, or of srun.
 

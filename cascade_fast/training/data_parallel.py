@@ -23,12 +23,11 @@ def replica(module: nn.Module, these: Processes, without_gradient: Iterable[Tens
     """
     if not these.several:
         return module
-    asked = [p for p in without_gradient if p.requires_grad]
-    for parameter in asked:
-        parameter.requires_grad_(False)
-    made = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
-    for parameter in asked:
-        parameter.requires_grad_()
+    left_out = set(map(id, without_gradient))
+    ignored = [name for name, p in module.named_parameters() if id(p) in left_out or not p.requires_grad]
+    ignored += [name for name, _ in module.named_buffers()]  # the output head among them: all have read the same
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
+    made = DistributedDataParallel(module, gradient_as_bucket_view=True)
     # A process's loss is its tokens' share of the mean: shares add up, whatever the number of tokens of each.
     made.register_comm_hook(None, _sum)
     return made
