@@ -107,8 +107,9 @@ class CascadeRun:
             if number < settings.num_stages:
                 if not self.kind.attends:  # nobody reads the stores before these
                     train, val = [], []
-                train = [*train, self._near(self._advance(number, hard, "train"))]
-                val = [*val, self._near(self._advance(number, hard_val, "val"))]
+                with processes().first_before_others():
+                    train = [*train, self._near(self._advance(number, hard, "train"))]
+                    val = [*val, self._near(self._advance(number, hard_val, "val"))]
 
     def _tokens(self, stores: list[HiddenStore], index_K: Tensor) -> StageTokens:
         return self.kind.tokens(stores, index_K, self.recompute, easy_too=self.settings.easy_tokens == "forward")
@@ -395,12 +396,12 @@ def run_cascade(settings: RunSettings) -> RunFolder:
         keep_freed_memory()
     check_cache(settings)
     check_trackers(settings.report_to)
-    with working("finding the base and reading its weights, for its fingerprint"):
+    these = processes()
+    with working("finding the base and reading its weights, for its fingerprint"), these.first_before_others():
         base = find_base_for_stages(settings)
     settings = with_layers(settings, base.config)
     tokenizer = base.tokenizer()
     check_prompts(settings, base, tokenizer)
-    these = processes()
     with working("reading the text and making tokens of it"), these.first_before_others():
         sequences = load_sequences(settings, tokenizer)
         sequences = dataclasses.replace(sequences, general=load_general(settings, tokenizer))

@@ -65,8 +65,9 @@ def train_all(
         InputError: a base that cannot be had or copied, a device that is not there, or a folder that holds something
             else; before any training.
     """
-    for settings in {(c.stage_kind, c.layers_per_stage): c for _, c, _ in runs}.values():
-        find_base_for_stages(settings)
+    with processes().first_before_others():
+        for settings in {(c.stage_kind, c.layers_per_stage): c for _, c, _ in runs}.values():
+            find_base_for_stages(settings)
     computes = [Compute.choose(settings.device, settings.dtype) for _, settings, _ in runs]
     by_first(open_folder)(folder, command)
     these, rows = processes(), list[Row]()
