@@ -22,11 +22,18 @@ ADAPTER = {"adapter": "lora", "lora_rank": 4, "lora_alpha": 8.0}
 RUNS = {
     "append": {"preset": "warm", "num_stages": 2, "min_improvement": 0.0},
     "look": {"stage_kind": "second-look", "hard_ratio": 0.6, "accept": "always", "num_stages": 2},
-    "adapters": {"stage_kind": "second-look", **ADAPTER, "hard_ratio": 0.6, "easy_tokens": "forward", "num_stages": 1},
+    "adapters": {
+        "stage_kind": "second-look",
+        **ADAPTER,
+        "hard_ratio": 0.6,
+        "easy_tokens": "forward",
+        "num_stages": 1,
+        "accept": "always",
+    },
     "8 bit": {"num_stages": 1, "optimizer": "adamw8bit", "micro_batch_tokens": 24, "grad_clip": 0.5},
     "chats": {"num_stages": 1, "stage_kind": "second-look", **ADAPTER, "hard_ratio": 1.0},
 }
-SMALL = {"train_blocks": 30, "epochs": 1, "test_blocks": 8}
+SMALL = {"train_blocks": 30, "epochs": 1, "test_blocks": 8, "lr": 1e-3}
 
 
 @pytest.fixture(scope="module")
