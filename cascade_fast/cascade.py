@@ -60,6 +60,7 @@ from cascade_fast.stages.tokens import Recompute, StageTokens
 from cascade_fast.training.graphs import check_graphs
 from cascade_fast.training.messages import say_base_pass, say_stage, say_start, say_summary
 from cascade_fast.training.prompt_samples import PromptSamples, check_prompts
+from cascade_fast.training.sharding import check_sharding
 from cascade_fast.training.stage_trainer import StageTrainer
 from cascade_fast.training.trainer import NON_FINITE_LOSS, TIME_IS_UP, NonFiniteLoss, TrainingHistory
 
@@ -417,6 +418,7 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     plan = None if folder.finished else plan_run(settings, base, sequences, compute, folder.path, folder.record.kv)
     if plan is not None:
         check_graphs(settings, compute, plan.memory.micro_batch_tokens)
+        check_sharding(settings, these)
         plan = plan.of_first(these)
     with folder.open(kv=folder.record.kv if plan is None else plan.settings.kv):
         if plan is None or folder.finished:

@@ -16,6 +16,7 @@ from cascade_fast.runtime.processes import ALONE, Processes
 from cascade_fast.runtime.run_folder import read_results
 from cascade_fast.settings import make_settings
 from cascade_fast.training.data_parallel import own_parts
+from cascade_fast.training.sharding import check_sharding
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ADAPTER = {"adapter": "lora", "lora_rank": 4, "lora_alpha": 8.0}
@@ -31,6 +32,7 @@ RUNS = {
         "accept": "always",
     },
     "8 bit": {"num_stages": 1, "optimizer": "adamw8bit", "micro_batch_tokens": 24, "grad_clip": 0.5},
+    "sharded": {"stage_kind": "second-look", "accept": "always", "num_stages": 1, "shard": "fsdp"},
     "chats": {"num_stages": 1, "stage_kind": "second-look", **ADAPTER, "hard_ratio": 1.0},
 }
 SMALL = {"train_blocks": 30, "epochs": 1, "test_blocks": 8, "lr": 1e-3}
@@ -71,19 +73,26 @@ def trained(tiny_base, tiny_data, answers, tmp_path_factory, environment) -> dic
 
     folder = tmp_path_factory.mktemp("several")
 
-    def settings(name: str, where: str) -> dict:
+    def settings(name: str, where: str, **alone: str) -> dict:
         of_kind = {}
         if name == "chats":
             of_kind = dict.fromkeys(("train_blocks", "val_blocks", "test_blocks"))
             of_kind |= {"dataset": str(answers), "train_tokens": 900, "val_tokens": 200}
-        given = {**_settings(tiny_base, tiny_data), **SMALL, **RUNS[name], **of_kind, "out": str(folder / where / name)}
+        given = {
+            **_settings(tiny_base, tiny_data),
+            **SMALL,
+            **RUNS[name],
+            **of_kind,
+            **alone,
+            "out": str(folder / where / name),
+        }
         return {key: value for key, value in given.items() if value is not None}
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for name in RUNS:
-            run_cascade(make_settings(settings(name, "one")))
+            run_cascade(make_settings(settings(name, "one", shard="none")))
     finally:
         torch.set_num_threads(threads)
     runs = [settings(name, "two") for name in RUNS] + [settings("look", "again")]
@@ -125,7 +134,7 @@ def test_what_is_written_is_written_once(trained):
 
 
 def test_resumed_by_another_number_of_processes(tiny_settings, tmp_path, environment, monkeypatch):
-    """Two are interrupted, by a signal to one of them; one and three go on."""
+    """Two are interrupted, by a signal to one of them; one and three go on, the three with a stage spread over them."""
     import shutil
 
     import torch
@@ -138,9 +147,11 @@ def test_resumed_by_another_number_of_processes(tiny_settings, tmp_path, environ
     assert not (tmp_path / "stopped" / "results.json").exists()
     shutil.copytree(tmp_path / "stopped", tmp_path / "three")
     run_cascade(make_settings({**settings, "out": str(tmp_path / "stopped")}))
-    _together(3, [{**settings, "out": str(tmp_path / "three")}], tmp_path, environment)
+    spread = {**settings, "shard": "fsdp", "out": str(tmp_path / "three")}
+    _together(3, [spread, {**spread, "out": str(tmp_path / "spread"), "stop_at": 5}], tmp_path, environment)
+    run_cascade(make_settings({**settings, "out": str(tmp_path / "spread")}))
     whole = read_results(tmp_path / "whole").stages[0].epochs[0]
-    for name in ("stopped", "three"):
+    for name in ("stopped", "three", "spread"):
         (found,) = read_results(tmp_path / name).stages[0].epochs
         assert found.train_loss == pytest.approx(whole.train_loss, rel=1e-6)
         assert found.val_loss == pytest.approx(whole.val_loss, rel=1e-6)
@@ -183,6 +194,18 @@ def test_a_command_of_one_process_says_so(monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     assert generate.main(["run", "text"]) == 2
     assert "WORLD_SIZE: 2; this command runs in one process: start it without torchrun" in capsys.readouterr().err
+
+
+def test_what_cannot_be_spread_says_so(tiny_settings, tmp_path):
+    from cascade_fast.input_checks import InputError
+
+    with pytest.raises(InputError, match=r"shard: 'fsdp'; several processes are needed: start it with torchrun"):
+        run_cascade(make_settings({**tiny_settings, "shard": "fsdp", "out": str(tmp_path / "run")}))
+    assert not (tmp_path / "run").exists()
+    two = Processes(0, 2)
+    for wrong in ({"optimizer": "adamw8bit"}, {"stage_kind": "second-look", **ADAPTER}):
+        with pytest.raises(InputError, match=r"shard: .fsdp.; (optimizer|adapter)"):
+            check_sharding(make_settings({**tiny_settings, "shard": "fsdp", **wrong}), two)
 
 
 def test_parts_of_a_batch():

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cascade_fast.runtime.processes import Processes
+from cascade_fast.training.sharding import is_sharded
 
 
 def replica(module: nn.Module, these: Processes, without_gradient: Iterable[Tensor]) -> Any:
     """What steps call in place of ``module``: with several processes its gradients are summed over them while the
-    backward pass runs.
+    backward pass runs. One that is spread over them (see ``sharding.py``) does that by itself.
 
     Args:
         without_gradient: parameters that no loss reaches; nobody waits for them.
     """
-    if not these.several:
+    if not these.several or is_sharded(module):
         return module
     left_out = set(map(id, without_gradient))
     ignored = [name for name, p in module.named_parameters() if id(p) in left_out or not p.requires_grad]
@@ -40,9 +41,18 @@ def _sum(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor
 
 def not_yet(module: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
     """Around forward and backward of a part of a batch: gradients are summed over processes with the last one."""
-    if last or not isinstance(module, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return module.no_sync()
+    if is_sharded(module):
+        module.set_requires_gradient_sync(last)
+    return contextlib.nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync()
+
+
+def own_chunks(chunks: Sequence[Tensor], these: Processes, module: Any) -> list[tuple[Tensor, bool]]:
+    """This process's of ``chunks``, and whether they count. Where ``module`` is spread over the processes, all of them
+    run it as often as any: some once more, for nothing."""
+    own = [(chunk, True) for chunk in chunks[these.part(len(chunks))]]
+    if is_sharded(module):
+        own += [(chunks[0], False)] * (-(-len(chunks) // these.count) - len(own))
+    return own
 
 
 def own_parts(picked: Tensor, most: int, these: Processes) -> tuple[Sequence[Tensor], bool]:

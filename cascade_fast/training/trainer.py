@@ -29,11 +29,12 @@ from cascade_fast.runtime.processes import processes
 from cascade_fast.runtime.snapshots import SnapshotWriter
 from cascade_fast.settings import RunSettings
 from cascade_fast.training.batches import Batches
-from cascade_fast.training.data_parallel import not_yet, own_parts, replica
+from cascade_fast.training.data_parallel import not_yet, own_chunks, own_parts, replica
 from cascade_fast.training.graphs import StepGraphs
 from cascade_fast.training.half_weights import HalfWeights
 from cascade_fast.training.optimizers import build_optimizer, learning_rate, set_learning_rate
 from cascade_fast.training.scaler import FoldingScaler
+from cascade_fast.training.sharding import total_norm
 
 EVAL_TOKENS = 2048  # tokens of a forward pass without gradients
 LOG_STEPS = 50  # steps between looks at the loss, a line of the log each
@@ -114,12 +115,15 @@ def epoch_order(n: int, *, seed: int, stage: int, epoch: int) -> Tensor:
 @torch.inference_mode()
 def validation_loss(module: Any, tokens: Batches, compute: Compute) -> float:
     """Mean cross-entropy over ``tokens``, in nats. ``module``: see :class:`Trainer`."""
-    these, chunks = processes(), tokens.chunks(EVAL_TOKENS)
+    these = processes()
+    own = own_chunks(tokens.chunks(EVAL_TOKENS), these, module)
     total = torch.zeros((), dtype=torch.float64, device=compute.device)
-    for inputs, label_M in tokens.batches(chunks[these.part(len(chunks))], compute.device):
+    batches = tokens.batches([chunk for chunk, _ in own], compute.device)
+    for (inputs, label_M), (_, counts) in zip(batches, own, strict=True):
         with compute.autocast():
             _, normed_MD = module(inputs)
-        total += token_losses(normed_MD, module.head, label_M, dtype=compute.dtype)[0].double().sum()
+        if counts:
+            total += token_losses(normed_MD, module.head, label_M, dtype=compute.dtype)[0].double().sum()
     return these.sum_(total).item() / len(tokens)
 
 
@@ -163,7 +167,7 @@ class Trainer:
         self.scaler = FoldingScaler(self.device.type, enabled=compute.dtype == torch.float16)
         # On the CPU, clipped gradients are multiplied, not divided: runs keep their bits.
         folds = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        self.folds = self.device.type != "cpu" and folds
+        self.folds = self.device.type != "cpu" and folds and settings.shard == "none"
         self.batch_units = train.units_of(settings.batch_tokens)
         self.micro_batch_units = train.units_of(micro_batch_tokens or settings.batch_tokens)
         self.steps_per_epoch = math.ceil(train.units / self.batch_units)
@@ -345,7 +349,7 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         if self.settings.grad_clip > 0 or self.scaler.is_enabled():
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = total_norm(gradients)
             if self.settings.grad_clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.grad_clip, norm)
         self.scaler.step(self.optimizer)  # float16 only: leaves a step with an infinite gradient out
