@@ -317,7 +317,10 @@ def store_of_all(
     if these.first:
         shards.await_others()
         if missing := shards.missing():
-            raise InputError(f"{str(folder)!r}: must be one folder to all processes; {missing[0] - 1} writes elsewhere")
+            raise InputError(
+                f"{str(folder)!r}: must be on a file system that all processes of the run see, and what process "
+                f"{missing[0] - 1} has written is not there"
+            )
         shards.join(meta)
     these.wait()
     return HiddenStore.open(folder, check=False)
