@@ -8,15 +8,17 @@ import dataclasses
 import functools
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from cascade_fast.base.base_pass import BasePass, base_pass
 from cascade_fast.base.general_text import load_general
-from cascade_fast.base.hidden_store import HiddenStore, StoreError
+from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.model import BaseModel, cache_folder, check_cache
 from cascade_fast.base.sequences import Sequences
+from cascade_fast.base.shards import store_of_all
 from cascade_fast.base.texts import load_sequences
 from cascade_fast.criteria import get_criterion
 from cascade_fast.model.configuration import finished_run_config
@@ -108,9 +110,8 @@ class CascadeRun:
             if number < settings.num_stages:
                 if not self.kind.attends:  # nobody reads the stores before these
                     train, val = [], []
-                with processes().first_before_others():
-                    train = [*train, self._near(self._advance(number, hard, "train"))]
-                    val = [*val, self._near(self._advance(number, hard_val, "val"))]
+                train = [*train, self._near(self._advance(number, hard, "train"))]
+                val = [*val, self._near(self._advance(number, hard_val, "val"))]
 
     def _tokens(self, stores: list[HiddenStore], index_K: Tensor) -> StageTokens:
         return self.kind.tokens(stores, index_K, self.recompute, easy_too=self.settings.easy_tokens == "forward")
@@ -288,26 +289,21 @@ class CascadeRun:
 
     def _advance(self, number: int, hard: StageTokens, split: str) -> HiddenStore:
         """The hard tokens after stage ``number``: the store of the next stage. Order, positions, labels are kept."""
-        folder, source = self.folder.hidden(number, split), hard.store
-        try:
-            return HiddenStore.open(folder)
-        except StoreError:
-            pass  # not there yet, half-written by a run that was killed, or damaged: made anew, the same bits
+        source, parts = hard.store, hard.chunks(TOKENS_AT_ONCE)
+        rows, dtype = [hard.count(picked) for picked in parts], source.handed_on_dtype
+        how: dict[str, Any] = {"with_loss": True, "kv_shape": self.stages[-1].stage.config.kv_shape}
+
+        def create(folder: Path, rows: int, meta: dict[str, Any]) -> HiddenStore:
+            return HiddenStore.create(folder, rows, source.hidden.shape[1], dtype, meta=meta, **how)
+
+        def fill(store: HiddenStore, part: slice) -> None:
+            with Progress(f"{split} tokens through stage {number}", sum(rows[part])) as progress:
+                for picked in parts[part]:
+                    store.append(advance(self.stages[-1].stage, hard, picked, **self._how))
+                    progress.advance(hard.count(picked))
+
         meta = {**source.meta, "stage": number, "split": split}
-        store = HiddenStore.create(
-            folder,
-            len(hard),
-            source.hidden.shape[1],
-            source.handed_on_dtype,
-            with_loss=True,
-            meta=meta,
-            kv_shape=self.stages[-1].stage.config.kv_shape,
-        )
-        with Progress(f"{split} tokens through stage {number}", len(hard)) as progress:
-            for picked in hard.chunks(TOKENS_AT_ONCE):
-                store.append(advance(self.stages[-1].stage, hard, picked, **self._how))
-                progress.advance(hard.count(picked))
-        return store.finish()
+        return store_of_all(self.folder.hidden(number, split), rows, meta, create, fill)
 
     # --- results -----------------------------------------------------------------------------------------------------
 
@@ -432,8 +428,7 @@ def run_cascade(settings: RunSettings) -> RunFolder:
         say_start(settings, folder, base, sequences, compute)
         for line in plan.lines():
             say(line)
-        with these.first_before_others():
-            passed = base_pass(base, sequences, settings, base_needs(settings), compute, cache_folder(settings))
+        passed = base_pass(base, sequences, settings, base_needs(settings), compute, cache_folder(settings))
         say_base_pass(passed)
         passed = passed.to(compute.device, layers=settings.adapter != "none")  # once, for all stages
         micro, chats = plan.memory.micro_batch_tokens, sequences.chats
