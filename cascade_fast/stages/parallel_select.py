@@ -16,6 +16,7 @@ Shape legend: N rows, J of them with a label, M of these in a piece, K hard.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from cascade_fast.base.sequences import NO_LABEL
 from cascade_fast.runtime.processes import Processes
 from cascade_fast.selection import Selection, check_finite, hard_count, quantile_threshold
 
-PIECE_ROWS = 2**18  # a MiB of keys, and a few more of what is made of them
+PIECE_ROWS = 2**17  # half a MiB of keys, and a few times that of what is made of them
 BINS = 256
 SHIFTS = (24, 16, 8, 0)
 LARGEST = 2**31 - 1  # no finite score's key
@@ -42,14 +43,14 @@ class Piece:
 
     def key_M(self) -> Tensor:
         """(M,) int32, in the order of the scores; -0.0 has the key of 0.0."""
-        bits_M = self.score_M.view(torch.int32)
-        key_M = bits_M ^ ((bits_M >> 31) & LARGEST)
-        return key_M.add_(key_M == -1)  # -0.0
+        bits_M = self.score_M.view(torch.int32)  # sign and magnitude
+        sign_M = bits_M >> 31  # 0 or -1
+        return (bits_M & LARGEST).bitwise_xor_(sign_M).sub_(sign_M)
 
     def rows(self, is_in_M: Tensor) -> Tensor:
         """(...) int64, ascending: the rows of the tokens that ``is_in_M`` (M,) bool picks."""
-        place = is_in_M.nonzero().squeeze(1)
-        return self.first_row + (place if self.place_M is None else self.place_M[place])
+        place = _places(is_in_M)
+        return (place if self.place_M is None else self.place_M[place]) + self.first_row
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ def tally(part: Iterable[Piece]) -> Tensor:
     """(2,) int64: how many tokens, and how many of their scores are not finite."""
     counts_2 = torch.zeros(2, dtype=torch.int64)
     for piece in part:
-        counts_2 += torch.tensor([len(piece.score_M), int((~piece.score_M.isfinite()).sum())])
+        counts_2[0] += len(piece.score_M)
+        if len(piece.score_M) and not (piece.score_M.min() + piece.score_M.max()).isfinite():
+            counts_2[1] += (~piece.score_M.isfinite()).sum()
     return counts_2
 
 
@@ -88,8 +91,8 @@ def histogram(part: Iterable[Piece], level: int, key: int) -> Tensor:
     for piece in part:
         key_M = piece.key_M()
         if level > 0:
-            key_M = key_M[(key_M ^ key) >> (shift + 8) == 0]
-        byte_M = (key_M >> shift) & 255
+            key_M = key_M[_places((key_M ^ key).bitwise_right_shift_(shift + 8) == 0)]
+        byte_M = (key_M >> shift).bitwise_and_(255)
         counts += torch.bincount(byte_M ^ 128 if level == 0 else byte_M, minlength=BINS)  # negative keys come first
     return counts
 
@@ -117,7 +120,7 @@ def least_above(part: Iterable[Piece], key: int) -> int:
     least = LARGEST
     for piece in part:
         key_M = piece.key_M()
-        above = key_M[key_M > key]
+        above = key_M[_places(key_M > key)]
         if len(above):
             least = min(least, int(above.min()))
     return least
@@ -128,15 +131,22 @@ def hard_rows(part: Iterable[Piece], cut: Cut, ties: int) -> Iterator[Tensor]:
     for piece in part:
         key_M = piece.key_M()
         is_hard_M = key_M < cut.key
-        tied = (key_M == cut.key).nonzero().squeeze(1)[:ties]
-        is_hard_M[tied] = True
-        ties -= len(tied)
+        if ties > 0:
+            tied = _places(key_M == cut.key)[:ties]
+            is_hard_M[tied] = True
+            ties -= len(tied)
         yield piece.rows(is_hard_M)
+
+
+def _places(is_in_M: Tensor) -> Tensor:
+    """As ``nonzero``, which is several times faster in numpy."""
+    return torch.from_numpy(np.flatnonzero(is_in_M.numpy()))
 
 
 def score_of(key: int) -> float:
     """The score with that key."""
-    return torch.tensor(key if key >= 0 else key ^ LARGEST, dtype=torch.int32).view(torch.float32).item()
+    magnitude = torch.tensor(abs(key), dtype=torch.int32).view(torch.float32).item()
+    return magnitude if key >= 0 else -magnitude
 
 
 def select_hardest_in_parts(
