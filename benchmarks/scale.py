@@ -5,15 +5,14 @@ normal distribution, rounded, so that many are equal), and select the hardest to
 a piece at a time, and writes the rows of its own hard tokens to a file, as int64: no process ever holds all of either.
 The processes exchange counts, by torch.distributed over gloo.
 
-Printed and recorded are the seconds of both parts, the slowest process's, and *peak growth*: the highest resident set of
-a process, with the pages of the shard that it has mapped, over its resident set before it began to select. It must not
-grow with ``--tokens``.
+Printed and recorded are the seconds of both parts, the slowest process's, and *peak growth*: the highest resident set
+of a process, with the pages of the shard that it has mapped, over its resident set before it began to select. It must
+not grow with ``--tokens``.
 With ``--check`` one process selects from all scores at once, and the files must say the same.
 """
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.several import mapped_scores, start
-from cascade_fast.runtime.compute import resident_bytes
+from cascade_fast.runtime.compute import peak_rss_bytes, resident_bytes
 from cascade_fast.runtime.processes import Processes, end_processes, start_processes
 from cascade_fast.selection import hard_count, select_hardest
 from cascade_fast.stages.parallel_select import (
@@ -41,11 +40,6 @@ from cascade_fast.stages.parallel_select import (
 
 SHARD = 2**24  # scores in a file: 64 MiB
 AT_ONCE = 2**20  # made at once
-
-
-def peak_bytes() -> int:
-    """The most that this process has had in memory."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Part:
@@ -113,7 +107,7 @@ def work(folder: Path, tokens: int, hard_ratio: float) -> None:
     these.wait()
     before, started = resident_bytes(), time.perf_counter_ns()
     selected = part.select(hard_ratio, tokens)
-    taken, growth = time.perf_counter_ns() - started, peak_bytes() - before
+    taken, growth = time.perf_counter_ns() - started, peak_rss_bytes() - before
     write_ns, select_ns = these.largest([written, taken])
     each = these.rows(torch.tensor([[before, growth]])).tolist()
     if these.first:
