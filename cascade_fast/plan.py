@@ -30,8 +30,10 @@ def plan_parser() -> argparse.ArgumentParser:
         ("--tflops", "peak TFLOP/s in the compute dtype, without sparsity; beside --device: as above"),
         ("--gbs", "memory bandwidth in GB/s; beside --device: as above"),
         ("--ram-gib", "host RAM beside the GPU in GiB, instead of what is assumed"),
+        ("--link-gbs", "bandwidth between GPUs in GB/s, one way, instead of what is assumed"),
     ):
         machine.add_argument(flag, type=float, metavar="X", default=argparse.SUPPRESS, help=text)
+    machine.add_argument("--gpus", type=int, metavar="N", default=1, help="how many GPUs share the run (default: 1)")
     machine.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON instead of tables")
     return parser
 
@@ -39,18 +41,21 @@ def plan_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 it fits, 1 it does not, 2 a mistake in the settings."""
     given = vars(plan_parser().parse_args(argv))
-    machine = {name: given.pop(name, None) for name in ("memory_gib", "tflops", "gbs", "ram_gib")}
+    machine = {name: given.pop(name, None) for name in ("memory_gib", "tflops", "gbs", "ram_gib", "link_gbs")}
+    gpus = given.pop("gpus")
     debug, as_json, settings_file = given.pop("debug", False), given.pop("json", False), given.pop("config", None)
 
     def work() -> int:
         settings = make_settings(given, settings_file)
-        _check(settings, machine)
-        return _print_plan(settings, machine, as_json)
+        _check(settings, machine, gpus)
+        return _print_plan(settings, machine, gpus, as_json)
 
     return run_command(work, debug=debug)
 
 
-def _check(settings: RunSettings, machine: dict[str, float | None]) -> None:
+def _check(settings: RunSettings, machine: dict[str, float | None], gpus: int) -> None:
+    if gpus < 1:
+        raise InputError(f"gpus: {gpus}; must be at least 1")
     for name, value in machine.items():
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"{name}: {value}; must be above 0, and finite")
@@ -59,7 +64,7 @@ def _check(settings: RunSettings, machine: dict[str, float | None]) -> None:
             raise InputError(f"{split}_{settings.unit}: all; a plan does not read the text: must be a number")
 
 
-def _print_plan(settings: RunSettings, machine: dict[str, float | None], as_json: bool) -> int:
+def _print_plan(settings: RunSettings, machine: dict[str, float | None], gpus: int, as_json: bool) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from cascade_fast.base.model import cache_folder
     from cascade_fast.planning.devices import find_device
@@ -69,8 +74,10 @@ def _print_plan(settings: RunSettings, machine: dict[str, float | None], as_json
 
     base_config = base_configuration(settings.base)
     device = find_device(settings.device, settings.dtype, **machine)
+    if device.on_cpu and gpus > 1:
+        raise InputError(f"gpus: {gpus}; must be 1 with device {settings.device}, which is a CPU here")
     disk_bytes = free_disk_bytes(cache_folder(settings)) if device.here else math.inf
-    plan = make_plan(settings, base_config, device, disk_bytes)
+    plan = make_plan(settings, base_config, device, disk_bytes, gpus=gpus)
     print(json.dumps(plan_record(plan)) if as_json else plan_text(plan))
     return 0 if plan.fits else 1
 

@@ -357,6 +357,9 @@ def test_the_command_reads_a_folder_s_config_and_prints_json(tmp_path, capsys):
         (["--memory-gib", "24"], "tflops, gbs: not given; without a device, a GPU needs memory_gib, tflops and gbs"),
         (["--gbs", "900", "--memory-gib", "24"], "tflops: not given; without a device"),
         (["--ram-gib", "0"], "ram_gib: 0.0; must be above 0"),
+        (["--link-gbs", "0"], "link_gbs: 0.0; must be above 0"),
+        (["--gpus", "0"], "gpus: 0; must be at least 1"),
+        (["--gpus", "2", "--device", "cpu", "--tflops", "1", "--gbs", "1"], "gpus: 2; must be 1 with device cpu"),
     ],
 )
 def test_mistakes_are_named(arguments, said, capsys):

@@ -97,6 +97,12 @@ def optimizer_bytes(shape: Shape, optimizer: str) -> float:
     return 8 * small + (trained - small) * (2 + 8 / 256)
 
 
+def gradient_bytes(settings: RunSettings, shape: Shape, width: int, micro: int, *, on_cpu: bool) -> float:
+    """Of a stage: float32, but of 16-bit copies of weights 16 bit."""
+    halves = has_half_weights(settings, shape, width, micro, on_cpu=on_cpu)
+    return 4.0 * shape.counts.trained() - ((4.0 - width) * shape.counts.trained_matrices() if halves else 0.0)
+
+
 def has_half_weights(settings: RunSettings, shape: Shape, width: int, micro: int, *, on_cpu: bool) -> bool:
     """Whether linear layers multiply with 16-bit copies of their weights: see training/half_weights.py. ``micro``:
     tokens of a forward and backward pass."""

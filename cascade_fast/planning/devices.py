@@ -17,6 +17,7 @@ from cascade_fast.input_checks import InputError
 from cascade_fast.planning.memory import GIB
 from cascade_fast.runtime.compute import Compute, dtype_name, ram_bytes, wait_for
 
+GPUS_A_MACHINE = 8
 PROBE_SECONDS = 0.2
 PROBE_QUEUE = 20  # calls that a GPU is given before the host waits for it
 
@@ -26,7 +27,8 @@ class Device:
     """What a run computes on, and in which dtype.
 
     ``flops``: dtype name -> peak FLOP/s; ``bytes_per_second``: peak bandwidth of its memory; ``*_fraction``: what of a
-    peak is assumed.
+    peak is assumed; ``link_bytes_per_second``: peak between the GPUs of a machine, one way; ``network_...``: between
+    machines.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Device:
     launch_seconds: float
     dtype: torch.dtype  # of matrix products
     fused_attention: bool = True
+    link_bytes_per_second: float = 16e9  # PCIe of the third generation, 16 lanes
+    network_bytes_per_second: float = 12.5e9  # 100 Gbit/s
     here: bool = False  # this machine's own
     ram_assumed: bool = False  # neither read nor given
 
@@ -53,8 +57,24 @@ class Device:
         """Bytes per second of its memory that a run is assumed to reach."""
         return self.bytes_per_second * self.bandwidth_fraction
 
+    def link(self, gpus: int) -> float:
+        """Bytes per second that a ring of so many GPUs is assumed to reach: its slowest link's."""
+        among = self.link_bytes_per_second
+        slowest = among if gpus <= GPUS_A_MACHINE else min(among, self.network_bytes_per_second)
+        return slowest * self.bandwidth_fraction
 
-def _gpu(name: str, memory: float, ram: float, half: float, single: float, bandwidth: float, capability: int) -> Device:
+
+def _gpu(
+    name: str,
+    memory: float,
+    ram: float,
+    half: float,
+    single: float,
+    bandwidth: float,
+    capability: int,
+    link: float,
+    network: float = 12.5e9,
+) -> Device:
     bfloat16 = half if capability >= 80 else single  # emulated below sm_80
     return Device(
         name,
@@ -69,6 +89,8 @@ def _gpu(name: str, memory: float, ram: float, half: float, single: float, bandw
         launch_seconds=10e-6,  # eager PyTorch on a cloud host's CPU: 5 to 10 us a kernel
         dtype=torch.bfloat16 if capability >= 80 else torch.float16,
         fused_attention=capability >= 80,
+        link_bytes_per_second=link,
+        network_bytes_per_second=network,
         ram_assumed=True,
     )
 
@@ -82,14 +104,17 @@ def _gpu(name: str, memory: float, ram: float, half: float, single: float, bandw
 # Memory: the total that torch reports (14.56 GiB of a T4's 16 GB; GeForce: under Linux with a recent driver).
 # Host RAM: Google Colab's machines for t4, l4, a100. Beside a V100 AWS p3.2xlarge's 61 GiB; beside an H100 or a GeForce
 # a guess.
+# Links, one way, half of what the data sheets add up: T4 "x16 PCIe Gen3, 32 GB/s"; L4 "PCIe Gen4 x16, 64 GB/s", which
+# the GeForces have, too; V100 SXM2 "NVLink 300 GB/s"; A100 "NVLink 600 GB/s"; H100 SXM "NVLink 900 GB/s". Networks of a
+# machine: AWS p4d (A100) "400 Gbps", p5 (H100) "3200 Gbps"; else 100 Gbit/s, assumed.
 DEVICES = {
-    "t4": _gpu("Tesla T4", 14.56, 12.7, 65e12, 8.1e12, 320e9, 75),
-    "l4": _gpu("L4", 22.16, 53.0, 121e12, 30.3e12, 300e9, 89),
-    "a100": _gpu("A100 40GB", 39.56, 83.5, 312e12, 19.5e12, 1555e9, 80),
-    "v100": _gpu("Tesla V100 SXM2 16GB", 15.77, 61.0, 125e12, 15.7e12, 900e9, 70),
-    "h100": _gpu("H100 SXM 80GB", 79.1, 200.0, 989.4e12, 66.9e12, 3350e9, 90),
-    "rtx3090": _gpu("GeForce RTX 3090", 23.57, 32.0, 71e12, 35.6e12, 936e9, 86),
-    "rtx4090": _gpu("GeForce RTX 4090", 23.52, 32.0, 165.2e12, 82.6e12, 1008e9, 89),
+    "t4": _gpu("Tesla T4", 14.56, 12.7, 65e12, 8.1e12, 320e9, 75, 16e9),
+    "l4": _gpu("L4", 22.16, 53.0, 121e12, 30.3e12, 300e9, 89, 32e9),
+    "a100": _gpu("A100 40GB", 39.56, 83.5, 312e12, 19.5e12, 1555e9, 80, 300e9, 50e9),
+    "v100": _gpu("Tesla V100 SXM2 16GB", 15.77, 61.0, 125e12, 15.7e12, 900e9, 70, 150e9),
+    "h100": _gpu("H100 SXM 80GB", 79.1, 200.0, 989.4e12, 66.9e12, 3350e9, 90, 450e9, 400e9),
+    "rtx3090": _gpu("GeForce RTX 3090", 23.57, 32.0, 71e12, 35.6e12, 936e9, 86, 32e9),
+    "rtx4090": _gpu("GeForce RTX 4090", 23.52, 32.0, 165.2e12, 82.6e12, 1008e9, 89, 32e9),
 }
 ASSUMED_RAM_GIB = 32.0  # beside a GPU given by its numbers
 
@@ -102,6 +127,7 @@ def find_device(
     tflops: float | None = None,
     gbs: float | None = None,
     ram_gib: float | None = None,
+    link_gbs: float | None = None,
 ) -> Device:
     """The device of a plan: one of the table by name, this machine's (``cpu``, ``cuda``, ``auto``), or with ``auto``
     and the three numbers a GPU that has them (compute capability 8.0 or more: bfloat16).
@@ -111,6 +137,7 @@ def find_device(
         memory_gib, tflops, gbs: memory in GiB, peak TFLOP/s of the compute dtype and bandwidth in GB/s: of the GPU, or
             instead of the table's or this machine's probed ones.
         ram_gib: host RAM in GiB, instead of the table's, the assumed or this machine's.
+        link_gbs: bandwidth between GPUs in GB/s, one way, whatever their number; likewise.
 
     Raises:
         InputError: no such device, or some of the three numbers and no device that they belong to.
@@ -124,7 +151,7 @@ def find_device(
                 f"one number only, name the device: cpu, cuda, {', '.join(DEVICES)})"
             )
         name = f"a GPU with {memory_gib:g} GiB, {tflops:g} TFLOP/s, {gbs:g} GB/s"
-        device = _gpu(name, 0.0, ASSUMED_RAM_GIB, 0.0, 0.0, 0.0, 80)  # its numbers follow
+        device = _gpu(name, 0.0, ASSUMED_RAM_GIB, 0.0, 0.0, 0.0, 80, 32e9)  # its numbers follow
     elif asked in DEVICES:
         device = DEVICES[asked]
     else:
@@ -140,6 +167,8 @@ def find_device(
         changes["bytes_per_second"] = gbs * 1e9
     if memory_gib is not None:
         changes["memory_bytes"] = memory_gib * GIB
+    if link_gbs is not None:
+        changes |= dict.fromkeys(("link_bytes_per_second", "network_bytes_per_second"), link_gbs * 1e9)
     if ram_gib is not None:
         changes |= {"ram_bytes": ram_gib * GIB, "ram_assumed": False}
     return dataclasses.replace(device, **changes)

@@ -23,6 +23,7 @@ from cascade_fast.losses import SPARE, chunk_tokens
 from cascade_fast.planning.counts import (
     Shape,
     base_weight_bytes,
+    gradient_bytes,
     has_half_weights,
     kept_layer_bytes,
     optimizer_bytes,
@@ -206,7 +207,7 @@ def _base_phase(settings: RunSettings, shape: Shape, width: int, fused_attention
 
 
 def _training_phase(settings: RunSettings, shape: Shape, width: int, micro: int, on_cpu: bool) -> Phase:
-    s, trained = shape.stage, shape.counts.trained()
+    s = shape.stage
     phase = Phase("training", on_cpu, {"stage weights (float32)": 4.0 * shape.counts.parameters()})
     if on_cpu and settings.num_stages > 1:  # beside a GPU they wait in the host's memory
         phase.lasting["earlier stages (float32)"] = _earlier_stage_bytes(settings, shape)
@@ -214,14 +215,14 @@ def _training_phase(settings: RunSettings, shape: Shape, width: int, micro: int,
         phase.lasting[f"optimizer state ({settings.optimizer})"] = optimizer_bytes(shape, settings.optimizer)
     if not on_cpu:
         phase.lasting |= _read_by_gpu(settings, shape, width, micro)
-    gradients, own_head = 4.0 * trained, 4.0 * shape.counts.head if s.head == "own" else 0.0
+    gradients = gradient_bytes(settings, shape, width, micro, on_cpu=on_cpu)
+    own_head = 4.0 * shape.counts.head if s.head == "own" else 0.0
     activations: float = micro * (
         s.layers * saved_activation_bytes(shape, width, on_cpu=on_cpu) + 4 * 4 * s.hidden_size
     )
     casts = _cast_bytes(shape, width)  # kept for the backward pass
     if has_half_weights(settings, shape, width, micro, on_cpu=on_cpu):
         phase.lasting["weights in the compute dtype"] = casts
-        gradients -= (4.0 - width) * shape.counts.trained_matrices()
         casts = 0.0
     logits = _logit_bytes(shape, width, on_cpu=on_cpu)
     activations += shape.memory(settings, width).training_bytes(micro, on_cpu)
@@ -359,6 +360,15 @@ def _read_by_gpu(settings: RunSettings, shape: Shape, width: int, micro: int) ->
         most = max(most, later + (live if attends else val * size * stored))
     lists = train * (settings.hard_ratio * LIST_BYTES + (8 if attends else 0))
     return {STORES_ON_GPU: most + lists}
+
+
+def read_bytes(settings: RunSettings, shape: Shape, width: int) -> float:
+    """Of the base's stores that an epoch of stage 1 reads: its hard tokens; where they attend, the keys and values of
+    all tokens, too."""
+    tokens, stored = settings.expected_tokens("train"), _number_bytes(settings)
+    kept = shape.memory(settings, width).kv_numbers if shape.needs.keys_and_values else 0
+    hard = hard_count(settings.hard_ratio, tokens) * (shape.stage.hidden_size * stored + TOKEN_BYTES)
+    return hard + tokens * kept * stored
 
 
 def _number_bytes(settings: RunSettings) -> int:

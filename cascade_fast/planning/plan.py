@@ -17,6 +17,7 @@ from cascade_fast.planning.devices import Device, this_machine
 from cascade_fast.planning.disk import check_disk
 from cascade_fast.planning.kv import choose_kv, kv_disk_bytes, kv_seconds
 from cascade_fast.planning.memory import GIB, PROCESS_BYTES, MemoryPlan, memory_plan
+from cascade_fast.planning.several import Several, plan_several, share_of_batch, share_of_text
 from cascade_fast.planning.times import Time, base_pass_time, epoch_time
 from cascade_fast.runtime.compute import Compute, resident_bytes
 from cascade_fast.runtime.files import free_disk_bytes
@@ -29,7 +30,7 @@ PCIE_BYTES_PER_SECOND = 12e9  # third generation, 16 lanes, as copies reach
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run with ``settings`` takes on ``device``.
+    """What a run with ``settings`` takes on ``device``; of several, on each: its memory, and its share of the time.
 
     ``settings.kv`` is settled where a stage asks; ``kv_line`` says why, None where it was not ``auto``. So is
     ``settings.store`` beside a GPU.
@@ -42,6 +43,11 @@ class RunPlan:
     base_pass: Time
     epoch: Time  # of stage 1, without validation
     kv_line: str | None
+    several: Several | None = None  # more than one GPU
+
+    @property
+    def gpus(self) -> int:
+        return 1 if self.several is None else self.several.gpus
 
     def of_first(self, these: Processes) -> "RunPlan":
         """With what the first process has settled: memory and disk, which it goes by, are not the same everywhere."""
@@ -75,7 +81,7 @@ class RunPlan:
 
     def lines(self) -> list[str]:
         """What the trainer says of it."""
-        batch, micro = self.settings.batch_tokens, self.memory.micro_batch_tokens
+        batch, micro = share_of_batch(self.settings, self.gpus).batch_tokens, self.memory.micro_batch_tokens
         lines = [
             self.peak_line,
             f"base pass {_about(self.base_pass)}; an epoch of stage 1 {_about(self.epoch)}",
@@ -87,19 +93,25 @@ class RunPlan:
 
 
 def make_plan(
-    settings: RunSettings, base_config: Any, device: Device, disk_bytes: float = math.inf, labelled_share: float = 1.0
+    settings: RunSettings,
+    base_config: Any,
+    device: Device,
+    disk_bytes: float = math.inf,
+    labelled_share: float = 1.0,
+    gpus: int = 1,
 ) -> RunPlan:
     """The plan of a run on a base with transformers' configuration ``base_config``.
 
     Args:
         disk_bytes: free for the base pass; decides about ``kv: auto``.
         labelled_share: of the training tokens; where it is 1, so it is of the others.
+        gpus: how many such devices share the text and every batch; any token may come to any of them.
     """
     settings, kv_line = _settle_kv(with_layers(settings, base_config), base_config, device, disk_bytes, labelled_share)
 
     def planned(store: str) -> MemoryPlan:
         return memory_plan(
-            dataclasses.replace(settings, store=store),
+            dataclasses.replace(share_of_batch(settings, gpus), store=store),
             base_config,
             dtype=device.dtype,
             on_cpu=device.on_cpu,
@@ -115,15 +127,14 @@ def make_plan(
         fits = on_gpu.fits(device.memory_bytes, device.ram_bytes)
         chosen = "device" if fits and on_gpu.micro_batch_tokens == memory.micro_batch_tokens else "host"
         memory, settings = on_gpu if chosen == "device" else memory, dataclasses.replace(settings, store=chosen)
-    return RunPlan(
-        settings,
-        base_config,
-        device,
-        memory,
-        base_pass_time(settings, base_config, device, labelled_share),
-        epoch_time(settings, base_config, device, memory.micro_batch_tokens, labelled_share),
-        kv_line,
-    )
+    share = share_of_text(share_of_batch(settings, gpus), gpus)
+    epoch = epoch_time(share, base_config, device, memory.micro_batch_tokens, labelled_share)
+    several = None
+    if gpus > 1:
+        several = plan_several(settings, base_config, device, memory, gpus, labelled_share)
+        epoch = dataclasses.replace(epoch, all_reduces=several.steps * several.all_reduce_seconds)
+    base_pass = base_pass_time(share, base_config, device, labelled_share)
+    return RunPlan(settings, base_config, device, memory, base_pass, epoch, kv_line, several)
 
 
 def plan_run(

@@ -5,6 +5,7 @@ from typing import Any
 from cascade_fast.planning.counts import Shape
 from cascade_fast.planning.memory import CONTEXT_BYTES, MemoryPlan, largest_batch_tokens
 from cascade_fast.planning.plan import RunPlan, gib
+from cascade_fast.planning.several import share_of_batch
 from cascade_fast.runtime.compute import dtype_name
 from cascade_fast.runtime.visible import visible
 
@@ -24,22 +25,37 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "store": None if plan.device.on_cpu else plan.settings.store,
         "store_on_gpu_bytes": round(plan.memory.store_on_gpu),
         "kv": plan.settings.kv if shape.kind.attends else None,
+        **_several_record(plan),
+    }
+
+
+def _several_record(plan: RunPlan) -> dict[str, Any]:
+    several = plan.several
+    if several is None:
+        return {"gpus": 1}
+    names = ("gradient_bytes", "all_reduce_bytes", "stage_bytes", "sharded_bytes", "written_bytes", "read_bytes")
+    return {
+        "gpus": several.gpus,
+        "steps": several.steps,
+        **{name: round(getattr(several, name)) for name in names},
+        "all_reduce_seconds": several.all_reduce_seconds,
+        "stage_fits_one_gpu": several.fits_one,
     }
 
 
 def plan_text(plan: RunPlan) -> str:
     """For people: what is planned, a table of memory, what follows from it, times and what they assume."""
-    parts = [_what(plan), "", *_memory_table(plan.memory), "", *_verdict(plan), *_times(plan), _assumed(plan)]
-    return "\n".join(parts)
+    memory, verdict = _memory_table(plan.memory), _verdict(plan)
+    return "\n".join([_what(plan), "", *memory, "", *verdict, *_times(plan), *_several(plan), _assumed(plan)])
 
 
 def _what(plan: RunPlan) -> str:
     shape = Shape.from_settings(plan.settings, plan.base_config)
-    layers = plan.base_config.num_hidden_layers
+    layers, count = plan.base_config.num_hidden_layers, f"{plan.gpus} x " if plan.several else ""
     return (
         f"{visible(plan.settings.base)}: {shape.base_parameters():,} parameters, {layers} layers\n"
         f"a stage: {shape.stage.layers} layers, {shape.counts.parameters():,} parameters of its own\n"
-        f"{plan.device.name}, {dtype_name(plan.device.dtype)}"
+        f"{count}{plan.device.name}, {dtype_name(plan.device.dtype)}"
     )
 
 
@@ -67,9 +83,11 @@ def _verdict(plan: RunPlan) -> list[str]:
     lines = [f"{plan.peak_line}{context}"]
     if memory.ram:
         lines.append(f"host RAM: {gib(memory.ram_needed)} GiB of {gib(device.ram_bytes)}")
+    each = share_of_batch(plan.settings, plan.gpus).batch_tokens
+    of_each = f", {each} on each GPU" if plan.several else ""
     lines.append(
-        f"batch: {plan.settings.batch_tokens} tokens, {memory.micro_batch_tokens} at once; the largest that fits: "
-        f"{_largest_batch(plan):,}"
+        f"batch: {plan.settings.batch_tokens} tokens{of_each}, {memory.micro_batch_tokens} at once; the largest that "
+        f"fits: {_largest_batch(plan):,}"
     )
     return [*lines, *(line for line in (plan.store_line, plan.kv_line) if line is not None)]
 
@@ -77,8 +95,27 @@ def _verdict(plan: RunPlan) -> list[str]:
 def _times(plan: RunPlan) -> list[str]:
     return [
         f"{what}: at least {taken.seconds:.1f} s, limited by {taken.limit} (FLOPs {taken.flops:.1f} s, bytes "
-        f"{taken.bytes:.1f} s, launches {taken.launches:.1f} s)"
+        f"{taken.bytes:.1f} s, launches {taken.launches:.1f} s"
+        + (f", all-reduces {taken.all_reduces:.1f} s)" if taken.all_reduces else ")")
         for what, taken in (("base pass", plan.base_pass), ("an epoch of stage 1", plan.epoch))
+    ]
+
+
+def _several(plan: RunPlan) -> list[str]:
+    """What only several GPUs have; each one's."""
+    several = plan.several
+    if several is None:
+        return []
+    rate = several.read_bytes / plan.epoch.seconds
+    fits = "which one GPU has room for"
+    if not several.fits_one:
+        fits = f"too much for one GPU: --shard fsdp, with which each holds {gib(several.sharded_bytes)} GiB"
+    return [
+        f"all-reduce: {gib(several.gradient_bytes)} GiB of gradients; {gib(several.all_reduce_bytes)} GiB sent by each "
+        f"GPU and step, {several.all_reduce_seconds * 1e3:.1f} ms; {several.steps} steps an epoch",
+        f"hidden states: {gib(several.written_bytes)} GiB written by each GPU; {gib(several.read_bytes)} GiB read in "
+        f"an epoch, {rate / 1e9:.2f} GB/s",
+        f"weights, gradients and optimizer state of a stage: {gib(several.stage_bytes)} GiB, {fits}",
     ]
 
 
@@ -88,6 +125,7 @@ def _assumed(plan: RunPlan) -> str:
         f"assumed: {device.rate / 1e12:.2f} TFLOP/s ({device.flops_fraction:.0%} of peak), "
         f"{device.bandwidth / 1e9:.0f} GB/s ({device.bandwidth_fraction:.0%}), "
         f"{device.launch_seconds * 1e6:.0f} us a launch"
+        + (f", {plan.several.link / 1e9:.1f} GB/s between GPUs" if plan.several else "")
         + (f", {gib(device.ram_bytes)} GiB of host RAM" if device.ram_assumed else "")
     )
 

@@ -1,7 +1,8 @@
 """How long a base pass and an epoch should take, and what limits them: a roofline.
 
 A time is the largest of three: floating-point operations over the rate of matrix products, bytes over the bandwidth,
-and kernel launches times what one costs. These are estimates for choosing settings, not measurements.
+and kernel launches times what one costs; and, with several GPUs, of the all-reduces of gradients (see several.py).
+These are estimates for choosing settings, not measurements.
 """
 
 import math
@@ -34,14 +35,20 @@ class Time:
     flops: float
     bytes: float
     launches: float
+    all_reduces: float = 0.0  # of gradients, by several GPUs
 
     @property
     def seconds(self) -> float:
-        return max(self.flops, self.bytes, self.launches)
+        return max(self.flops, self.bytes, self.launches, self.all_reduces)
 
     @property
     def limit(self) -> str:
-        limits = {"FLOPs": self.flops, "bytes": self.bytes, "launches": self.launches}
+        limits = {
+            "FLOPs": self.flops,
+            "bytes": self.bytes,
+            "launches": self.launches,
+            "all-reduces": self.all_reduces,
+        }
         return max(limits, key=lambda name: limits[name])
 
 

@@ -17,6 +17,7 @@ from cascade_fast.runtime.files import DamagedFile, load_tensors, save_tensors
 from cascade_fast.runtime.processes import processes
 from cascade_fast.selection import EVERY_TOKEN, Selection, check_finite, select_below, select_hardest
 from cascade_fast.stages.kind import get_kind
+from cascade_fast.stages.parallel_select import select_hardest_in_parts
 from cascade_fast.stages.stage import Stage, StageConfig
 from cascade_fast.stages.tokens import Recompute, SequencePack, StageTokens
 
@@ -47,11 +48,17 @@ class ExitStage:
 
 
 def hardest_of_store(store: HiddenStore, hard_ratio: float) -> Selection:
-    """As :func:`select_hardest`, of the tokens with a label; ``index_K`` are rows of the store.
+    """As :func:`select_hardest`, of the tokens with a label; ``index_K`` are rows of the store. Of several processes
+    all call it, with the same store.
 
     Raises:
         NonFiniteScores: names sequence and position.
     """
+    if hard_ratio != 1 and processes().several:
+        names = ("label", "sequence", "position")
+        return select_hardest_in_parts(
+            store["score"], hard_ratio, processes(), **{f"{name}_N": store[name] for name in names}
+        )
     labelled_J = store.labelled_index()
     if hard_ratio == 1:  # every token enters, at inference too
         return Selection(labelled_J, EVERY_TOKEN)
