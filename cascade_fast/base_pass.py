@@ -7,8 +7,9 @@ import argparse
 import re
 import sys
 
-from cascade_fast.command_line import run_command, settings_parser
+from cascade_fast.command_line import run_command, settings_parser, together
 from cascade_fast.input_checks import InputError
+from cascade_fast.runtime.processes import stay_alone
 from cascade_fast.settings import RunSettings, make_settings
 
 MOST_SHARDS = 99_999
@@ -39,9 +40,13 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         part = None if shard is None else parse_shard(shard)
-        _make(make_settings(given, settings_file), part)
+        settings = make_settings(given, settings_file)
+        if part is not None:
+            stay_alone()  # jobs know nothing of each other, however they are started
+        with together():
+            _make(settings, part)
 
-    return run_command(work, debug=debug, again="the same command")
+    return run_command(work, debug=debug, again="the same command", several=True)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -68,37 +73,35 @@ def _make(settings: RunSettings, shard: tuple[int, int] | None) -> None:
     from cascade_fast.planning.devices import this_machine
     from cascade_fast.planning.plan import make_plan
     from cascade_fast.runtime.compute import Compute, keep_freed_memory, release_memory
-    from cascade_fast.runtime.console import quiet_libraries, say, working
+    from cascade_fast.runtime.console import say, working
     from cascade_fast.runtime.files import free_disk_bytes
-    from cascade_fast.runtime.processes import end_processes, start_processes
+    from cascade_fast.runtime.processes import processes
     from cascade_fast.stages.kind import base_needs, find_base_for_stages, with_layers
     from cascade_fast.training.messages import say_base_pass
 
-    quiet_libraries()
-    if shard is None:  # jobs know nothing of each other, however they are started
-        start_processes()
+    these = processes()
     compute = Compute.choose(settings.device, settings.dtype)
     if compute.device.type == "cpu":
         keep_freed_memory()
     check_cache(settings)
-    with working("finding the base and reading its weights, for its fingerprint"):
+    with working("finding the base and reading its weights, for its fingerprint"), these.first_before_others():
         base = find_base_for_stages(settings)
     settings = with_layers(settings, base.config)
     tokenizer = base.tokenizer()
-    with working("reading the text and making tokens of it"):
+    with working("reading the text and making tokens of it"), these.first_before_others():
         sequences = load_sequences(settings, tokenizer)
         sequences = dataclasses.replace(sequences, general=load_general(settings, tokenizer))
     settings = sequences.settle(settings)
     release_memory()  # of tokenization
     train, cache = sequences.splits["train"], cache_folder(settings)
     plan = make_plan(settings, base.config, this_machine(compute), free_disk_bytes(cache), train.labels / train.tokens)
+    plan = plan.of_first(these)
     if shard is not None and plan.settings.kv != settings.kv:
         raise InputError("kv: auto; depends on the machine, and all shards must be made alike: store or recompute")
     needs = base_needs(plan.settings)
     say(f"base pass: {str(pass_folder(base, sequences, plan.settings, needs, compute, cache))!r}")
     if shard is None:
         passed = base_pass(base, sequences, plan.settings, needs, compute, cache)
-        end_processes()
     else:
         number, count = shard
         made = make_shard(base, sequences, plan.settings, needs, compute, cache, number, count)

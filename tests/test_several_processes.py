@@ -20,20 +20,15 @@ from cascade_fast.training.sharding import check_sharding
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ADAPTER = {"adapter": "lora", "lora_rank": 4, "lora_alpha": 8.0}
+# Not auto, which goes by how fast the machine is at the moment.
+LOOK = {"stage_kind": "second-look", "kv": "recompute"}
 RUNS = {
     "append": {"preset": "warm", "num_stages": 2, "min_improvement": 0.0},
-    "look": {"stage_kind": "second-look", "hard_ratio": 0.6, "accept": "always", "num_stages": 2},
-    "adapters": {
-        "stage_kind": "second-look",
-        **ADAPTER,
-        "hard_ratio": 0.6,
-        "easy_tokens": "forward",
-        "num_stages": 1,
-        "accept": "always",
-    },
+    "look": {**LOOK, "hard_ratio": 0.6, "accept": "always", "num_stages": 2},
+    "adapters": {**LOOK, **ADAPTER, "hard_ratio": 0.6, "easy_tokens": "forward", "num_stages": 1, "accept": "always"},
     "8 bit": {"num_stages": 1, "optimizer": "adamw8bit", "micro_batch_tokens": 24, "grad_clip": 0.5},
-    "sharded": {"stage_kind": "second-look", "accept": "always", "num_stages": 1, "shard": "fsdp"},
-    "chats": {"num_stages": 1, "stage_kind": "second-look", **ADAPTER, "hard_ratio": 1.0},
+    "sharded": {**LOOK, "accept": "always", "num_stages": 1, "shard": "fsdp"},
+    "chats": {**LOOK, **ADAPTER, "num_stages": 1, "hard_ratio": 1.0},
 }
 SMALL = {"train_blocks": 30, "epochs": 1, "test_blocks": 8, "lr": 1e-3}
 
@@ -203,7 +198,7 @@ def test_what_cannot_be_spread_says_so(tiny_settings, tmp_path):
         run_cascade(make_settings({**tiny_settings, "shard": "fsdp", "out": str(tmp_path / "run")}))
     assert not (tmp_path / "run").exists()
     two = Processes(0, 2)
-    for wrong in ({"optimizer": "adamw8bit"}, {"stage_kind": "second-look", **ADAPTER}):
+    for wrong in ({"optimizer": "adamw8bit"}, {**LOOK, **ADAPTER}):
         with pytest.raises(InputError, match=r"shard: .fsdp.; (optimizer|adapter)"):
             check_sharding(make_settings({**tiny_settings, "shard": "fsdp", **wrong}), two)
 

@@ -117,11 +117,18 @@ class Processes:
 
 ALONE = Processes()
 _these = ALONE
+_stays_alone = False
 
 
 def processes() -> Processes:
     """Those of this run, once :func:`start_processes` has been called; one alone before."""
     return _these
+
+
+def stay_alone() -> None:
+    """This process is a job by itself, however it was started."""
+    global _stays_alone
+    _stays_alone = True
 
 
 def start_processes() -> Processes:
@@ -217,6 +224,8 @@ def _environment() -> tuple[int, int, int]:
         InputError: half of it is missing.
     """
     given = os.environ
+    if _stays_alone:
+        return 0, 1, 0
     if "RANK" in given or int(given.get("WORLD_SIZE", "1")) > 1:
         missing = [n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in given]
         if missing and given.get("WORLD_SIZE") != "1":
