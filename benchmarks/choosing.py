@@ -38,6 +38,7 @@ from cascade_fast.training.stage_trainer import StageTrainer
 from cascade_fast.training.trainer import validation_loss
 
 WAYS = ("all", "part", "skip", "forward", "through")
+RECORDED = ("train_blocks", "hard_ratio", "batch_tokens", "criterion", "seed")  # of a run's settings
 STEP_RATIOS = (0.56, 0.3)
 
 
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=320, help="training blocks (default: %(default)s)")
     parser.add_argument("--hard-ratio", type=float, default=0.56, help="(default: %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=288, help="learnt tokens a step (default: %(default)s)")
-    parser.add_argument("--criterion", default="entropy", help="entropy or random (default: %(default)s)")
+    parser.add_argument("--criterion", default="entropy", help="as the trainer's (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--steps", action="store_true", help="time steps instead of training")
@@ -181,7 +182,8 @@ def main() -> None:
     result = measure_steps(settings, args.rounds) if args.steps else measure_runs(settings, args.ways)
     for name, value in result.items():
         print(f"{name}: {value}")
-    result = {"environment": common.environment(), "dataset": Path(args.dataset).name, **result}
+    asked = {name: getattr(settings, name) for name in RECORDED}
+    result = {"environment": common.environment(), "dataset": Path(args.dataset).name, **asked, **result}
     print(f"\nrecorded in {common.record('choosing', result).relative_to(common.ROOT)}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

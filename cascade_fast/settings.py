@@ -26,7 +26,7 @@ def _setting(default: Any, group: str, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **extra})
 
 
-CRITERIA = ["cosine", "entropy", "random"]  # criteria.register_criterion adds to them
+CRITERIA = ["cosine", "entropy", "margin", "band", "random"]  # criteria.register_criterion adds to them
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_QUANTIZATIONS = ("none", "nf4")
