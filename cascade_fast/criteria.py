@@ -9,18 +9,16 @@ Shape legend: N tokens, D hidden size, B sequences, S sequence length, V vocabul
 import hashlib
 import inspect
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cascade_fast import ops, settings
 from cascade_fast.losses import chunk_tokens, token_losses
-
 
 BAND_NATS = 2.5  # entropy at the middle of the criterion ``band``
 
@@ -242,25 +240,6 @@ def model_criteria() -> tuple[str, ...]:
     return tuple(name for name, criterion in CRITERIA.items() if criterion.for_models)
 
 
-def trained_by(settings: Any) -> str:
-    """Name of the criterion that chooses the tokens to train on.
-
-    Args:
-        settings: of a run: :class:`RunSettings`, or what its results have of them, which may be an earlier version's.
-    """
-    return _asked_for(settings, "train_criterion")
-
-
-def routed_by(settings: Any) -> str:
-    """Name of the criterion that says which tokens enter a stage. ``settings``: as :func:`trained_by` takes them."""
-    return _asked_for(settings, "route_criterion")
-
-
-def _asked_for(settings: Any, name: str) -> str:
-    given = settings if isinstance(settings, Mapping) else settings.to_dict()
-    return str(given.get(name) or given["criterion"])
-
-
 def score_label(name: str) -> str:
     """What a token's score is, in words; of a criterion that is not registered here, its name."""
     return CRITERIA[name].label if name in CRITERIA else name
@@ -309,7 +288,7 @@ def _entropy(tokens: TokensAtExit) -> Tensor:
 
 
 def _margin(tokens: TokensAtExit) -> Tensor:
-    """``p1 - p2``, the probabilities of the two likeliest tokens: low where the model is torn between them. No gradient.
+    """``p1 - p2``, the probabilities of the two likeliest tokens: low where the model is torn. No gradient.
 
     Margin sampling, of active learning: Scheffer, Decomain and Wrobel, Active Hidden Markov Models for Information
     Extraction, 2001. In plain torch on every device: the fused cross-entropy gives loss and entropy alone.

@@ -1,8 +1,9 @@
 """The base pass: the frozen base reads every sequence once and leaves a hidden store for each split.
 
 Per token it keeps what the stage reads (the residual stream before the final norm, or the last hidden state; for a
-second look the residual stream before the layers it copies, and their keys and values), the difficulty score and, where
-they are needed, the loss of the base's logits. Logits are never all in memory, and are not computed at all for training
+second look the residual stream before the layers it copies, and their keys and values), the difficulty score, a second
+one of training tokens where they are chosen by another criterion and, where they are needed, the loss of the base's
+logits. Logits are never all in memory, and are not computed at all for training
 tokens unless the criterion needs them. Layers in between are not kept.
 
 Sequences of about one length run together, padded on the right: under the base's causal mask no token sees padding, nor
@@ -32,6 +33,7 @@ from cascade_fast.base.sequences import NO_LABEL, Sequences
 from cascade_fast.base.splits import SplitSequences
 from cascade_fast.criteria import Criterion, Places, TokensAtExit, get_criterion
 from cascade_fast.input_checks import InputError
+from cascade_fast.records import routed_by, trained_by
 from cascade_fast.runtime.compute import Compute, release_memory
 from cascade_fast.runtime.console import Progress, say, working
 from cascade_fast.runtime.files import (
@@ -151,16 +153,37 @@ def _all_enter(needs: BaseNeeds, sequences: SplitSequences) -> bool:
 
 def _stored_criterion(settings: RunSettings) -> Criterion:
     """Whose scores the pass keeps: compared runs may share one."""
-    return get_criterion(settings.criterion).in_base_pass
+    return get_criterion(routed_by(settings)).in_base_pass
+
+
+def _choice(settings: RunSettings) -> Criterion | None:
+    """By which tokens are chosen to be trained on, where it is not the one by which they enter a stage."""
+    same = settings.hard_ratio == 1 or trained_by(settings) == routed_by(settings)
+    return None if same else get_criterion(trained_by(settings))
+
+
+def _stored_choice(settings: RunSettings) -> Criterion | None:
+    """Whose scores the pass keeps beside :func:`_stored_criterion`'s."""
+    choice = _choice(settings)
+    known = choice is None or choice is not choice.in_base_pass or choice is _stored_criterion(settings)
+    return None if known else choice
 
 
 def _of_run(store: HiddenStore, settings: RunSettings, split: str) -> HiddenStore:
-    """``store`` with what the run's own scores go by, and those of its criterion if the pass keeps another's."""
-    arrays, criterion = store.arrays, get_criterion(settings.criterion)
-    if criterion is not criterion.in_base_pass:  # it goes by places alone: what went into the base is not kept
+    """``store`` with what the run's own scores go by, and those of its criteria where the pass keeps others'."""
+
+    def scores(criterion: Criterion, kept: str) -> Tensor:
+        if criterion is criterion.in_base_pass:
+            return store[kept]
+        # It goes by places alone: what went into the base is not kept.
         places = Places(store["sequence"], store["position"], seed=settings.seed, split=split)
         score_N = criterion.score(TokensAtExit(store.hidden, store.hidden, places=places))
-        arrays = {**arrays, "score": score_N.masked_fill(store["label"] == NO_LABEL, torch.nan)}
+        return score_N.masked_fill(store["label"] == NO_LABEL, torch.nan)
+
+    arrays = {**store.arrays, "score": scores(get_criterion(routed_by(settings)), "score")}
+    choice = _choice(settings)
+    if choice is not None and split == "train":
+        arrays["choice"] = scores(choice, "choice" if "choice" in store else "score")
     return HiddenStore(store.folder, arrays, {**store.meta, "seed": settings.seed, "split": split})
 
 
@@ -182,9 +205,11 @@ def _read_all(
         needs = dataclasses.replace(needs, all_enter=all_enter, keys_and_values=needs.keys_and_values and not all_enter)
         for split, of in sequences.read.items():
             entry_only = all_enter and split == "train"
-            with_loss = not entry_only and (split != "train" or _stored_criterion(settings).needs_logits)
+            choice = _stored_choice(settings) if split == "train" else None
+            scored_by = [by for by in (_stored_criterion(settings), choice) if by is not None]
+            with_loss = not entry_only and (split != "train" or any(by.needs_logits for by in scored_by))
             of_split = dataclasses.replace(needs, all_enter=entry_only)
-            stores[split] = _run_split(model, of, folder / split, settings, of_split, meta, progress, with_loss)
+            stores[split] = _run_split(model, of, folder / split, settings, of_split, meta, progress, with_loss, choice)
         tensors = {"head": model.lm_head.weight, "norm": model.model.norm.weight}
         for number, layer in enumerate(last_layers(model, needs)):
             tensors |= {f"layers.{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
@@ -213,7 +238,7 @@ def _meta(
     base: BaseModel, sequences: SplitSequences, settings: RunSettings, needs: BaseNeeds, compute: Compute
 ) -> dict[str, Any]:
     """Everything the stored values depend on, and its hash."""
-    criterion = _stored_criterion(settings)
+    criterion, choice = _stored_criterion(settings), _stored_choice(settings)
     meta = {
         "base": base.fingerprint,
         "sequences": sequences.fingerprint(),
@@ -229,6 +254,8 @@ def _meta(
     }
     if criterion.code is not None:
         meta["criterion_code"] = criterion.code
+    if choice is not None:
+        meta["choice"] = [choice.name, choice.code]
     if sequences.general is not None:
         meta[GENERAL] = hashlib.sha256(sequences.general.digest()).hexdigest()
     return {**meta, "fingerprint": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
@@ -293,6 +320,7 @@ def _run_split(
     meta: dict[str, Any],
     progress: Progress,
     with_loss: bool,
+    choice: Criterion | None,
 ) -> HiddenStore:
     """Fills the store of one split, in the narrowest dtype that holds what the base computes."""
     start = progress.done
@@ -301,9 +329,10 @@ def _run_split(
         progress.restart(start + sequences.tokens)
         return store
     for store_dtype in _store_dtypes(settings, model.dtype):
-        store = _resume_or_create(folder, sequences, store_dtype, model.config, needs, with_loss, meta)
+        with_scores = {"with_loss": with_loss, "with_choice": choice is not None}
+        store = _resume_or_create(folder, sequences, store_dtype, model.config, needs, with_scores, meta)
         progress.restart(start)
-        if fill_store(model, sequences, store, needs, _stored_criterion(settings), progress):
+        if fill_store(model, sequences, store, needs, _stored_criterion(settings), progress, choice):
             return store.finish()
     raise AssertionError("float32 and bfloat16 hold every finite hidden state")
 
@@ -321,7 +350,7 @@ def _resume_or_create(
     dtype: torch.dtype,
     base_config: Any,
     needs: BaseNeeds,
-    with_loss: bool,
+    with_scores: dict[str, bool],
     meta: dict[str, Any],
 ) -> HiddenStore:
     """The store of an interrupted pass, or a new one."""
@@ -337,5 +366,5 @@ def _resume_or_create(
         kv_shape = (needs.last_layers, 2, kv_heads, head_dim)
     tokens = sequences.tokens if needs.context else sequences.labels
     return HiddenStore.create(
-        folder, tokens, base_config.hidden_size, dtype, with_loss=with_loss, meta=meta, kv_shape=kv_shape
+        folder, tokens, base_config.hidden_size, dtype, **with_scores, meta=meta, kv_shape=kv_shape
     )

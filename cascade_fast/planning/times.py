@@ -20,6 +20,7 @@ from cascade_fast.planning.counts import (
 from cascade_fast.planning.devices import Device
 from cascade_fast.planning.kv import recompute_flops
 from cascade_fast.planning.memory import base_tokens_at_once
+from cascade_fast.records import routed_by, trained_by
 from cascade_fast.selection import hard_count
 from cascade_fast.settings import READ, RunSettings
 
@@ -86,7 +87,8 @@ def base_flops(shape: Shape, seq_len: int, *, with_logits: bool) -> int:
 def tokens_with_logits(settings: RunSettings, shape: Shape, tokens: int, train_tokens: int) -> int:
     """Of the ``tokens`` of a base pass: the training tokens' logits are made where their scores come from them, unless
     all enter the first stage whatever their scores."""
-    scored = get_criterion(settings.criterion).in_base_pass.needs_logits and not shape.needs.all_enter
+    names = (routed_by(settings), trained_by(settings))
+    scored = any(get_criterion(name).in_base_pass.needs_logits for name in names) and not shape.needs.all_enter
     return tokens if scored else tokens - train_tokens
 
 

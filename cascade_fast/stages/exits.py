@@ -48,16 +48,20 @@ class ExitStage:
 def hardest_of_store(store: HiddenStore, hard_ratio: float) -> Selection:
     """As :func:`select_hardest`, of the tokens with a label; ``index_K`` are rows of the store.
 
+    Where the store has a ``choice``, ``index_K`` goes by that, and the threshold lets in as many by ``score``.
+
     Raises:
         NonFiniteScores: names sequence and position.
     """
     labelled_J = store.labelled_index()
     if hard_ratio == 1:  # every token enters, at inference too
         return Selection(labelled_J, EVERY_TOKEN)
-    score_J = store["score"][labelled_J]
-    check_finite(score_J, store["sequence"][labelled_J], store["position"][labelled_J])
-    selection = select_hardest(score_J.to(store.device), hard_ratio)
-    return Selection(labelled_J[selection.index_K.cpu()], selection.threshold)
+    selections = []
+    for name in ("score", "choice") if "choice" in store else ("score",):
+        score_J = store[name][labelled_J]
+        check_finite(score_J, store["sequence"][labelled_J], store["position"][labelled_J])
+        selections.append(select_hardest(score_J.to(store.device), hard_ratio))
+    return Selection(labelled_J[selections[-1].index_K.cpu()], selections[0].threshold)
 
 
 @dataclass(frozen=True)
