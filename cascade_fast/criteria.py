@@ -317,6 +317,13 @@ def _noise(tokens: TokensAtExit) -> Tensor:
     return score_N.to(after_ND.device)
 
 
+def _order(tokens: TokensAtExit) -> Tensor:
+    """The number of the sequence: the first of the text come first. Where that is unknown, the order of the tokens."""
+    after_ND, places = tokens.after_ND, tokens.places
+    order_N = torch.arange(len(after_ND)) if places is None else places.sequence_N
+    return order_N.to(after_ND.device, torch.float32)
+
+
 # By name, which are settings.CRITERIA.
 CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion
@@ -326,6 +333,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("margin", "the likeliest token's probability above the second's", _margin, needs_logits=True),
         Criterion("band", f"distance of the entropy from {BAND_NATS} nats", _distance_from_band, needs_logits=True),
         Criterion("random", "uniform noise", _noise, for_models=False, base_pass_of="entropy"),
+        Criterion("first", "number of the sequence", _order, for_models=False, base_pass_of="entropy"),
     )
 }
 

@@ -26,7 +26,7 @@ def _setting(default: Any, group: str, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **extra})
 
 
-CRITERIA = ["cosine", "entropy", "margin", "band", "random"]  # criteria.register_criterion adds to them
+CRITERIA = ["cosine", "entropy", "margin", "band", "random", "first"]  # criteria.register_criterion adds to them
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_QUANTIZATIONS = ("none", "nf4")
@@ -180,7 +180,7 @@ class RunSettings:
         "entropy",
         "selection",
         "what makes a token hard: low cosine between input and output, high entropy of the logits, or a small margin "
-        "of the likeliest token; band: entropy near 2.5 nats; random: chance, a baseline",
+        "of the likeliest token; band: entropy near 2.5 nats; baselines: random, first (of the text)",
         choices=CRITERIA,
     )
     train_criterion: str | None = _setting(
