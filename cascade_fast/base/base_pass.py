@@ -169,6 +169,11 @@ def _stored_choice(settings: RunSettings) -> Criterion | None:
     return None if known else choice
 
 
+def scored_by(settings: RunSettings) -> list[Criterion]:
+    """By which criteria the pass scores training tokens, in the order of its arrays ``score`` and ``choice``."""
+    return [criterion for criterion in (_stored_criterion(settings), _stored_choice(settings)) if criterion is not None]
+
+
 def _of_run(store: HiddenStore, settings: RunSettings, split: str) -> HiddenStore:
     """``store`` with what the run's own scores go by, and those of its criteria where the pass keeps others'."""
 
@@ -206,8 +211,7 @@ def _read_all(
         for split, of in sequences.read.items():
             entry_only = all_enter and split == "train"
             choice = _stored_choice(settings) if split == "train" else None
-            scored_by = [by for by in (_stored_criterion(settings), choice) if by is not None]
-            with_loss = not entry_only and (split != "train" or any(by.needs_logits for by in scored_by))
+            with_loss = not entry_only and (split != "train" or any(by.needs_logits for by in scored_by(settings)))
             of_split = dataclasses.replace(needs, all_enter=entry_only)
             stores[split] = _run_split(model, of, folder / split, settings, of_split, meta, progress, with_loss, choice)
         tensors = {"head": model.lm_head.weight, "norm": model.model.norm.weight}
