@@ -336,11 +336,9 @@ def test_a_sweep_over_all_layers_says_so(flags, tmp_path):
     assert sweep.main([*command, "--layers-per-stage", "2", "3", "all"]) == 0
     rows = json.loads((out / "comparison.json").read_text())["rows"][1:]
     assert {row["name"]: row["folder"] for row in rows} == {
-        f"{layers} layers, r = 0.6{merged}": f"second-look-L{layers}-entropy-lr0.003-r0.6"
-        for layers in (2, 3, "all")
-        for merged in ("", " merged")
+        f"{layers} layers, r = 0.6": f"second-look-L{layers}-entropy-lr0.003-r0.6" for layers in (2, 3, "all")
     }
-    assert [row["settings"]["layers_per_stage"] for row in rows if row["merged"]] == [2, 3, 3]
+    assert [row["settings"]["layers_per_stage"] for row in rows] == [2, 3, 3]
     report = (out / "report.md").read_text()
     assert "| all layers, r = 0.6 |" in report
 
