@@ -8,18 +8,24 @@ LoRA of all layers of SmolLM2-135M-Instruct, one epoch, merged, trained on the s
 
 Perplexities are of whole validation and test, over the base's. ``--steps`` times steps instead: *skip* and *forward* at
 two hard ratios, in turns with a dense step of 512 tokens; *share* is the time for some text over that of dense steps.
+
+``--plot`` trains nothing: it draws ``docs/img/choosing.png`` of ``results/choosing.jsonl`` and of
+``results/choosing_table.jsonl``, runs of which only the numbers in docs/choosing.md were kept.
 """
 
 import argparse
 import dataclasses
 import json
 import math
+import statistics
 import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from torch import Tensor, nn
 
 from benchmarks import common
@@ -38,6 +44,8 @@ from cascade_fast.training.stage_trainer import StageTrainer
 from cascade_fast.training.trainer import validation_loss
 
 WAYS = ("all", "part", "skip", "forward", "through")
+RECORDED = ("train_blocks", "hard_ratio", "batch_tokens", "criterion", "seed")  # of a run's settings
+IMAGE = common.ROOT / "docs" / "img" / "choosing.png"
 STEP_RATIOS = (0.56, 0.3)
 
 
@@ -159,19 +167,71 @@ def measure_steps(settings: RunSettings, rounds: int) -> dict[str, Any]:
     }
 
 
+# --- the plot of docs/choosing.md -------------------------------------------------------------------------------------
+
+TEXTS = {"alpaca_en_demo.json": "Alpaca rows", "rust.json": "Rust book", "pydoc": "CPython's manual"}
+WORDS = {
+    "part": "all tokens",
+    "all": "all tokens",
+    "skip": "hard, easy ones skip",
+    "forward": "hard, easy ones forward",
+}
+FIRST_RUNS = {"batch_tokens": 288, "criterion": "entropy"}  # of lines from before they were recorded
+
+
+def runs_on_record() -> list[dict[str, Any]]:
+    """A row for each run: what was asked for, the way, and what came of it."""
+    lines = [json.loads(line) for line in (common.RESULTS / "choosing.jsonl").read_text().splitlines()]
+    rows = [{**FIRST_RUNS, **line, "way": way, **line[way]} for line in lines for way in WAYS if way in line]
+    return rows + [json.loads(line) for line in (common.RESULTS / "choosing_table.jsonl").read_text().splitlines()]
+
+
+def draw(path: Path) -> None:
+    """Test perplexity over the base's by learnt tokens, a panel for each text and a line for each way."""
+    figure = Figure(figsize=(4 * len(TEXTS), 4.4), layout="constrained")
+    rows = [row for row in runs_on_record() if row["batch_tokens"] == FIRST_RUNS["batch_tokens"]]
+    ways: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        whole = row["way"] in ("all", "part")
+        name = WORDS.get(row["way"], "hard ones have the loss")
+        ways.setdefault((name, "" if whole else row["criterion"]), []).append(row)
+    for axes, (dataset, title) in zip(figure.subplots(1, len(TEXTS)), TEXTS.items(), strict=True):
+        for number, ((name, criterion), of_way) in enumerate(ways.items()):
+            points = [(row["learnt_tokens"], row["test_x_base"]) for row in of_way if row["dataset"] == dataset]
+            label = f"{name} ({criterion})" if criterion else name
+            axes.plot(*zip(*points, strict=True) if points else ([], []), "osD^vP*X"[number % 8], color=f"C{number}",
+                      label=label)  # fmt: skip
+            tokens = sorted({learnt for learnt, _ in points})
+            means = [statistics.mean(ppl for learnt, ppl in points if learnt == of) for of in tokens]
+            axes.plot(tokens, means, color=f"C{number}")
+        axes.set(title=title, xlabel="learnt tokens")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set(ylabel="test perplexity / the base's")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=75, metadata={"Software": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="pydoc", help="text to train on, as the trainer takes it")
     parser.add_argument("--blocks", type=int, default=320, help="training blocks (default: %(default)s)")
     parser.add_argument("--hard-ratio", type=float, default=0.56, help="(default: %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=288, help="learnt tokens a step (default: %(default)s)")
-    parser.add_argument("--criterion", default="entropy", help="entropy or random (default: %(default)s)")
+    parser.add_argument("--criterion", default="entropy", help="as the trainer's (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--steps", action="store_true", help="time steps instead of training")
+    parser.add_argument("--plot", action="store_true", help="draw docs/img/choosing.png instead of training")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     args = parser.parse_args()
+    if args.plot:
+        draw(IMAGE)
+        print(IMAGE.relative_to(common.ROOT))
+        return
     keep_freed_memory()
     settings = make_settings({
         **RECIPE, "dataset": args.dataset, "train_blocks": args.blocks, "val_blocks": 96, "test_blocks": 96,
@@ -181,7 +241,8 @@ def main() -> None:
     result = measure_steps(settings, args.rounds) if args.steps else measure_runs(settings, args.ways)
     for name, value in result.items():
         print(f"{name}: {value}")
-    result = {"environment": common.environment(), "dataset": Path(args.dataset).name, **result}
+    asked = {name: getattr(settings, name) for name in RECORDED}
+    result = {"environment": common.environment(), "dataset": Path(args.dataset).name, **asked, **result}
     print(f"\nrecorded in {common.record('choosing', result).relative_to(common.ROOT)}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

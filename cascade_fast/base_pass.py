@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Make the base pass of a training before it: the base reads every text once, and what it leaves is kept in "
         "--cache-dir. Takes the flags of train, which then uses it. With --shard it makes one part of it, as one of "
         "many jobs that know nothing of each other and share that folder.",
+        without=("shard",),  # that of a stage, which is none of the base pass's
     )
     part = parser.add_argument_group("part")
     part.add_argument(

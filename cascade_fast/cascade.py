@@ -34,6 +34,7 @@ from cascade_fast.records import (
     RunResults,
     SplitTokens,
     StageRecord,
+    routed_by,
 )
 from cascade_fast.reporting.heat_map import heat_map, write_heat_map
 from cascade_fast.reporting.report import write_report
@@ -320,7 +321,7 @@ class CascadeRun:
             tokenizer,
             val,
             self.evaluated,
-            criterion=self.settings.criterion,
+            criterion=routed_by(self.settings),
             thresholds=[stage.threshold for stage in self.stages],
         )
 
@@ -374,7 +375,7 @@ class CascadeRun:
 
     @property
     def _how(self) -> dict[str, Any]:
-        return {"criterion": get_criterion(self.settings.criterion), "compute": self.compute}
+        return {"criterion": get_criterion(routed_by(self.settings)), "compute": self.compute}
 
 
 def run_cascade(settings: RunSettings) -> RunFolder:

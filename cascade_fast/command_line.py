@@ -42,8 +42,11 @@ class SettingsParser(argparse.ArgumentParser):
         return f"; {flag}: did you mean --{name.replace('_', '-')}{means}?"
 
 
-def settings_parser(prog: str, description: str, several: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """A command line with one flag for each setting, in the settings' groups. ``several``: those that take a list."""
+def settings_parser(
+    prog: str, description: str, several: Sequence[str] = (), without: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """A command line with one flag for each setting, in the settings' groups. ``several``: those that take a list;
+    ``without``: those that are left out."""
     parser = SettingsParser(
         prog=prog,
         description=description,
@@ -51,7 +54,7 @@ def settings_parser(prog: str, description: str, several: Sequence[str] = ()) ->
         allow_abbrev=False,
     )
     groups: dict[str, Any] = {}
-    for f in dataclasses.fields(RunSettings):
+    for f in (f for f in dataclasses.fields(RunSettings) if f.name not in without):
         title = f.metadata["group"]
         group = groups.setdefault(title, parser.add_argument_group(title))
         help_text = f.metadata["help"].replace("%", "%%")

@@ -20,6 +20,8 @@ from torch import Tensor
 from cascade_fast import ops, settings
 from cascade_fast.losses import chunk_tokens, token_losses
 
+BAND_NATS = 2.5  # entropy at the middle of the criterion ``band``
+
 
 @dataclass(frozen=True, eq=False)
 class Places:
@@ -138,6 +140,37 @@ class Criterion:
         return score_N, loss_N
 
 
+def score_by_two(
+    first: Criterion,
+    second: Criterion,
+    tokens: TokensAtExit,
+    normed_ND: Tensor,
+    head_VD: Tensor,
+    label_N: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores by both criteria, and losses, of one look at the logits: see :meth:`Criterion.score_with_losses`.
+
+    Returns:
+        Three ``(N,)`` float32: by ``first``, by ``second``, cross-entropies. Raises ValueError as :meth:`score`.
+    """
+    if not second.needs_logits:
+        score_N, loss_N = first.score_with_losses(tokens, normed_ND, head_VD, label_N, dtype=dtype)
+        return score_N, second.score(tokens), loss_N
+    if not first.needs_logits:
+        score_N, loss_N = second.score_with_losses(tokens, normed_ND, head_VD, label_N, dtype=dtype)
+        return first.score(tokens), score_N, loss_N
+    second_N = torch.empty(len(normed_ND), dtype=torch.float32, device=normed_ND.device)
+
+    def both(rows: slice, logits_CV: Tensor, entropy_C: Tensor) -> Tensor:
+        second_N[rows] = second.score_chunk(tokens, rows, logits_CV, entropy_C)
+        return first.score_chunk(tokens, rows, logits_CV, entropy_C)
+
+    loss_N, first_N = token_losses(normed_ND, head_VD, label_N, dtype=dtype, score=both)
+    return first_N, second_N, loss_N
+
+
 ScoreFunction = Callable[..., Tensor]  # f(h_in_ND, h_out_ND, *, logits=None) -> (N,)
 
 
@@ -243,11 +276,34 @@ def _cosine(tokens: TokensAtExit) -> Tensor:
 
 
 def _negative_entropy(tokens: TokensAtExit) -> Tensor:
-    """Minus the entropy of the logits: low where the model is unsure. No gradient."""
+    """``-H``, ``H = -sum p log p`` the entropy of the logits: low where the model is unsure. No gradient."""
+    return -_entropy(tokens)
+
+
+def _entropy(tokens: TokensAtExit) -> Tensor:
     if tokens.entropy_N is not None:
-        return -tokens.entropy_N
+        return tokens.entropy_N
     assert tokens.logits is not None
-    return -token_entropy(tokens.logits)
+    return token_entropy(tokens.logits)
+
+
+def _margin(tokens: TokensAtExit) -> Tensor:
+    """``p1 - p2``, the probabilities of the two likeliest tokens: low where the model is torn. No gradient.
+
+    Margin sampling, of active learning: Scheffer, Decomain and Wrobel, Active Hidden Markov Models for Information
+    Extraction, 2001. In plain torch on every device: the fused cross-entropy gives loss and entropy alone.
+    """
+    assert tokens.logits is not None
+    return token_margin(tokens.logits)
+
+
+def _distance_from_band(tokens: TokensAtExit) -> Tensor:
+    """``|H - 2.5|``, ``H`` the entropy of the logits in nats: low in a band around :data:`BAND_NATS`. No gradient.
+
+    Meant to choose what is trained on: where the entropy is highest, much of the loss is chance and cannot be learnt.
+    EKSFT (arXiv 2605.29303) leaves such tokens out of a fine-tune; the middle is our own choice.
+    """
+    return (_entropy(tokens) - BAND_NATS).abs()
 
 
 def _noise(tokens: TokensAtExit) -> Tensor:
@@ -261,13 +317,23 @@ def _noise(tokens: TokensAtExit) -> Tensor:
     return score_N.to(after_ND.device)
 
 
+def _order(tokens: TokensAtExit) -> Tensor:
+    """The number of the sequence: the first of the text come first. Where that is unknown, the order of the tokens."""
+    after_ND, places = tokens.after_ND, tokens.places
+    order_N = torch.arange(len(after_ND)) if places is None else places.sequence_N
+    return order_N.to(after_ND.device, torch.float32)
+
+
 # By name, which are settings.CRITERIA.
 CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion
     for criterion in (
         Criterion("cosine", "cosine between what goes in and what comes out", _cosine, operator="cosine_score"),
         Criterion("entropy", "minus the entropy of the logits, in nats", _negative_entropy, needs_logits=True),
+        Criterion("margin", "the likeliest token's probability above the second's", _margin, needs_logits=True),
+        Criterion("band", f"distance of the entropy from {BAND_NATS} nats", _distance_from_band, needs_logits=True),
         Criterion("random", "uniform noise", _noise, for_models=False, base_pass_of="entropy"),
+        Criterion("first", "number of the sequence", _order, for_models=False, base_pass_of="entropy"),
     )
 }
 
@@ -283,13 +349,31 @@ def token_entropy(logits: Tensor) -> Tensor:
     Returns:
         ``(N,)`` float32, N the product of the leading dimensions.
     """
+    # entr(p) = -p log p, and 0 at p = 0.
+    return _of_probabilities(logits, lambda probs_CV: torch.special.entr(probs_CV).sum(-1))
+
+
+@torch.no_grad()
+def token_margin(logits: Tensor) -> Tensor:
+    """The largest entry of ``softmax(logits)`` less the second largest, of every token.
+
+    Args:
+        logits: as of :func:`token_entropy`; V >= 2.
+
+    Returns:
+        ``(N,)`` float32 in [0, 1], N the product of the leading dimensions.
+    """
+    return _of_probabilities(logits, lambda probs_CV: -probs_CV.topk(2).values.diff(dim=-1).squeeze(-1))
+
+
+def _of_probabilities(logits: Tensor, of_chunk: Callable[[Tensor], Tensor]) -> Tensor:
+    """``(N,)``: of the softmax of every token in float32, ``(C, V)`` at a time."""
     if logits.numel() == 0:
         return logits.new_zeros(logits.shape[:-1].numel(), dtype=torch.float32)
     if logits.dim() > 2:  # one sequence at a time: each is a view, while flattening all of them may be a copy
-        return torch.cat([token_entropy(part) for part in logits])
+        return torch.cat([_of_probabilities(part, of_chunk) for part in logits])
     chunks = logits.split(chunk_tokens(logits.shape[-1], torch.float32))
-    # entr(p) = -p log p, and 0 at p = 0.
-    return torch.cat([torch.special.entr(chunk_CV.float().softmax(-1)).sum(-1) for chunk_CV in chunks])
+    return torch.cat([of_chunk(chunk_CV.float().softmax(-1)) for chunk_CV in chunks])
 
 
 def random_scores(sequence_N: Tensor, position_N: Tensor, *, seed: int, split: str, stage: int = 0) -> Tensor:

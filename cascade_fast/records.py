@@ -6,6 +6,7 @@ Each record is a dataclass whose fields are the keys of the JSON file: :meth:`Re
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -114,7 +115,9 @@ class StageRecord(Record):
     """Of a stage whose training is over, kept or not.
 
     Attributes:
-        threshold: at or below which a training token was hard; ``exit_threshold``: at or below which a token enters.
+        threshold: at or below which a training token was hard; where those trained on were chosen by another score
+            (``train_criterion``), as many tokens are at or below it.
+        exit_threshold: at or below which a token enters.
         train_hard, train_total: training tokens that were hard, of those that arrived.
         best_val_ppl: on hard validation tokens, as the epochs'.
         all_token_val_ppl: of the cascade with this stage, over every validation token at its own exit.
@@ -337,6 +340,25 @@ class FinetuneResults(Record):
 def any_results(given: dict[str, Any]) -> RunResults | FinetuneResults:
     """``results.json`` of either. Raises InputError as :meth:`Record.from_dict`."""
     return RunResults.from_dict(given) if "stages" in given else FinetuneResults.from_dict(given)
+
+
+def trained_by(settings: Any) -> str:
+    """Name of the criterion that chooses the tokens to train on.
+
+    Args:
+        settings: of a run: :class:`RunSettings`, or what its results have of them, which may be an earlier version's.
+    """
+    return _asked_for(settings, "train_criterion")
+
+
+def routed_by(settings: Any) -> str:
+    """Name of the criterion that says which tokens enter a stage. ``settings``: as :func:`trained_by` takes them."""
+    return _asked_for(settings, "route_criterion")
+
+
+def _asked_for(settings: Any, name: str) -> str:
+    given = settings if isinstance(settings, Mapping) else settings.to_dict()
+    return str(given.get(name) or given["criterion"])
 
 
 def training_size(settings: dict[str, Any]) -> tuple[str, int]:

@@ -3,8 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
+from cascade_fast.input_checks import check_type
 from cascade_fast.records import RunRecord
-from cascade_fast.settings import RESUME_MAY_CHANGE, SPLITS, UNITS, RunSettings, saved_settings
+from cascade_fast.settings import SPLITS, UNITS, RunSettings
+
+# What may differ between a run and its resumption: where things lie and when to stop, not what is computed.
+RESUME_MAY_CHANGE = (
+    "out", "resume", "max_minutes", "checkpoint_minutes", "cache_dir", "report_to", "sample_prompt", "store", "shard",
+)  # fmt: skip
+
+
+def saved_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run has saved, for :func:`~cascade_fast.settings.make_settings`. A run from before there was
+    ``shuffle`` took its texts in the data's own order."""
+    check_type("settings", settings, dict)
+    return {"shuffle": "off", **settings}
 
 
 def settings_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

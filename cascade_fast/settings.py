@@ -26,7 +26,7 @@ def _setting(default: Any, group: str, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **extra})
 
 
-CRITERIA = ["cosine", "entropy", "random"]  # criteria.register_criterion adds to them
+CRITERIA = ["cosine", "entropy", "margin", "band", "random", "first"]  # criteria.register_criterion adds to them
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE_QUANTIZATIONS = ("none", "nf4")
@@ -66,14 +66,10 @@ class RunSettings:
         choices=("never", "auto"),
     )
     seed: int = _setting(42, "run", "seed of the new layers and of the order of the tokens")
-    max_minutes: float | None = _setting(
-        None, "run", "stop training after this many minutes, keep the best so far and report"
-    )
+    max_minutes: float | None = _setting(None, "run", "stop training after so many minutes, keep the best, report")
     checkpoint_minutes: float = _setting(5.0, "run", "save a checkpoint at least this often, besides every epoch")
     cache_dir: str | None = _setting(
-        None,
-        "run",
-        "where converted base models and base passes are kept for later runs (default: ~/.cache/cascade_fast)",
+        None, "run", "where converted bases and base passes are kept for later runs (default: ~/.cache/cascade_fast)"
     )
     report_to: tuple[str, ...] = _setting(
         (),
@@ -81,9 +77,7 @@ class RunSettings:
         f"trackers that follow the run, beside metrics.jsonl: {', '.join(TRACKERS)}; several may be named",
         nargs="+",
     )
-    sample_prompt: tuple[str, ...] = _setting(
-        (), "run", "prompts that the cascade continues after every stage", nargs="+"
-    )
+    sample_prompt: tuple[str, ...] = _setting((), "run", "prompts that the cascade continues after a stage", nargs="+")
 
     base: str = _setting("smollm2-135m", "base model", "hub id, local folder, .gguf file, or smollm2-135m")
     device: str = _setting("auto", "base model", "cpu, cuda, cuda:1, ...; auto takes a GPU when there is one")
@@ -136,9 +130,7 @@ class RunSettings:
         "what is learnt and measured of a row with a prompt: the assistant's turns or the completion; or all tokens",
         choices=LOSS_ON,
     )
-    encoding: str = _setting(
-        "utf-8", "data", "of .txt, .csv, .json and .jsonl files, as Python names it: latin-1, cp1252"
-    )
+    encoding: str = _setting("utf-8", "data", "of .txt, .csv, .json, .jsonl files, by Python's name: latin-1, cp1252")
     streaming: str = _setting(
         "off",
         "data",
@@ -188,8 +180,20 @@ class RunSettings:
     criterion: str = _setting(
         "entropy",
         "selection",
-        "what makes a token hard: low cosine between input and output, or high entropy of the logits; random: chance, "
-        "a baseline",
+        "what makes a token hard: low cosine between input and output, high entropy of the logits, or a small margin "
+        "of the likeliest token; band: entropy near 2.5 nats; baselines: random, first (of the text)",
+        choices=CRITERIA,
+    )
+    train_criterion: str | None = _setting(
+        None,
+        "selection",
+        "by which the tokens to train on are chosen, if by another; takes --num-stages 1 (default: --criterion)",
+        choices=CRITERIA,
+    )
+    route_criterion: str | None = _setting(
+        None,
+        "selection",
+        "by which tokens enter a stage, if by another: as many as are trained on (default: --criterion)",
         choices=CRITERIA,
     )
     val_selection: str = _setting(
@@ -213,9 +217,7 @@ class RunSettings:
         "; ".join(f"{name}: {kind.help}" for name, kind in STAGE_KINDS.items()),
         choices=STAGE_KINDS,
     )
-    layers_per_stage: int = _setting(
-        8, "stages", "decoder layers in each stage; all: as many as the base has", all=True
-    )
+    layers_per_stage: int = _setting(8, "stages", "decoder layers of a stage; all: as many as the base has", all=True)
     kv: str = _setting(
         "auto",
         "stages",
@@ -257,9 +259,7 @@ class RunSettings:
         "keep a stage only if all-token validation perplexity falls, or always",
         choices=("better", "always"),
     )
-    min_improvement: float = _setting(
-        0.001, "stages", "relative fall of the all-token validation perplexity that counts as better"
-    )
+    min_improvement: float = _setting(0.001, "stages", "relative fall of all-token validation perplexity that counts")
 
     epochs: int = _setting(2, "training", "epochs for each stage at most")
     batch_tokens: int = _setting(512, "training", "hard tokens in an optimizer step")
@@ -271,9 +271,7 @@ class RunSettings:
     lr: float = _setting(6e-4, "training", "peak learning rate")
     lr_schedule: str = _setting("cosine", "training", "shape of the learning rate after warm-up", choices=LR_SCHEDULES)
     warmup_steps: int = _setting(10, "training", "steps of linear learning-rate warm-up")
-    weight_decay: float = _setting(
-        0.01, "training", "decoupled weight decay (on matrices and norms alike, as torch.optim.AdamW)"
-    )
+    weight_decay: float = _setting(0.01, "training", "decoupled weight decay, of matrices and norms, as torch's AdamW")
     grad_clip: float = _setting(1.0, "training", "largest gradient norm; 0 turns clipping off")
     optimizer: str = _setting(
         "adamw",
@@ -301,7 +299,7 @@ class RunSettings:
         for f in dataclasses.fields(self):
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
             check_type(f.name, value, f.type)
-            if choices is not None and value not in choices:
+            if choices is not None and value not in (*choices, f.default):
                 raise InputError(f"{f.name}: {shown(value)}; must be one of {', '.join(choices)}")
         for name in (
             "hard_ratio", "lr", "weight_decay", "grad_clip", "min_improvement", "lora_alpha", "checkpoint_minutes",
@@ -317,6 +315,8 @@ class RunSettings:
         self._require("layers_per_stage", layers == ALL or layers >= 1, "must be at least 1, or all")
         self._require("seq_len", self.seq_len >= 2, "must be at least 2")
         self._check_sizes()
+        if (self.train_criterion or self.criterion) != (self.route_criterion or self.criterion):
+            self._require("num_stages", self.num_stages == 1, "must be 1 where train_criterion is not route_criterion")
         for name in ("lr", "lora_alpha"):
             self._require(name, getattr(self, name) > 0, "must be above 0")
         for name in ("weight_decay", "grad_clip", "min_improvement", "warmup_steps"):
@@ -417,10 +417,6 @@ def _plain(f: "dataclasses.Field[Any]", value: Any) -> Any:
 
 
 _FIELDS = {f.name: f for f in dataclasses.fields(RunSettings)}
-# What may differ between a run and its resumption: where things lie and when to stop, not what is computed.
-RESUME_MAY_CHANGE = (
-    "out", "resume", "max_minutes", "checkpoint_minutes", "cache_dir", "report_to", "sample_prompt", "store", "shard",
-)  # fmt: skip
 
 
 def make_settings(overrides: dict[str, Any], settings_file: str | None = None) -> RunSettings:
@@ -444,13 +440,6 @@ def make_settings(overrides: dict[str, Any], settings_file: str | None = None) -
             hint = f"; did you mean {near} ({explain(near)})?" if near else ""
             raise InputError(f"{shown(name)[1:-1]}: no such setting{hint}")
     return RunSettings(**{name: as_field(_FIELDS[name], value) for name, value in merged.items()})
-
-
-def saved_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a run has saved, for :func:`make_settings`. A run from before there was ``shuffle`` took its
-    texts in the data's own order."""
-    check_type("settings", settings, dict)
-    return {"shuffle": "off", **settings}
 
 
 def explain(name: str) -> str:

@@ -13,8 +13,8 @@ from cascade_fast.comparison.grid import GRID, make_grid
 
 DESCRIPTION = (
     "Train a cascade for every combination of the values given, and compare them. Takes every flag of the trainer; "
-    "hard-ratio, criterion, layers-per-stage, lr and stage-kind take several values. The same command again goes on "
-    "where it was."
+    "hard-ratio, criterion, train-criterion, easy-tokens, layers-per-stage, lr and stage-kind take several values. The "
+    "same command again goes on where it was."
 )
 
 

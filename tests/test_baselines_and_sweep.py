@@ -343,6 +343,33 @@ def test_a_sweep_over_all_layers_says_so(flags, tmp_path):
     assert "| all layers, r = 0.6 |" in report
 
 
+def test_a_sweep_over_ways_of_choosing(flags, tmp_path):
+    """Whether choosing pays, in one command: the same tokens' worth chosen, of the text's beginning, and of all."""
+    out = tmp_path / "sweep"
+    command = [*flags, "--epochs", "1", "--stage-kind", "second-look", "--num-stages", "1", "--accept", "always"]
+    grid = ["--hard-ratio", "0.5", "1", "--train-criterion", "entropy", "first", "--easy-tokens", "skip", "forward"]
+    asked = make_grid(
+        {"out": str(out), "num_stages": 1, "hard_ratio": [0.5, 1], "train_criterion": ["entropy", "margin"],
+         "criterion": ["entropy", "margin"]}
+    )  # fmt: skip
+    assert len(asked) == 6  # at 1 nobody chooses
+    assert sweep.main([*command, *grid, "--out", str(out), "--cache-dir", str(tmp_path / "cache")]) == 0
+    rows = json.loads((out / "comparison.json").read_text())["rows"][1:]
+    half = ["chosen by entropy, easy ones skip", "chosen by entropy, easy ones forward"]
+    half += [name.replace("entropy", "first") for name in half]
+    cascades = [row["name"] for row in rows if not row["merged"]]
+    assert sorted(cascades) == sorted([*(f"{name}, r = 0.5" for name in half), "all tokens, r = 1"])
+    assert {row["name"] for row in rows if row["merged"]} == {f"{name} merged" for name in cascades}
+    assert {row["trained_tokens"] for row in rows} == {8 * 32, 16 * 32}
+    assert {row["folder"] for row in rows} == {
+        *(f"second-look-L2-entropy{later}-lr0.003-r0.5" for later in ("", "-forward", "-first", "-first-forward")),
+        "second-look-L2-entropy-lr0.003-r1",
+    }
+    # Of whole sequences no token is easy: both ways train the same stage.
+    of_first = {row["val_ppl"] for row in rows if row["merged"] and "first" in row["name"]}
+    assert max(of_first) == pytest.approx(min(of_first), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

@@ -6,8 +6,8 @@ import pytest
 
 from cascade_fast.input_checks import ALL, OTHER_NAMES, InputError, template_parts
 from cascade_fast.presets import PRESETS
-from cascade_fast.resume import settings_differences
-from cascade_fast.settings import RunSettings, make_settings, saved_settings
+from cascade_fast.resume import saved_settings, settings_differences
+from cascade_fast.settings import RunSettings, make_settings
 from cascade_fast.train import build_parser
 
 

@@ -14,7 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cascade_fast import cascade, criteria, evaluate, generate, losses
 from cascade_fast.base.model import find_base
 from cascade_fast.base.texts import load_sequences
-from cascade_fast.criteria import CRITERIA, register_criterion, score_tokens, token_entropy
+from cascade_fast.criteria import (
+    CRITERIA,
+    TokensAtExit,
+    get_criterion,
+    register_criterion,
+    score_by_two,
+    score_tokens,
+    token_entropy,
+    token_margin,
+)
 from cascade_fast.hard_token_gather import HardTokenGather
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.modeling import CascadeForCausalLM
@@ -43,7 +52,8 @@ def test_entropy_ignores_impossible_tokens_and_takes_no_tokens():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_entropy_makes_no_second_array_of_the_logits_size(dtype, monkeypatch):
+@pytest.mark.parametrize("score", [token_entropy, token_margin])
+def test_scores_make_no_second_array_of_the_logits_size(dtype, score, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_BYTES", 0)
     largest = 0
 
@@ -59,8 +69,39 @@ def test_entropy_makes_no_second_array_of_the_logits_size(dtype, monkeypatch):
     logits = torch.randn(4, 65, 50).to(dtype)[:, :-1]  # the usual shift: not contiguous
     storage = logits.untyped_storage().data_ptr()
     with Watch():
-        token_entropy(logits)
+        score(logits)
     assert 0 < largest <= 16 * 50
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_margin_and_band_are_their_formulas(dtype, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 0)  # 16 tokens a chunk
+    logits = (torch.randn(3, 21, 40) * 3).to(dtype)
+    distribution = torch.distributions.Categorical(logits=logits.double())
+    sorted_NV = distribution.probs.flatten(0, 1).sort(descending=True).values
+    expected = {
+        "margin": sorted_NV[:, 0] - sorted_NV[:, 1],
+        "band": (distribution.entropy().flatten() - 2.5).abs(),
+    }
+    h_in, h_out = hidden(63, dtype=dtype)
+    for name, wanted_N in expected.items():
+        score_N = score_tokens(name, h_in, h_out, logits=logits)
+        torch.testing.assert_close(score_N.double(), wanted_N, rtol=1e-5, atol=1e-6)
+    assert torch.equal(score_tokens("margin", h_in, h_out, logits=torch.zeros(63, 40)), torch.zeros(63))
+
+
+@pytest.mark.parametrize("names", [("entropy", "margin"), ("cosine", "band"), ("margin", "cosine")])
+def test_two_scores_of_one_look_are_those_of_two(names, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 0)
+    h_in, h_out = hidden(37)
+    head_VD, label_N = torch.randn(40, h_in.shape[1]), torch.randint(40, (37,))
+    tokens, how = TokensAtExit(h_in, h_out), {"dtype": torch.float32}
+    first, second = (get_criterion(name) for name in names)
+    *scores, loss_N = score_by_two(first, second, tokens, h_out, head_VD, label_N, **how)
+    for criterion, score_N in zip((first, second), scores, strict=True):
+        alone_N, loss_alone_N = criterion.score_with_losses(tokens, h_out, head_VD, label_N, **how)
+        assert torch.equal(score_N, alone_N)
+        assert torch.equal(loss_N, loss_alone_N)
 
 
 def test_the_flag_s_choices_are_the_registry_s_names():
@@ -109,10 +150,9 @@ def test_what_a_criterion_returns_is_checked(returned):
 # --- a criterion of the user's, from the gather to the model ----------------------------------------------------------
 
 
-def margin(h_in_ND, h_out_ND, *, logits=None):
-    """The likeliest token's probability above the second's: low where the model is torn between two."""
-    first_N, second_N = logits.float().softmax(-1).topk(2).values.flatten(0, -2).unbind(-1)
-    return first_N - second_N
+def boldness(h_in_ND, h_out_ND, *, logits=None):
+    """The likeliest token's probability: low where the model does not commit itself."""
+    return logits.float().softmax(-1).amax(-1).flatten()
 
 
 def step(h_in_ND, h_out_ND, *, logits=None):
@@ -126,25 +166,27 @@ def registered(function, **options):
 
 @pytest.mark.usefixtures("own_criteria")
 def test_registered_logits_are_asked_for():
-    registered(margin, needs_logits=True)
+    registered(boldness, needs_logits=True)
     h_in, h_out = hidden(2, 5)
     logits = torch.randn(2, 5, 30)
-    hard = HardTokenGather(0.5, criterion="margin")(h_in, h_out, logits=logits)
-    assert torch.equal(hard.scores.flatten(), margin(h_in, h_out, logits=logits))
-    with pytest.raises(ValueError, match="logits: None; criterion 'margin' needs the logits of every token"):
-        HardTokenGather(0.5, criterion="margin")(h_in, h_out)
+    hard = HardTokenGather(0.5, criterion="boldness")(h_in, h_out, logits=logits)
+    assert torch.equal(hard.scores.flatten(), boldness(h_in, h_out, logits=logits))
+    with pytest.raises(ValueError, match="logits: None; criterion 'boldness' needs the logits of every token"):
+        HardTokenGather(0.5, criterion="boldness")(h_in, h_out)
 
 
 @pytest.mark.usefixtures("own_criteria")
 @pytest.mark.parametrize("kind", ["append", "second-look"])
-@pytest.mark.parametrize(("function", "needs_logits"), [(margin, True), (step, False)], ids=["margin", "step"])
+@pytest.mark.parametrize(("function", "needs_logits"), [(boldness, True), (step, False)], ids=["boldness", "step"])
 def test_a_registered_criterion_trains_is_evaluated_and_generates(
     tiny_settings, tmp_path, monkeypatch, kind, function, needs_logits
 ):
     name = function.__name__
     settings = {**tiny_settings, "stage_kind": kind, "accept": "always", "store_dtype": "float32"}
     settings |= {"criterion": name, "out": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache")}
-    with pytest.raises(InputError, match=f"criterion: '{name}'; must be one of cosine, entropy, random$"):
+    with pytest.raises(
+        InputError, match=f"criterion: '{name}'; must be one of cosine, entropy, margin, band, random, first$"
+    ):
         make_settings(settings)
     registered(function, needs_logits=needs_logits)
     monkeypatch.setattr(losses, "CHUNK_BYTES", 0)  # 16 tokens a chunk
@@ -173,8 +215,8 @@ def test_a_registered_criterion_trains_is_evaluated_and_generates(
     assert generate.main([str(folder), "The value", "--device", "cpu"]) == 0
     model.save_pretrained(tmp_path / "saved")
     assert f"Score: the {name}; low = hard." in (tmp_path / "saved" / "README.md").read_text()
-    monkeypatch.setattr(criteria, "CRITERIA", dict(list(CRITERIA.items())[:3]))  # as in another process
-    with pytest.raises(InputError, match=f"criterion: '{name}'; must be one of cosine, entropy$"):
+    monkeypatch.setattr(criteria, "CRITERIA", dict(list(CRITERIA.items())[:6]))  # as in another process
+    with pytest.raises(InputError, match=f"criterion: '{name}'; must be one of cosine, entropy, margin, band$"):
         CascadeForCausalLM.from_pretrained(folder)
 
 

@@ -1,8 +1,9 @@
 """The base pass: the frozen base reads every sequence once and leaves a hidden store for each split.
 
 Per token it keeps what the stage reads (the residual stream before the final norm, or the last hidden state; for a
-second look the residual stream before the layers it copies, and their keys and values), the difficulty score and, where
-they are needed, the loss of the base's logits. Logits are never all in memory, and are not computed at all for training
+second look the residual stream before the layers it copies, and their keys and values), the difficulty score, a second
+one of training tokens where they are chosen by another criterion and, where they are needed, the loss of the base's
+logits. Logits are never all in memory, and are not computed at all for training
 tokens unless the criterion needs them. Layers in between are not kept.
 
 Sequences of about one length run together, padded on the right: under the base's causal mask no token sees padding, nor
@@ -34,6 +35,7 @@ from cascade_fast.base.split_store import SplitStore, ranges, waiting_lock
 from cascade_fast.base.splits import SplitSequences
 from cascade_fast.criteria import Criterion, Places, TokensAtExit, get_criterion
 from cascade_fast.input_checks import InputError
+from cascade_fast.records import routed_by, trained_by
 from cascade_fast.runtime.compute import Compute, release_memory
 from cascade_fast.runtime.console import Progress, say, working
 from cascade_fast.runtime.files import (
@@ -193,16 +195,42 @@ def _all_enter(needs: BaseNeeds, sequences: SplitSequences) -> bool:
 
 def _stored_criterion(settings: RunSettings) -> Criterion:
     """Whose scores the pass keeps: compared runs may share one."""
-    return get_criterion(settings.criterion).in_base_pass
+    return get_criterion(routed_by(settings)).in_base_pass
+
+
+def _choice(settings: RunSettings) -> Criterion | None:
+    """By which tokens are chosen to be trained on, where it is not the one by which they enter a stage."""
+    same = settings.hard_ratio == 1 or trained_by(settings) == routed_by(settings)
+    return None if same else get_criterion(trained_by(settings))
+
+
+def _stored_choice(settings: RunSettings) -> Criterion | None:
+    """Whose scores the pass keeps beside :func:`_stored_criterion`'s."""
+    choice = _choice(settings)
+    known = choice is None or choice is not choice.in_base_pass or choice is _stored_criterion(settings)
+    return None if known else choice
+
+
+def scored_by(settings: RunSettings) -> list[Criterion]:
+    """By which criteria the pass scores training tokens, in the order of its arrays ``score`` and ``choice``."""
+    return [criterion for criterion in (_stored_criterion(settings), _stored_choice(settings)) if criterion is not None]
 
 
 def _of_run(store: HiddenStore, settings: RunSettings, split: str) -> HiddenStore:
-    """``store`` with what the run's own scores go by, and those of its criterion if the pass keeps another's."""
-    arrays, criterion = store.arrays, get_criterion(settings.criterion)
-    if criterion is not criterion.in_base_pass:  # it goes by places alone: what went into the base is not kept
+    """``store`` with what the run's own scores go by, and those of its criteria where the pass keeps others'."""
+
+    def scores(criterion: Criterion, kept: str) -> Tensor:
+        if criterion is criterion.in_base_pass:
+            return store[kept]
+        # It goes by places alone: what went into the base is not kept.
         places = Places(store["sequence"], store["position"], seed=settings.seed, split=split)
         score_N = criterion.score(TokensAtExit(store.hidden, store.hidden, places=places))
-        arrays = {**arrays, "score": score_N.masked_fill(store["label"] == NO_LABEL, torch.nan)}
+        return score_N.masked_fill(store["label"] == NO_LABEL, torch.nan)
+
+    arrays = {**store.arrays, "score": scores(get_criterion(routed_by(settings)), "score")}
+    choice = _choice(settings)
+    if choice is not None and split == "train":
+        arrays["choice"] = scores(choice, "choice" if "choice" in store else "score")
     return HiddenStore(store.folder, arrays, {**store.meta, "seed": settings.seed, "split": split})
 
 
@@ -215,14 +243,15 @@ def _split_stores(
     meta: dict[str, Any],
 ) -> dict[str, SplitStore]:
     """What is made of every split, and of other text."""
-    all_enter, criterion = _all_enter(needs, sequences), _stored_criterion(settings)
+    all_enter = _all_enter(needs, sequences)
     needs = dataclasses.replace(needs, all_enter=all_enter, keys_and_values=needs.keys_and_values and not all_enter)
     stores = {}
     for split, of in sequences.read.items():
         entry_only = all_enter and split == "train"
-        with_loss = not entry_only and (split != "train" or criterion.needs_logits)
+        criterion, choice = _stored_criterion(settings), _stored_choice(settings) if split == "train" else None
+        with_loss = not entry_only and (split != "train" or any(by.needs_logits for by in scored_by(settings)))
         of_split = dataclasses.replace(needs, all_enter=entry_only)
-        how = (of_split, criterion, with_loss, settings.store_dtype, meta, compute.device)
+        how = (of_split, criterion, choice, with_loss, settings.store_dtype, meta, compute.device)
         stores[split] = SplitStore(folder / split, of, *how)
     return stores
 
@@ -274,7 +303,7 @@ def _meta(
     base: BaseModel, sequences: SplitSequences, settings: RunSettings, needs: BaseNeeds, compute: Compute
 ) -> dict[str, Any]:
     """Everything the stored values depend on, and its hash."""
-    criterion = _stored_criterion(settings)
+    criterion, choice = _stored_criterion(settings), _stored_choice(settings)
     meta = {
         "base": base.fingerprint,
         "sequences": sequences.fingerprint(),
@@ -290,6 +319,8 @@ def _meta(
     }
     if criterion.code is not None:
         meta["criterion_code"] = criterion.code
+    if choice is not None:
+        meta["choice"] = [choice.name, choice.code]
     if sequences.general is not None:
         meta[GENERAL] = hashlib.sha256(sequences.general.digest()).hexdigest()
     return {**meta, "fingerprint": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}

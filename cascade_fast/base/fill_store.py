@@ -15,7 +15,7 @@ from cascade_fast.base.fused_norms import fused_norms
 from cascade_fast.base.fused_rotation import fused_rotation
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.sequences import Sequences
-from cascade_fast.criteria import Criterion, TokensAtExit
+from cascade_fast.criteria import Criterion, TokensAtExit, score_by_two
 from cascade_fast.runtime.compute import HostCopies, sent
 from cascade_fast.runtime.console import Progress
 from cascade_fast.selection import check_finite
@@ -23,6 +23,7 @@ from cascade_fast.selection import check_finite
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 FLOAT16_MAX = 65504.0
 TOO_LARGE = "too large"  # whether a hidden state is beyond it
+SCORES = ("score", "choice")
 SAVE_PROGRESS_SECONDS = 5.0
 
 
@@ -78,10 +79,12 @@ def fill_store(
     needs: BaseNeeds,
     criterion: Criterion,
     progress: Progress,
+    choice: Criterion | None = None,
     batches: Iterable[slice] | None = None,
 ) -> bool:
     """Runs the sequences that the store does not have yet; False as soon as a hidden state does not fit its dtype.
 
+    ``choice``: of whose scores the store has an array, too.
     ``batches``: those of :func:`batches_of` whose tokens the store holds; None: all.
     On a GPU a batch is stored while the next one is read.
     With ``needs.all_enter`` only the layers before those that the stages copy are run, and tokens get no score.
@@ -138,11 +141,15 @@ def fill_store(
             label_N = padded.label_BS.flatten()[kept.row_N]
             if "loss" in store and not needs.all_enter:
                 label_J = sent(label_N[kept.labelled_N], device)
-                coming["score"], coming["loss"] = criterion.score_with_losses(
-                    tokens, tokens.after_ND, model.lm_head.weight, label_J, dtype=model.dtype
-                )
+                look = (tokens, tokens.after_ND, model.lm_head.weight, label_J)
+                if choice is None:
+                    coming["score"], coming["loss"] = criterion.score_with_losses(*look, dtype=model.dtype)
+                else:
+                    scored = score_by_two(criterion, choice, *look, dtype=model.dtype)
+                    coming |= dict(zip((*SCORES, "loss"), scored, strict=True))
             elif not needs.all_enter:
-                coming["score"] = criterion.score(tokens)
+                by = [criterion] if choice is None else [criterion, choice]
+                coming |= {name: of.score(tokens) for name, of in zip(SCORES, by, strict=False)}
             places = {
                 "label": label_N,
                 "sequence": some.start + kept.row_N // padded.input_BS.shape[1],
@@ -172,11 +179,11 @@ class _Left:
         arrived = self.coming.wait()
         if bool(arrived.pop(TOO_LARGE, False)):
             return None
-        if "score" in arrived:
-            check_finite(arrived["score"], *(self.places[n][self.kept.labelled_N] for n in ("sequence", "position")))
-        else:
+        for name in arrived.keys() & {*SCORES}:
+            check_finite(arrived[name], *(self.places[n][self.kept.labelled_N] for n in ("sequence", "position")))
+        if "score" not in arrived:
             arrived["score"] = torch.full((int(self.kept.labelled_N.sum()),), torch.nan)
-        for name in arrived.keys() & {"score", "loss"}:
+        for name in arrived.keys() & {*SCORES, "loss"}:
             arrived[name] = self.kept.spread(arrived[name])
         return {**arrived, **self.places}
 

@@ -12,6 +12,8 @@ array          shape, dtype     meaning
 ``sequence``   (N,) int32       the sequence the token came from; ascending
 ``position``   (N,) int32       its place in that sequence
 ``score``      (N,) float32     difficulty; low is hard; NaN without a label
+``choice``     (N,) float32     as ``score``, by the criterion that chooses what is trained on (absent where that is the
+                                same one)
 ``loss``       (N,) float32     cross-entropy at the exit the token has reached (absent where nobody asks); NaN as above
 =============  ===============  =======================================================================
 
@@ -52,6 +54,7 @@ _TOKEN_ARRAYS = {
     "sequence": torch.int32,
     "position": torch.int32,
     "score": torch.float32,
+    "choice": torch.float32,
     "loss": torch.float32,
 }
 
@@ -121,6 +124,7 @@ class HiddenStore:
         dtype: torch.dtype,
         *,
         with_loss: bool,
+        with_choice: bool = False,
         meta: Mapping[str, Any],
         kv_shape: Sequence[int] | None = None,
     ) -> "HiddenStore":
@@ -128,7 +132,8 @@ class HiddenStore:
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        names = [name for name in _TOKEN_ARRAYS if with_loss or name != "loss"]
+        left_out = {name for name, there in {"loss": with_loss, "choice": with_choice}.items() if not there}
+        names = [name for name in _TOKEN_ARRAYS if name not in left_out]
         layout = {"hidden": {"dtype": dtype_name(dtype), "shape": [tokens, hidden_size]}}
         if kv_shape is not None:
             layout["kv"] = {"dtype": dtype_name(dtype), "shape": [tokens, *kv_shape]}

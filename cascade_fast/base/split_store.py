@@ -47,7 +47,7 @@ class SplitStore:
     """The store of ``sequences`` in ``folder``, with ``meta``, which has its fingerprint.
 
     Attributes:
-        criterion: whose scores are kept; ``with_loss``: the losses, too.
+        criterion: whose scores are kept; ``choice``: another one's, too; ``with_loss``: the losses, too.
         store_dtype: as in the settings.
         device: that of the base.
         whole: the store once it is finished.
@@ -59,6 +59,7 @@ class SplitStore:
     sequences: Sequences
     needs: BaseNeeds
     criterion: Criterion
+    choice: Criterion | None
     with_loss: bool
     store_dtype: str
     meta: dict[str, Any]
@@ -209,7 +210,7 @@ class SplitStore:
         for dtype in _store_dtypes(self.store_dtype, model.dtype):
             store = self._resume_or_create(self.folder, rows, dtype, model.config, self.meta)
             progress.restart(start)
-            if fill_store(model, self.sequences, store, self.needs, self.criterion, progress):
+            if fill_store(model, self.sequences, store, self.needs, self.criterion, progress, self.choice):
                 return store.finish()
         raise AssertionError("float32 and bfloat16 hold every finite hidden state")
 
@@ -243,7 +244,8 @@ class SplitStore:
             meta = shards.meta(number, self.meta)
             store = self._resume_or_create(shards.path(number), shards.rows_of(number), dtype, model.config, meta)
             batches = self._batches[shards.chunks(number)]
-            if not fill_store(model, self.sequences, store, self.needs, self.criterion, progress, batches):
+            how = (self.needs, self.criterion, progress, self.choice)
+            if not fill_store(model, self.sequences, store, *how, batches):
                 progress.restart(start)
                 return False
             shards.finish(store)
@@ -272,9 +274,8 @@ class SplitStore:
         if self.needs.keys_and_values:
             _, kv_heads, head_dim = attention_shape(base_config)
             kv_shape = (self.needs.last_layers, 2, kv_heads, head_dim)
-        return HiddenStore.create(
-            folder, rows, base_config.hidden_size, dtype, with_loss=self.with_loss, meta=meta, kv_shape=kv_shape
-        )
+        arrays: dict[str, Any] = {"with_loss": self.with_loss, "with_choice": self.choice is not None}
+        return HiddenStore.create(folder, rows, base_config.hidden_size, dtype, **arrays, meta=meta, kv_shape=kv_shape)
 
 
 def _store_dtypes(store_dtype: str, computed: torch.dtype) -> list[torch.dtype]:

@@ -65,7 +65,7 @@ def _write_comparison(folder: Path, rows: list[Row]) -> None:
         ("trained_tokens", "trained tokens", True),
         ("trained_layer_tokens", "trained tokens x layers trained", True),
     ]
-    plot = plot_lines(folder / "curves.png", rows, panels, base_ppl=base["val_ppl"], front=True)
+    plot = plot_lines(folder / "curves.png", rows, panels, base=base, front=True)
     references = [name for name in (reference, BAR) if name in names]
     verdicts = [verdict(rows, "seconds", name) for name in dict.fromkeys(references)]
     said = winner(rows, BAR)

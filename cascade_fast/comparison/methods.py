@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_fast.input_checks import InputError
+from cascade_fast.records import routed_by, trained_by
 from cascade_fast.settings import RunSettings, make_settings
 
 METHODS = {
@@ -87,10 +88,13 @@ def plan_trainings(
     if settings.out is None:
         raise InputError("out: not given; must name the folder of the comparison")
     _check_values("epochs_list", epochs_list, "at least 1", lambda epochs: epochs >= 1)
-    if settings.criterion == "random" and "random" in methods:
+    if trained_by(settings) == routed_by(settings) == "random" and "random" in methods:
         raise InputError("criterion: 'random'; the method random is the same: leave one out (--skip random)")
     identity: dict[str, Any] = {"init": "identity", "head": "shared", "num_stages": 1, "hard_ratio": 1.0}
     shared = {name: value for name, value in settings.to_dict().items() if name in SHARED}
+    by_chance: dict[str, Any] = {
+        "criterion": "random", "train_criterion": None, "route_criterion": None, "sample_prompt": (),
+    }  # fmt: skip
     seed = make_settings({**shared, "preset": "seed", "num_stages": 1})
     finetune = dataclasses.replace(settings, batch_tokens=grid.finetune_batch_tokens)
     # By method: what is trained for each number of epochs, by what its folder's name has beside the method's.
@@ -104,7 +108,7 @@ def plan_trainings(
                 settings, **identity, stage_kind="second-look", adapter="none", lr=grid.second_look_lr
             )
         },
-        "random": lambda: {"": dataclasses.replace(settings, criterion="random", sample_prompt=())},
+        "random": lambda: {"": dataclasses.replace(settings, **by_chance)},
         "lora": lambda: {
             f"-r{rank}-lr{lr}": dataclasses.replace(
                 finetune, lr=lr, lora_rank=rank, lora_alpha=LORA_ALPHA, lora_targets=()

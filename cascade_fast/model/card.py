@@ -16,8 +16,8 @@ from cascade_fast.stages.kind import get_kind
 
 _RECIPE = (
     "preset", "dataset", "seq_len", "train_tokens", "val_tokens", "train_blocks", "val_blocks", "shuffle",
-    "hard_ratio", "criterion", "stage_kind", "layers_per_stage", "init", "head", "epochs", "batch_tokens", "lr",
-    "lr_schedule", "weight_decay", "optimizer", "seed",
+    "hard_ratio", "criterion", "train_criterion", "route_criterion", "stage_kind", "layers_per_stage", "init", "head",
+    "epochs", "batch_tokens", "lr", "lr_schedule", "weight_decay", "optimizer", "seed",
 )  # fmt: skip
 
 

@@ -12,9 +12,9 @@ from cascade_fast.base.model import FAMILY, BaseModel, check_model
 from cascade_fast.criteria import model_criteria
 from cascade_fast.input_checks import InputError, check_fields, check_type, one_line, shown
 from cascade_fast.presets import STAGE_KINDS
-from cascade_fast.records import RunRecord, RunResults
+from cascade_fast.records import RunRecord, RunResults, routed_by
+from cascade_fast.resume import RESUME_MAY_CHANGE
 from cascade_fast.runtime.files import check_json
-from cascade_fast.settings import RESUME_MAY_CHANGE
 from cascade_fast.stages.exits import ExitStage
 from cascade_fast.stages.kind import get_kind
 from cascade_fast.stages.stage import StageConfig
@@ -262,7 +262,7 @@ def finished_run_config(
 ) -> dict[str, Any]:
     """``config.json`` of a finished run: its record together with the cascade's configuration, so that the folder loads
     as a model. ``stages``: those that are kept."""
-    criterion = results.settings["criterion"]
+    criterion = routed_by(results.settings)
     if criterion not in model_criteria():  # loading it says so
         return {**record.to_dict(), "model_type": CascadeConfig.model_type, "criterion": criterion}
     final, tokens = results.final, results.tokens

@@ -7,7 +7,8 @@ from cascade_fast.base.sequences import Sequences
 from cascade_fast.base.texts import OF_ONE_DATASET, all_sequences, load_sequences
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.configuration import CascadeConfig
-from cascade_fast.settings import GENERAL, RESUME_MAY_CHANGE, make_settings, saved_settings
+from cascade_fast.resume import RESUME_MAY_CHANGE, saved_settings
+from cascade_fast.settings import GENERAL, make_settings
 
 
 def evaluation_text(

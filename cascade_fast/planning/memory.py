@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from cascade_fast.base.base_pass import scored_by
 from cascade_fast.base.fill_store import TOKENS_AT_ONCE as BASE_TOKENS
 from cascade_fast.losses import SPARE, chunk_tokens
 from cascade_fast.planning.counts import (
@@ -331,6 +332,7 @@ def _store_bytes(settings: RunSettings, shape: Shape, width: int) -> tuple[float
     numbers = shape.memory(settings, width).kv_numbers  # keys and values of a token
     kept = numbers if shape.needs.keys_and_values else 0
     base = sum(map(settings.expected_tokens, READ)) * ((size + kept) * stored + TOKEN_BYTES)
+    base += 4 * settings.expected_tokens("train") * (len(scored_by(settings)) - 1)  # a second score
     later, tokens = 0.0, train_val
     # Those of two stages back are removed, unless tokens attend to what they left.
     for _ in range(settings.num_stages - 1 if shape.kind.attends else min(settings.num_stages - 1, 2)):

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from cascade_fast.criteria import get_criterion
+from cascade_fast.base.base_pass import scored_by
 from cascade_fast.losses import chunk_tokens
 from cascade_fast.planning.counts import (
     NF4_BYTES,
@@ -93,7 +93,7 @@ def base_flops(shape: Shape, seq_len: int, *, with_logits: bool) -> int:
 def tokens_with_logits(settings: RunSettings, shape: Shape, tokens: int, train_tokens: int) -> int:
     """Of the ``tokens`` of a base pass: the training tokens' logits are made where their scores come from them, unless
     all enter the first stage whatever their scores."""
-    scored = get_criterion(settings.criterion).in_base_pass.needs_logits and not shape.needs.all_enter
+    scored = any(criterion.needs_logits for criterion in scored_by(settings)) and not shape.needs.all_enter
     return tokens if scored else tokens - train_tokens
 
 

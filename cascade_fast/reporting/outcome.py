@@ -1,7 +1,7 @@
 """Tables of what is measured at the end of a run: the merged model beside the cascade, and other text."""
 
 from cascade_fast.criteria import model_criteria
-from cascade_fast.records import Final, General, RunResults
+from cascade_fast.records import Final, General, RunResults, routed_by
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
 
@@ -27,7 +27,7 @@ def merge_advice(results: RunResults, run: str) -> str | None:
     as a model, or its base is in 4 bit: the stage goes with those weights, not with the 16-bit ones it would be merged
     into."""
     settings = results.settings
-    loads = settings["criterion"] in model_criteria() and settings.get("base_quantization", "none") == "none"
+    loads = routed_by(settings) in model_criteria() and settings.get("base_quantization", "none") == "none"
     if not results.better_merged or not loads:
         return None
     return (

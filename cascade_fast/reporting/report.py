@@ -6,7 +6,7 @@ from typing import Any
 from cascade_fast.criteria import model_criteria, score_label
 from cascade_fast.input_checks import InputError, one_line
 from cascade_fast.presets import SECOND_LOOK_PRESET
-from cascade_fast.records import Epoch, Ledger, RunRecord, RunResults, StageRecord, training_size
+from cascade_fast.records import Epoch, Ledger, RunRecord, RunResults, StageRecord, routed_by, trained_by, training_size
 from cascade_fast.reporting.heat_map import read_heat_map
 from cascade_fast.reporting.html import HEAT_MAP, MACHINE, SETTINGS, render_page
 from cascade_fast.reporting.outcome import general_table, general_title, merge_advice, merged_table
@@ -36,7 +36,7 @@ def write_report(folder: Path) -> Path:
     results = read_results(folder)
     tokens, samples = read_heat_map(folder), read_samples(folder)
     try:
-        score_name = score_label(results.settings["criterion"])
+        score_name = score_label(routed_by(results.settings))
         plots = write_plots(folder, results, score_name=score_name)
         markdown = render_report(run, results, plots, samples=samples, heat_map=tokens is not None)
         images = {name: (folder / name).read_bytes() for name in plots}
@@ -112,8 +112,8 @@ def render_report(
             ["stage", "threshold", "hard of those that arrive"],
             [[_n(s.stage), threshold_text(s.threshold), f"{s.train_hard:,} / {s.train_total:,}"] for s in stages],
         ),
-        f"A token enters a stage if its score ({score_label(results.settings['criterion'])}) is at or below the "
-        "threshold.",
+        f"A token enters a stage if its score ({score_label(routed_by(results.settings))}) is at or below the "
+        f"threshold.{_chosen_apart(results)}",
         "### Validation",
         "Perplexity on the hard tokens is measured on a different set at each stage; the column over all tokens, each "
         "at its own exit, is the one that compares.",
@@ -236,9 +236,16 @@ def advice(results: RunResults) -> list[str]:
     return found
 
 
+def _chosen_apart(results: RunResults) -> str:
+    chosen = trained_by(results.settings)
+    if chosen == routed_by(results.settings):
+        return ""
+    return f" The tokens it was trained on, as many, were chosen by another score: {score_label(chosen)}."
+
+
 def _next(results: RunResults) -> str:
     parts = ["\n".join(f"- {sentence}" for sentence in advice(results))]
-    if results.settings["criterion"] in model_criteria() and results.final.stages_kept:
+    if routed_by(results.settings) in model_criteria() and results.final.stages_kept:
         parts.append("With the cascade as it is, `RUN` being this folder:")
         parts.append(
             '```\npython -m cascade_fast.generate RUN "Your text" --compare-base\n'

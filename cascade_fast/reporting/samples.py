@@ -9,6 +9,7 @@ from typing import Any
 from cascade_fast.criteria import model_criteria
 from cascade_fast.model.continuation import continue_texts
 from cascade_fast.model.loading import load_model
+from cascade_fast.records import routed_by
 from cascade_fast.reporting.heat_map import read_heat_map, read_record
 from cascade_fast.runtime.files import write_json
 from cascade_fast.runtime.run_folder import read_results
@@ -35,7 +36,7 @@ def make_samples(folder: Path, device: str = "auto") -> bool:
         (folder / FILE).exists()
         or not prompts
         or results.final.stages_kept == 0
-        or results.settings["criterion"] not in model_criteria()
+        or routed_by(results.settings) not in model_criteria()
     ):
         return False
     model, tokenizer = load_model(str(folder), device=device, dtype="auto", base_path=None)

@@ -51,18 +51,25 @@ def hardest_of_store(store: HiddenStore, hard_ratio: float) -> Selection:
     """As :func:`select_hardest`, of the tokens with a label; ``index_K`` are rows of the store. Of several processes
     all call it, with the same store.
 
+    Where the store has a ``choice``, ``index_K`` goes by that, and the threshold lets in as many by ``score``.
+
     Raises:
         NonFiniteScores: names sequence and position.
     """
-    if hard_ratio != 1 and processes().several:
-        names = ("label", "sequence", "position")
-        return select_hardest_in_parts(
-            store["score"], hard_ratio, processes(), **{f"{name}_N": store[name] for name in names}
-        )
-    labelled_J = store.labelled_index()
     if hard_ratio == 1:  # every token enters, at inference too
-        return Selection(labelled_J, EVERY_TOKEN)
-    score_J = store["score"][labelled_J]
+        return Selection(store.labelled_index(), EVERY_TOKEN)
+    names = ("score", "choice") if "choice" in store else ("score",)
+    selections = [_hardest_by(store, name, hard_ratio) for name in names]
+    return Selection(selections[-1].index_K, selections[0].threshold)
+
+
+def _hardest_by(store: HiddenStore, name: str, hard_ratio: float) -> Selection:
+    """By the store's array ``name``."""
+    if processes().several:
+        places = {f"{of}_N": store[of] for of in ("label", "sequence", "position")}
+        return select_hardest_in_parts(store[name], hard_ratio, processes(), **places)
+    labelled_J = store.labelled_index()
+    score_J = store[name][labelled_J]
     check_finite(score_J, store["sequence"][labelled_J], store["position"][labelled_J])
     selection = select_hardest(score_J.to(store.device), hard_ratio)
     return Selection(labelled_J[selection.index_K.cpu()], selection.threshold)

@@ -11,7 +11,7 @@ from cascade_fast.base.base_pass import BasePass
 from cascade_fast.base.model import BaseModel
 from cascade_fast.base.splits import SplitSequences
 from cascade_fast.criteria import get_criterion, model_criteria
-from cascade_fast.records import RunResults, StageRecord
+from cascade_fast.records import RunResults, StageRecord, routed_by, trained_by
 from cascade_fast.reporting.outcome import general_table, general_title, merge_advice, merged_table
 from cascade_fast.reporting.report import advice
 from cascade_fast.runtime.compute import Compute
@@ -51,8 +51,8 @@ def operators_of(settings: RunSettings, device: torch.device) -> str:
     calls = [("gather_rows", stores)]
     if settings.hard_ratio < 1:
         calls.insert(0, ("select_hard", stores))
-    scored_by = get_criterion(settings.criterion).operator
-    calls += [(op, device) for op in (scored_by, "cross_entropy_", "rms_norm", "add_rms_norm", "silu_mul") if op]
+    scored_by = {get_criterion(name).operator: None for name in (trained_by(settings), routed_by(settings))}
+    calls += [(op, device) for op in (*scored_by, "cross_entropy_", "rms_norm", "add_rms_norm", "silu_mul") if op]
     if get_kind(settings.stage_kind).attends:
         if on_cpu:  # a stage that is measured leaves its keys and values, for which rows are scattered
             around: tuple[str, ...] = ("attention", "rotate_rows", "scatter_rows")
@@ -134,7 +134,7 @@ def say_next(folder: Path) -> None:
     results = read_results(folder)
     if results.final.stages_kept == 0:
         say("\n".join(advice(results)).replace("`", ""))
-    elif results.settings["criterion"] in model_criteria():
+    elif routed_by(results.settings) in model_criteria():
         run = shlex.quote(str(folder))
         say("next:")
         say(f'  python -m cascade_fast.generate {run} "Your text" --compare-base')

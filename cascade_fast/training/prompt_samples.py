@@ -13,6 +13,7 @@ from cascade_fast.base.model import BaseModel
 from cascade_fast.criteria import model_criteria
 from cascade_fast.input_checks import InputError, one_line, shown
 from cascade_fast.model.configuration import cascade_config
+from cascade_fast.records import routed_by
 from cascade_fast.runtime.compute import Compute, release_memory
 from cascade_fast.runtime.console import say, working
 from cascade_fast.runtime.metrics_log import MetricsLog
@@ -27,9 +28,9 @@ def check_prompts(settings: RunSettings, base: BaseModel, tokenizer: Any) -> Non
     """Raises InputError where nothing can be written on from ``settings.sample_prompt``."""
     if not settings.sample_prompt:
         return
-    if settings.criterion not in model_criteria():
+    if routed_by(settings) not in model_criteria():
         raise InputError(
-            f"sample_prompt, criterion: a cascade by {settings.criterion!r} cannot be run as a model; leave "
+            f"sample_prompt, criterion: a cascade by {routed_by(settings)!r} cannot be run as a model; leave "
             "sample_prompt out, or choose another criterion"
         )
     most = base.config.max_position_embeddings - NEW_TOKENS
@@ -91,7 +92,7 @@ class PromptSamples:
                     self.settings.sample_prompt,
                     self.base,
                     stages,
-                    criterion=self.settings.criterion,
+                    criterion=routed_by(self.settings),
                     compute=self.compute,
                     folder=self.folder,
                     template=chat_template_of(self.settings, self.base.tokenizer()) if self.chats else None,
