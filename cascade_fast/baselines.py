@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cascade_fast.command_line import run_command, settings_parser
+from cascade_fast.command_line import run_command, settings_parser, together
 from cascade_fast.comparison.methods import METHODS, Grid, choose_methods, plan_trainings
 from cascade_fast.input_checks import InputError, read_settings_file
 from cascade_fast.settings import RunSettings, make_settings
@@ -102,12 +102,11 @@ def main(argv: list[str] | None = None) -> int:
         trainings = plan_trainings(settings, methods, epochs_list, Grid(**values))
         # Imported here: a mistake in the flags is answered before torch is loaded.
         from cascade_fast.comparison.baselines import run_baselines
-        from cascade_fast.runtime.console import quiet_libraries
 
-        quiet_libraries()
-        run_baselines(Path(str(settings.out)), trainings)
+        with together():
+            run_baselines(Path(str(settings.out)), trainings)
 
-    return run_command(work, debug=debug, again="the same command")
+    return run_command(work, debug=debug, again="the same command", several=True)
 
 
 if __name__ == "__main__":

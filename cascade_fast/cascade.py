@@ -8,15 +8,17 @@ import dataclasses
 import functools
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from cascade_fast.base.base_pass import BasePass, base_pass
 from cascade_fast.base.general_text import load_general
-from cascade_fast.base.hidden_store import HiddenStore, StoreError
+from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.model import BaseModel, cache_folder, check_cache
 from cascade_fast.base.sequences import Sequences
+from cascade_fast.base.shards import store_of_all
 from cascade_fast.base.texts import load_sequences
 from cascade_fast.criteria import get_criterion
 from cascade_fast.model.configuration import finished_run_config
@@ -40,6 +42,7 @@ from cascade_fast.runtime.console import Progress, format_count, say, working
 from cascade_fast.runtime.files import DamagedFile, write_json
 from cascade_fast.runtime.machine import describe_machine, package_versions
 from cascade_fast.runtime.metrics_log import MetricsLog
+from cascade_fast.runtime.processes import by_first, processes
 from cascade_fast.runtime.run_folder import RunFolder, write_results
 from cascade_fast.runtime.trackers import Trackers, check_trackers
 from cascade_fast.selection import EVERY_TOKEN, select_below, threshold_text
@@ -59,6 +62,7 @@ from cascade_fast.stages.tokens import Recompute, StageTokens
 from cascade_fast.training.graphs import check_graphs
 from cascade_fast.training.messages import say_base_pass, say_stage, say_start, say_summary
 from cascade_fast.training.prompt_samples import PromptSamples, check_prompts
+from cascade_fast.training.sharding import check_sharding
 from cascade_fast.training.stage_trainer import StageTrainer
 from cascade_fast.training.trainer import NON_FINITE_LOSS, TIME_IS_UP, NonFiniteLoss, TrainingHistory
 
@@ -185,7 +189,7 @@ class CascadeRun:
         if accepted:
             self.stages.append(trained)
             self.evaluation = evaluation
-            trained.save(self.folder.stage(number))
+            by_first(trained.save)(self.folder.stage(number))
         self.records.append(record)
         self.log.write("stage", **{k: v for k, v in record.to_dict().items() if k != "epochs"})
         self.folder.write_stage_record(number, record, self.log.size())
@@ -285,26 +289,21 @@ class CascadeRun:
 
     def _advance(self, number: int, hard: StageTokens, split: str) -> HiddenStore:
         """The hard tokens after stage ``number``: the store of the next stage. Order, positions, labels are kept."""
-        folder, source = self.folder.hidden(number, split), hard.store
-        try:
-            return HiddenStore.open(folder)
-        except StoreError:
-            pass  # not there yet, half-written by a run that was killed, or damaged: made anew, the same bits
+        source, parts = hard.store, hard.chunks(TOKENS_AT_ONCE)
+        rows, dtype = [hard.count(picked) for picked in parts], source.handed_on_dtype
+        how: dict[str, Any] = {"with_loss": True, "kv_shape": self.stages[-1].stage.config.kv_shape}
+
+        def create(folder: Path, rows: int, meta: dict[str, Any]) -> HiddenStore:
+            return HiddenStore.create(folder, rows, source.hidden.shape[1], dtype, meta=meta, **how)
+
+        def fill(store: HiddenStore, part: slice) -> None:
+            with Progress(f"{split} tokens through stage {number}", sum(rows[part])) as progress:
+                for picked in parts[part]:
+                    store.append(advance(self.stages[-1].stage, hard, picked, **self._how))
+                    progress.advance(hard.count(picked))
+
         meta = {**source.meta, "stage": number, "split": split}
-        store = HiddenStore.create(
-            folder,
-            len(hard),
-            source.hidden.shape[1],
-            source.handed_on_dtype,
-            with_loss=True,
-            meta=meta,
-            kv_shape=self.stages[-1].stage.config.kv_shape,
-        )
-        with Progress(f"{split} tokens through stage {number}", len(hard)) as progress:
-            for picked in hard.chunks(TOKENS_AT_ONCE):
-                store.append(advance(self.stages[-1].stage, hard, picked, **self._how))
-                progress.advance(hard.count(picked))
-        return store.finish()
+        return store_of_all(self.folder.hidden(number, split), rows, meta, create, fill)
 
     # --- results -----------------------------------------------------------------------------------------------------
 
@@ -394,12 +393,13 @@ def run_cascade(settings: RunSettings) -> RunFolder:
         keep_freed_memory()
     check_cache(settings)
     check_trackers(settings.report_to)
-    with working("finding the base and reading its weights, for its fingerprint"):
+    these = processes()
+    with working("finding the base and reading its weights, for its fingerprint"), these.first_before_others():
         base = find_base_for_stages(settings)
     settings = with_layers(settings, base.config)
     tokenizer = base.tokenizer()
     check_prompts(settings, base, tokenizer)
-    with working("reading the text and making tokens of it"):
+    with working("reading the text and making tokens of it"), these.first_before_others():
         sequences = load_sequences(settings, tokenizer)
         sequences = dataclasses.replace(sequences, general=load_general(settings, tokenizer))
     settings = sequences.settle(settings)
@@ -414,6 +414,8 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     plan = None if folder.finished else plan_run(settings, base, sequences, compute, folder.path, folder.record.kv)
     if plan is not None:
         check_graphs(settings, compute, plan.memory.micro_batch_tokens)
+        check_sharding(settings, these)
+        plan = plan.of_first(these)
     with folder.open(kv=folder.record.kv if plan is None else plan.settings.kv):
         if plan is None or folder.finished:
             folder.check()
@@ -421,7 +423,8 @@ def run_cascade(settings: RunSettings) -> RunFolder:
             say(f"finished already: {folder.report}")
             return folder
         settings, log = plan.settings, folder.log
-        log.trackers = Trackers.start(settings.report_to, folder.path, settings.to_dict(), log.records())
+        if these.first:
+            log.trackers = Trackers.start(settings.report_to, folder.path, settings.to_dict(), log.records())
         say_start(settings, folder, base, sequences, compute)
         for line in plan.lines():
             say(line)
@@ -433,10 +436,11 @@ def run_cascade(settings: RunSettings) -> RunFolder:
         run.train()
         with working("measuring validation and test, and writing the report"):
             results, tokens = run.results(started, plan.memory), run.heat_map(sequences.splits["val"], tokenizer)
-            write_json(folder.config, finished_run_config(folder.record, results, base, run.stages))
-            write_heat_map(folder.path, tokens)
-            write_results(folder.path, results)
-            write_report(folder.path)
+            if these.first:
+                write_json(folder.config, finished_run_config(folder.record, results, base, run.stages))
+                write_heat_map(folder.path, tokens)
+                write_results(folder.path, results)
+                write_report(folder.path)
         log.write("end", **results.final.to_dict(), base_val_ppl=results.base.val_ppl)
         folder.clean()
         say_summary(results, folder)

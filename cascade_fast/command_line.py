@@ -5,10 +5,20 @@ import dataclasses
 import io
 import sys
 import typing
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from cascade_fast.input_checks import InputError, one_line, suggest
+from cascade_fast.runtime.processes import (
+    Processes,
+    end_processes,
+    first_to_fail,
+    lost_another,
+    start_processes,
+    started_count,
+)
 from cascade_fast.settings import DTYPES, RunSettings, explain
 
 
@@ -88,25 +98,50 @@ def add_model_arguments(parser: argparse.ArgumentParser | Any) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def run_command(work: Callable[[], int | None], *, debug: bool, again: str | None = None) -> int:
+@contextmanager
+def together() -> Iterator[Processes]:
+    """Within, the processes that torchrun has started know of each other, and the first one speaks."""
+    # Imported here: a mistake in the flags is answered before torch is loaded.
+    from cascade_fast.runtime.console import console, quiet_libraries
+
+    quiet_libraries()
+    these = start_processes()
+    if not these.first:
+        console.quiet = True
+        warnings.simplefilter("ignore")
+    yield these
+    end_processes()
+
+
+def run_command(work: Callable[[], int | None], *, debug: bool, again: str | None = None, several: bool = False) -> int:
     """The exit code of a command whose work is ``work``, which returns its own (None: 0).
 
     2, after a line that says why: a mistake in what was asked for, the system's no, or training that diverged; 130 and
     143: interrupted by Ctrl-C or SIGTERM. ``again``: what goes on from there, if something does.
+    ``several``: whether several processes may do the work :func:`together`. Of these the one that fails first says why.
     """
+
+    def complain(text: str) -> None:
+        if first_to_fail():
+            print(text, file=sys.stderr)
+
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model may say what the terminal's encoding lacks
     try:
+        if not several and started_count() > 1:
+            raise InputError(
+                f"WORLD_SIZE: {started_count()}; this command runs in one process: start it without torchrun"
+            )
         return work() or 0
     except (InputError, OSError) as error:
         if debug:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        complain(f"error: {one_line(error)}")
         return 2
     except KeyboardInterrupt:
         if debug:
             raise
-        print("interrupted" + (f"; {again} goes on" if again else ""), file=sys.stderr)
+        complain("interrupted" + (f"; {again} goes on" if again else ""))
         return 130
     except Exception as error:
         # Imported here: a mistake in the flags is answered before torch is loaded.
@@ -114,9 +149,14 @@ def run_command(work: Callable[[], int | None], *, debug: bool, again: str | Non
         from cascade_fast.training.trainer import Interrupted, NonFiniteLoss
 
         if isinstance(error, Interrupted):
-            print(f"interrupted ({error}), saved; {again} goes on", file=sys.stderr)
+            complain(f"interrupted ({error}), saved; {again} goes on")
             return error.exit_code
         if isinstance(error, NonFiniteLoss | NonFiniteScores):
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            complain(f"error: {one_line(error)}")
             return 2
+        if lost_another(error) and not debug:
+            complain("error: another process of this run is gone" + (f"; {again} goes on" if again else ""))
+            return 1
+        if not debug and not first_to_fail():
+            return 1
         raise

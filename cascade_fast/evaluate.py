@@ -4,8 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from cascade_fast.command_line import add_model_arguments, add_run_argument, run_command
+from cascade_fast.command_line import add_model_arguments, add_run_argument, run_command, together
 from cascade_fast.input_checks import InputError
+from cascade_fast.runtime.processes import Processes
 from cascade_fast.settings import LOSS_ON, READ
 
 # Settings of training that say how --dataset is read.
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake in what was asked for."""
     asked = build_parser().parse_args(argv)
-    return run_command(lambda: _run(asked), debug=asked.debug)
+    return run_command(lambda: _run(asked), debug=asked.debug, several=True)
 
 
 def _check(asked: argparse.Namespace) -> None:
@@ -72,6 +73,11 @@ def _check(asked: argparse.Namespace) -> None:
 
 def _run(asked: argparse.Namespace) -> int:
     _check(asked)
+    with together() as these:
+        return _evaluate(asked, these)
+
+
+def _evaluate(asked: argparse.Namespace, these: Processes) -> int:
     from cascade_fast.model.evaluation_text import evaluation_text
     from cascade_fast.model.loading import load_model
     from cascade_fast.model.measuring import sweep_threshold
@@ -79,7 +85,8 @@ def _run(asked: argparse.Namespace) -> int:
     from cascade_fast.runtime.compute import dtype_name
     from cascade_fast.runtime.console import say
 
-    model, tokenizer = load_model(asked.run, device=asked.device, dtype=asked.dtype, base_path=asked.base_path)
+    with these.first_before_others():
+        model, tokenizer = load_model(asked.run, device=asked.device, dtype=asked.dtype, base_path=asked.base_path)
     text = {name: value for name in TEXT_FLAGS if (value := getattr(asked, name)) is not None}
     which = {"split": asked.split, "dataset": asked.dataset, "seq_len": asked.seq_len, "limit": asked.blocks}
     sequences, source = evaluation_text(model.config, tokenizer, **which, **text)
@@ -92,10 +99,11 @@ def _run(asked: argparse.Namespace) -> int:
     evaluation.say_tables(results)
     if asked.sweep_threshold is not None:
         results["sweep"] = sweep_threshold(model, sequences, points=asked.sweep_points, **how)
-        evaluation.write_sweep(Path(asked.sweep_threshold), results)
-    if asked.csv is not None:
+        if these.first:
+            evaluation.write_sweep(Path(asked.sweep_threshold), results)
+    if asked.csv is not None and these.first:
         evaluation.write_table(Path(asked.csv), results)
-    if asked.json is not None:
+    if asked.json is not None and these.first:
         evaluation.write_results(Path(asked.json), results)
     return 0
 

@@ -33,6 +33,7 @@ BASE_QUANTIZATIONS = ("none", "nf4")
 STORES = ("auto", "device", "host")
 EASY_TOKENS = ("skip", "forward")
 CUDA_GRAPHS = ("auto", "on", "off")
+SHARDS = ("none", "fsdp")
 EXIT_THRESHOLDS = ("trained", "validation")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 LOSS_ON = ("assistant", "all")
@@ -287,6 +288,13 @@ class RunSettings:
         "off, until a GPU has shown it right",
         choices=CUDA_GRAPHS,
     )
+    shard: str = _setting(
+        "none",
+        "training",
+        "fsdp: a stage's weights, gradients and optimizer state are spread over the processes (torchrun), where one "
+        "GPU is too small for them",
+        choices=SHARDS,
+    )
     patience: int = _setting(1, "training", "epochs without a better validation loss before a stage stops")
 
     def __post_init__(self) -> None:
@@ -411,7 +419,7 @@ def _plain(f: "dataclasses.Field[Any]", value: Any) -> Any:
 _FIELDS = {f.name: f for f in dataclasses.fields(RunSettings)}
 # What may differ between a run and its resumption: where things lie and when to stop, not what is computed.
 RESUME_MAY_CHANGE = (
-    "out", "resume", "max_minutes", "checkpoint_minutes", "cache_dir", "report_to", "sample_prompt", "store",
+    "out", "resume", "max_minutes", "checkpoint_minutes", "cache_dir", "report_to", "sample_prompt", "store", "shard",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cascade_fast.command_line import run_command, settings_parser
+from cascade_fast.command_line import run_command, settings_parser, together
 from cascade_fast.comparison.grid import GRID, make_grid
 
 DESCRIPTION = (
@@ -31,13 +31,12 @@ def main(argv: list[str] | None = None) -> int:
         grid = make_grid(given, settings_file)
         # Imported here: a mistake in the flags is answered before torch is loaded.
         from cascade_fast.comparison.sweep import run_sweep
-        from cascade_fast.runtime.console import quiet_libraries
 
-        quiet_libraries()
         assert grid[0].out is not None
-        run_sweep(Path(grid[0].out).parent, grid)
+        with together():
+            run_sweep(Path(grid[0].out).parent, grid)
 
-    return run_command(work, debug=debug, again="the same command")
+    return run_command(work, debug=debug, again="the same command", several=True)
 
 
 if __name__ == "__main__":

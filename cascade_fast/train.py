@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from cascade_fast.command_line import run_command, settings_parser
+from cascade_fast.command_line import run_command, settings_parser, together
 from cascade_fast.settings import RunSettings, make_settings
 
 DESCRIPTION = (
@@ -21,20 +21,20 @@ def main(argv: list[str] | None = None) -> int:
     given = vars(build_parser().parse_args(argv))
     debug, settings_file = given.pop("debug", False), given.pop("config", None)
     again = "the same command with --resume auto"
-    return run_command(lambda: _train(make_settings(given, settings_file)), debug=debug, again=again)
+    return run_command(lambda: _train(make_settings(given, settings_file)), debug=debug, again=again, several=True)
 
 
 def _train(settings: RunSettings) -> None:
     # Imported here: a mistake in the flags is answered before torch is loaded.
     from cascade_fast.cascade import run_cascade
     from cascade_fast.reporting.report import add_samples
-    from cascade_fast.runtime.console import quiet_libraries
     from cascade_fast.training.messages import say_next
 
-    quiet_libraries()
-    folder = run_cascade(settings).path
-    add_samples(folder, settings.device)
-    say_next(folder)
+    with together() as these:
+        folder = run_cascade(settings).path
+        if these.first:
+            add_samples(folder, settings.device)
+            say_next(folder)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ ORDER = [
     "hard_token_gather", "base", "stages", "planning", "model", "auto_classes", "reporting", "training", "cascade",
     "comparison", "command_line", "commands",
 ]  # fmt: skip
-COMMANDS = {"train", "data", "generate", "evaluate", "plan", "report", "sweep", "baselines", "env", "harness", "export"}
+COMMANDS = {
+    "train", "base_pass", "data", "generate", "evaluate", "plan", "report", "sweep", "baselines", "env", "harness",
+    "export",
+}  # fmt: skip
 SOURCES = sorted((ROOT / "cascade_fast").rglob("*.py"))
 
 

@@ -34,7 +34,8 @@ def test_the_pages_python_about_the_model(page, tiny_runs, tmp_path, monkeypatch
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
 PARSERS = {"plan": "plan_parser", "baselines": "baselines_parser", "sweep": "sweep_parser"}
 RECORDS = {"docs/log.md"}  # what was run then stays as it was run
-OTHERS = {"--no-build-isolation", "--no-deps", "--wheel-dir", "--benchmark-only"}  # pip's, pytest's
+# Of pip, pytest and torchrun.
+OTHERS = {"--no-build-isolation", "--no-deps", "--wheel-dir", "--benchmark-only", "--standalone", "--nproc-per-node"}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/model.md"])
@@ -46,7 +47,7 @@ def test_the_pages_show_the_commands(page, command):
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in RECORDS])
 def test_every_flag_of_the_pages_exists(page):
     text = (ROOT / page).read_text().replace("\\\n", " ")
-    for command, rest in re.findall(r"python -m cascade_fast\.([a-z]+)([^\n`#]*)", text):
+    for command, rest in re.findall(r"python -m cascade_fast\.([a-z_]+)([^\n`#]*)", text):
         module = importlib.import_module(f"cascade_fast.{command}")
         flags = set(re.findall(r"(?<=\s)--[a-z0-9-]+", rest))
         if not flags or command == "harness":  # whose flags are lm-eval's
@@ -62,7 +63,18 @@ OURS_ALONE = ["colab", "compare", "data", "model", "original-recipe", "plan", "r
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in OURS_ALONE)])
 def test_flags_in_tables_and_sentences_exist(page):
     known = set(OTHERS)
-    for command in ("train", "data", "plan", "generate", "evaluate", "export", "report", "baselines", "sweep"):
+    for command in (
+        "train",
+        "base_pass",
+        "data",
+        "plan",
+        "generate",
+        "evaluate",
+        "export",
+        "report",
+        "baselines",
+        "sweep",
+    ):
         parser = getattr(importlib.import_module(f"cascade_fast.{command}"), PARSERS.get(command, "build_parser"))()
         known |= {option for action in parser._actions for option in action.option_strings}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", (ROOT / page).read_text())) <= known

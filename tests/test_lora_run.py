@@ -13,6 +13,7 @@ from torch import nn
 
 from cascade_fast.base import base_pass as base_pass_module
 from cascade_fast.base.model import find_base
+from cascade_fast.base.split_store import SplitStore
 from cascade_fast.cascade import run_cascade
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.files import load_tensors
@@ -122,22 +123,22 @@ def test_killed_and_resumed_it_is_the_run_nobody_disturbed(server, tiny_base, tm
 def _layer_calls(monkeypatch) -> dict[str, list[int]]:
     """Tokens that go through each of the base's layers, by split."""
     calls: dict[str, list[int]] = {}
-    real = base_pass_module._run_split
+    real = SplitStore.filled
 
-    def counted(model, sequences, folder, *args):
-        rows = calls[folder.name] = [0] * len(model.model.layers)
+    def counted(self, model, progress):
+        rows = calls[self.folder.name] = [0] * len(model.model.layers)
         hooks = [
             layer.register_forward_hook(
                 lambda _m, args, _out, n=n: rows.__setitem__(n, rows[n] + args[0].shape[:-1].numel())
             )
             for n, layer in enumerate(model.model.layers)
         ]
-        store = real(model, sequences, folder, *args)
+        store = real(self, model, progress)
         for hook in hooks:
             hook.remove()
         return store
 
-    monkeypatch.setattr(base_pass_module, "_run_split", counted)
+    monkeypatch.setattr(SplitStore, "filled", counted)
     return calls
 
 

@@ -16,7 +16,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,10 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_fast.base.fill_store import BaseNeeds, fill_store, last_layers
-from cascade_fast.base.hidden_store import HiddenStore, StoreError
-from cascade_fast.base.model import BaseModel, attention_shape
-from cascade_fast.base.sequences import NO_LABEL, Sequences
+from cascade_fast.base.fill_store import BaseNeeds, last_layers
+from cascade_fast.base.hidden_store import HiddenStore
+from cascade_fast.base.model import BaseModel
+from cascade_fast.base.sequences import NO_LABEL
+from cascade_fast.base.shards import FOLDER as SHARDS
+from cascade_fast.base.split_store import SplitStore, ranges, waiting_lock
 from cascade_fast.base.splits import SplitSequences
 from cascade_fast.criteria import Criterion, Places, TokensAtExit, get_criterion
 from cascade_fast.input_checks import InputError
@@ -36,7 +38,6 @@ from cascade_fast.runtime.compute import Compute, release_memory
 from cascade_fast.runtime.console import Progress, say, working
 from cascade_fast.runtime.files import (
     LockHeld,
-    acquire_lock,
     clear_temporaries,
     file_sha256,
     load_tensors,
@@ -45,6 +46,8 @@ from cascade_fast.runtime.files import (
     save_tensors,
     write_json,
 )
+from cascade_fast.runtime.processes import processes
+from cascade_fast.runtime.shared_folder import check_shared
 from cascade_fast.settings import GENERAL, RunSettings
 
 KEEP_PASSES = 4  # base passes kept in the cache folder; the oldest are removed
@@ -54,7 +57,8 @@ RECORD = "base_pass.json"  # written last: a folder with this file is complete
 # The modules that decide what is stored, beside operators and kernels: a pass is reused by the same code only.
 CODE = (
     "base/base_pass", "base/cache_name", "base/expanded_heads", "base/fill_store", "base/fused_norms",
-    "base/fused_rotation", "base/hidden_store", "base/model", "base/sequences", "criteria", "losses", "selection",
+    "base/fused_rotation", "base/hidden_store", "base/model", "base/sequences", "base/shards", "base/split_store",
+    "criteria", "losses", "selection",
 )  # fmt: skip
 
 
@@ -88,11 +92,13 @@ def base_pass(
 ) -> BasePass:
     """The base pass over ``sequences``, or the one with the same fingerprint from the cache folder.
 
-    An interrupted pass goes on where it stopped.
+    An interrupted pass goes on where it stopped. Of several processes, which all call this, each reads its part.
 
     Raises:
         NonFiniteScores: a score that is NaN or infinite; names sequence and position.
+        InputError: the processes do not see one cache folder.
     """
+    check_shared(cache, "cache_dir", "--cache-dir, or by the environment variable XDG_CACHE_HOME")
     passed = _stored_pass(base, sequences, settings, needs, compute, cache)
     stores = {split: _of_run(store, settings, split) for split, store in passed.stores.items()}
     return dataclasses.replace(passed, stores=stores)
@@ -102,20 +108,66 @@ def _stored_pass(
     base: BaseModel, sequences: SplitSequences, settings: RunSettings, needs: BaseNeeds, compute: Compute, cache: Path
 ) -> BasePass:
     """The pass as it is in the cache folder, made if it is not there."""
-    meta = _meta(base, sequences, settings, needs, compute)
-    folder = pass_folder(base, sequences, settings, needs, compute, cache)
-    with _locked(cache, folder.name):  # another run on the same text waits, and then finds the pass
-        found = _open(folder, meta["fingerprint"], sequences.read)
-        if found is not None:
-            folder.touch()  # recently used: pruned last
+    these, meta = processes(), _meta(base, sequences, settings, needs, compute)
+    fingerprint, folder = meta["fingerprint"], pass_folder(base, sequences, settings, needs, compute, cache)
+    # Another run on the same text waits, and then finds the pass. The others here wait for the first one.
+    with _locked(cache, folder.name) if these.first else contextlib.nullcontext():
+        found = _open(folder, fingerprint, sequences.read) if these.first else None
+        if these.of_first(found is not None):
+            found = found or _open(folder, fingerprint, sequences.read, check=False)
+            assert found is not None
+            if these.first:
+                folder.touch()  # recently used: pruned last
+            these.wait()  # before anybody may remove it
             return found
-        clear_temporaries(folder)
+        if these.first and not any(folder.glob(f"*/{SHARDS}")):  # jobs may be at work on shards
+            clear_temporaries(folder)
         passed = _read_all(base, sequences, settings, needs, compute, folder, meta)
         release_memory()  # of the base, which nobody needs any more
-        numbers = {name: getattr(passed, name) for name in NUMBERS}
-        write_json(folder / RECORD, {**meta, **numbers})
-        _prune(cache, keep=folder.name)
+        if these.first:
+            numbers = {name: getattr(passed, name) for name in NUMBERS}
+            write_json(folder / RECORD, {**meta, **numbers})
+            _prune(cache, keep=folder.name)
     return passed
+
+
+def make_shard(
+    base: BaseModel,
+    sequences: SplitSequences,
+    settings: RunSettings,
+    needs: BaseNeeds,
+    compute: Compute,
+    cache: Path,
+    number: int,
+    count: int,
+) -> BasePass | None:
+    """Shard ``number`` (from 1) of ``count`` of the base pass, as an independent job makes it; jobs for the others may
+    run elsewhere and at other times. With the last one the pass is made of all; it is returned once it is there.
+
+    Raises:
+        NonFiniteScores: as :func:`base_pass`.
+        InputError: jobs of another count of shards have begun.
+    """
+    meta = _meta(base, sequences, settings, needs, compute)
+    folder = pass_folder(base, sequences, settings, needs, compute, cache)
+    with _locked(cache, folder.name):
+        there = (folder / RECORD).is_file()
+        splits = {} if there else _split_stores(sequences, settings, needs, compute, folder, meta)
+        for split in splits.values():
+            split.begin(job=(number, count))
+    if not there:
+        with Progress("base pass", sum(split.tokens for split in splits.values())) as progress:
+            with working("loading the base"):
+                model = base.load(compute.device, compute.dtype)
+            for split in splits.values():
+                split.make_own(model, progress)
+        del model
+        release_memory()
+        missing = sorted({n for split in splits.values() for n in split.missing()})
+        say(f"base pass: shard {number} of {count} is there" + (f"; missing: {ranges(missing)}" if missing else ""))
+        if missing:
+            return None
+    return base_pass(base, sequences, settings, needs, compute, cache)
 
 
 def pass_folder(
@@ -129,19 +181,9 @@ def _lock_path(cache: Path, name: str) -> Path:
     return cache / "locks" / f"{name}.lock"
 
 
-@contextlib.contextmanager
-def _locked(cache: Path, name: str) -> Iterator[None]:
+def _locked(cache: Path, name: str) -> contextlib.AbstractContextManager[None]:
     """Holds the lock of a base pass; says so where it has to wait."""
-    path = _lock_path(cache, name)
-    try:
-        lock = acquire_lock(path, timeout=0)
-    except LockHeld as held:
-        say(f"base pass: waiting for another run that is at it{held.hint}")
-        lock = acquire_lock(path)
-    try:
-        yield
-    finally:
-        lock.release()
+    return waiting_lock(_lock_path(cache, name), "base pass")
 
 
 def _all_enter(needs: BaseNeeds, sequences: SplitSequences) -> bool:
@@ -164,6 +206,27 @@ def _of_run(store: HiddenStore, settings: RunSettings, split: str) -> HiddenStor
     return HiddenStore(store.folder, arrays, {**store.meta, "seed": settings.seed, "split": split})
 
 
+def _split_stores(
+    sequences: SplitSequences,
+    settings: RunSettings,
+    needs: BaseNeeds,
+    compute: Compute,
+    folder: Path,
+    meta: dict[str, Any],
+) -> dict[str, SplitStore]:
+    """What is made of every split, and of other text."""
+    all_enter, criterion = _all_enter(needs, sequences), _stored_criterion(settings)
+    needs = dataclasses.replace(needs, all_enter=all_enter, keys_and_values=needs.keys_and_values and not all_enter)
+    stores = {}
+    for split, of in sequences.read.items():
+        entry_only = all_enter and split == "train"
+        with_loss = not entry_only and (split != "train" or criterion.needs_logits)
+        of_split = dataclasses.replace(needs, all_enter=entry_only)
+        how = (of_split, criterion, with_loss, settings.store_dtype, meta, compute.device)
+        stores[split] = SplitStore(folder / split, of, *how)
+    return stores
+
+
 def _read_all(
     base: BaseModel,
     sequences: SplitSequences,
@@ -174,23 +237,21 @@ def _read_all(
     meta: dict[str, Any],
 ) -> BasePass:
     """Runs the base over every split, and over other text."""
-    stores = {}
-    with Progress("base pass", sum(of.tokens for of in sequences.read.values())) as progress:
+    these, splits = processes(), _split_stores(sequences, settings, needs, compute, folder, meta)
+    for split in splits.values():
+        split.begin()
+    with Progress("base pass", sum(split.tokens for split in splits.values())) as progress:
         with working("loading the base"):
             model = base.load(compute.device, compute.dtype)
-        all_enter = _all_enter(needs, sequences)
-        needs = dataclasses.replace(needs, all_enter=all_enter, keys_and_values=needs.keys_and_values and not all_enter)
-        for split, of in sequences.read.items():
-            entry_only = all_enter and split == "train"
-            with_loss = not entry_only and (split != "train" or _stored_criterion(settings).needs_logits)
-            of_split = dataclasses.replace(needs, all_enter=entry_only)
-            stores[split] = _run_split(model, of, folder / split, settings, of_split, meta, progress, with_loss)
+        stores = {name: split.filled(model, progress) for name, split in splits.items()}
         tensors = {"head": model.lm_head.weight, "norm": model.model.norm.weight}
         for number, layer in enumerate(last_layers(model, needs)):
             tensors |= {f"layers.{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
-        save_tensors(folder / HEAD, tensors)
+        if these.first:
+            save_tensors(folder / HEAD, tensors)
+        these.wait()
         parameters = model.num_parameters()  # numel() of a 4-bit weight counts bytes, not numbers
-        seconds = progress.seconds()
+        seconds, all_enter = progress.seconds(), _all_enter(needs, sequences)
         return _base_pass(
             stores, load_tensors(folder / HEAD)[0], parameters, seconds, reused=False, all_enter=all_enter
         )
@@ -252,14 +313,14 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def _open(folder: Path, fingerprint: str, splits: Iterable[str]) -> BasePass | None:
+def _open(folder: Path, fingerprint: str, splits: Iterable[str], *, check: bool = True) -> BasePass | None:
     """A finished pass, every file of it checked; None if there is none, or, after a line that says why, if it is
-    damaged."""
+    damaged. Without ``check`` its stores are not read: another process has just done so."""
     if not (folder / RECORD).is_file():
         return None
     try:
         record = read_json(folder / RECORD, needs=NUMBERS)
-        stores = {split: HiddenStore.open(folder / split, fingerprint=fingerprint) for split in splits}
+        stores = {split: HiddenStore.open(folder / split, fingerprint=fingerprint, check=check) for split in splits}
         tensors, _ = load_tensors(folder / HEAD)
     except InputError as error:
         say(f"base pass: {error}; what is damaged is made anew")
@@ -282,60 +343,3 @@ def _prune(cache: Path, keep: str) -> None:
                 shutil.rmtree(old, ignore_errors=True)
         except LockHeld:
             continue
-
-
-def _run_split(
-    model: Any,
-    sequences: Sequences,
-    folder: Path,
-    settings: RunSettings,
-    needs: BaseNeeds,
-    meta: dict[str, Any],
-    progress: Progress,
-    with_loss: bool,
-) -> HiddenStore:
-    """Fills the store of one split, in the narrowest dtype that holds what the base computes."""
-    start = progress.done
-    with contextlib.suppress(StoreError):  # done before the pass was interrupted, or still whole
-        store = HiddenStore.open(folder, fingerprint=meta["fingerprint"])
-        progress.restart(start + sequences.tokens)
-        return store
-    for store_dtype in _store_dtypes(settings, model.dtype):
-        store = _resume_or_create(folder, sequences, store_dtype, model.config, needs, with_loss, meta)
-        progress.restart(start)
-        if fill_store(model, sequences, store, needs, _stored_criterion(settings), progress):
-            return store.finish()
-    raise AssertionError("float32 and bfloat16 hold every finite hidden state")
-
-
-def _store_dtypes(settings: RunSettings, computed: torch.dtype) -> list[torch.dtype]:
-    """The dtypes to try, in order; what was computed in bfloat16 loses nothing in bfloat16."""
-    if settings.store_dtype == "float32":
-        return [torch.float32]
-    return [torch.bfloat16] if computed == torch.bfloat16 else [torch.float16, torch.float32]
-
-
-def _resume_or_create(
-    folder: Path,
-    sequences: Sequences,
-    dtype: torch.dtype,
-    base_config: Any,
-    needs: BaseNeeds,
-    with_loss: bool,
-    meta: dict[str, Any],
-) -> HiddenStore:
-    """The store of an interrupted pass, or a new one."""
-    try:
-        store = HiddenStore.resume(folder, fingerprint=meta["fingerprint"])
-        if store.hidden.dtype == dtype:
-            return store
-    except StoreError:
-        pass  # nothing usable there: begin anew
-    kv_shape = None
-    if needs.keys_and_values:
-        _, kv_heads, head_dim = attention_shape(base_config)
-        kv_shape = (needs.last_layers, 2, kv_heads, head_dim)
-    tokens = sequences.tokens if needs.context else sequences.labels
-    return HiddenStore.create(
-        folder, tokens, base_config.hidden_size, dtype, with_loss=with_loss, meta=meta, kv_shape=kv_shape
-    )

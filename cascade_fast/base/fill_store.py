@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +65,24 @@ def _first_layers(model: Any, count: int) -> Iterator[None]:
         model.model.layers = layers
 
 
+def batches_of(sequences: Sequences, device: torch.device) -> Iterator[slice]:
+    """What the base reads at once. What it computes of a token may depend, in the last bits, on who is beside it."""
+    return sequences.batches(TOKENS_AT_ONCE.get(device.type, 2048))
+
+
 @torch.inference_mode()
 def fill_store(
-    model: Any, sequences: Sequences, store: HiddenStore, needs: BaseNeeds, criterion: Criterion, progress: Progress
+    model: Any,
+    sequences: Sequences,
+    store: HiddenStore,
+    needs: BaseNeeds,
+    criterion: Criterion,
+    progress: Progress,
+    batches: Iterable[slice] | None = None,
 ) -> bool:
     """Runs the sequences that the store does not have yet; False as soon as a hidden state does not fit its dtype.
 
+    ``batches``: those of :func:`batches_of` whose tokens the store holds; None: all.
     On a GPU a batch is stored while the next one is read.
     With ``needs.all_enter`` only the layers before those that the stages copy are run, and tokens get no score.
     """
@@ -103,7 +115,7 @@ def fill_store(
         ends.enter_context(fused_norms(model))
         ends.enter_context(fused_rotation(model))
         ends.enter_context(expanded_heads(model))
-        for some in sequences.batches(TOKENS_AT_ONCE.get(device.type, 2048)):
+        for some in batches_of(sequences, device) if batches is None else batches:
             padded = sequences.padded(some)
             kept = _Kept(padded.real_BS if needs.context else padded.labelled_BS, padded.labelled_BS, device)
             rows += kept.rows

@@ -134,9 +134,9 @@ class HiddenStore:
             layout["kv"] = {"dtype": dtype_name(dtype), "shape": [tokens, *kv_shape]}
         layout |= {name: {"dtype": dtype_name(_TOKEN_ARRAYS[name]), "shape": [tokens]} for name in names}
         try:
-            with room_for(folder, sum(_bytes(spec) for spec in layout.values())):
+            with room_for(folder, sum(spec_bytes(spec) for spec in layout.values())):
                 for name, spec in layout.items():
-                    allocate(folder / f"{name}.bin", _bytes(spec))
+                    allocate(folder / f"{name}.bin", spec_bytes(spec))
         except DiskFull:
             shutil.rmtree(folder)  # what could be allocated is of no use
             raise
@@ -146,14 +146,17 @@ class HiddenStore:
         return store
 
     @classmethod
-    def open(cls, folder: Path, *, fingerprint: str | None = None) -> "HiddenStore":
+    def open(cls, folder: Path, *, fingerprint: str | None = None, check: bool = True) -> "HiddenStore":
         """A finished store, read-only and checked.
+
+        Args:
+            check: read every file and compare its checksum; another process may have done so just now.
 
         Raises:
             StoreError: no store there, another fingerprint, unfinished, or a file that does not match its checksum.
         """
         index, arrays = cls._open(folder, fingerprint, writable=False)
-        for name, checksum in index["checksums"].items():
+        for name, checksum in index["checksums"].items() if check else ():
             if file_sha256(folder / f"{name}.bin") != checksum:
                 raise StoreError(f"{folder / f'{name}.bin'}: damaged (checksum differs)")
         return cls(folder, arrays, index["meta"])
@@ -183,20 +186,7 @@ class HiddenStore:
         cls, folder: Path, fingerprint: str | None, *, writable: bool
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Index and arrays; the arrays' content is not checked yet."""
-        try:
-            index = read_json(folder / INDEX, needs=("format", "meta", "arrays", "checksums"))
-        except DamagedFile as error:
-            raise StoreError(f"{folder}: no hidden store: {error}") from None
-        if index["format"] != FORMAT:
-            raise StoreError(f"{folder}: format {index['format']}; this version reads {FORMAT}")
-        if fingerprint is not None and index["meta"].get("fingerprint") != fingerprint:
-            raise StoreError(f"{folder}: holds the hidden states of something else")
-        if (index["checksums"] is None) != writable:
-            raise StoreError(f"{folder}: {'already finished' if writable else 'not finished'}")
-        for name, spec in index["arrays"].items():
-            path = folder / f"{name}.bin"
-            if not path.is_file() or path.stat().st_size != _bytes(spec):
-                raise StoreError(f"{path}: missing or of another size")
+        index = read_index(folder, fingerprint, finished=not writable)
         layout = index["arrays"].items()
         return index, {name: _map(folder / f"{name}.bin", spec, writable=writable) for name, spec in layout}
 
@@ -228,11 +218,41 @@ class HiddenStore:
         return {name: digest.hexdigest() for name, digest in self._digests.items()}
 
     def _write_index(self, layout: dict[str, Any], checksums: dict[str, str] | None) -> None:
-        index = {"format": FORMAT, "meta": self.meta, "arrays": layout, "checksums": checksums}
-        write_json(self.folder / INDEX, index)
+        write_index(self.folder, self.meta, layout, checksums)
 
 
-def _bytes(spec: dict[str, Any]) -> int:
+def write_index(
+    folder: Path, meta: Mapping[str, Any], layout: dict[str, Any], checksums: dict[str, str] | None
+) -> None:
+    """Of a store with arrays of ``layout``; with ``checksums`` it is finished."""
+    write_json(folder / INDEX, {"format": FORMAT, "meta": dict(meta), "arrays": layout, "checksums": checksums})
+
+
+def read_index(folder: Path, fingerprint: str | None, *, finished: bool) -> dict[str, Any]:
+    """The index of a store whose files are all there, in their sizes; what is in them is not looked at.
+
+    Raises:
+        StoreError: no store there, another fingerprint, not finished (or finished), a file of another size.
+    """
+    try:
+        index = read_json(folder / INDEX, needs=("format", "meta", "arrays", "checksums"))
+    except DamagedFile as error:
+        raise StoreError(f"{folder}: no hidden store: {error}") from None
+    if index["format"] != FORMAT:
+        raise StoreError(f"{folder}: format {index['format']}; this version reads {FORMAT}")
+    if fingerprint is not None and index["meta"].get("fingerprint") != fingerprint:
+        raise StoreError(f"{folder}: holds the hidden states of something else")
+    if (index["checksums"] is not None) != finished:
+        raise StoreError(f"{folder}: {'not finished' if finished else 'already finished'}")
+    for name, spec in index["arrays"].items():
+        path = folder / f"{name}.bin"
+        if not path.is_file() or path.stat().st_size != spec_bytes(spec):
+            raise StoreError(f"{path}: missing or of another size")
+    return index
+
+
+def spec_bytes(spec: dict[str, Any]) -> int:
+    """Of an array, by its dtype and shape in an index."""
     size = getattr(torch, spec["dtype"]).itemsize
     for n in spec["shape"]:
         size *= n
@@ -240,7 +260,7 @@ def _bytes(spec: dict[str, Any]) -> int:
 
 
 def _map(path: Path, spec: dict[str, Any], *, writable: bool) -> Tensor:
-    dtype, size = getattr(torch, spec["dtype"]), _bytes(spec)
+    dtype, size = getattr(torch, spec["dtype"]), spec_bytes(spec)
     if size == 0:  # an empty file cannot be mapped
         return torch.empty(spec["shape"], dtype=dtype)
     # shared=False maps copy-on-write: a stray write cannot reach the file.

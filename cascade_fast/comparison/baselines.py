@@ -21,6 +21,8 @@ from cascade_fast.comparison.tables import (
 from cascade_fast.input_checks import InputError
 from cascade_fast.records import training_text
 from cascade_fast.runtime.console import say
+from cascade_fast.runtime.processes import by_first
+from cascade_fast.runtime.run_folder import REPORT
 from cascade_fast.settings import RunSettings
 from cascade_fast.training.full_finetune import full_finetune
 from cascade_fast.training.lora_finetune import check_peft, lora_finetune
@@ -43,12 +45,12 @@ def run_baselines(folder: Path, trainings: Sequence[Training]) -> Path:
         check_peft()
     runs = [(t.method, t.settings, finetunes.get(t.method, cascade.run_cascade)) for t in trainings]
     rows = train_all(folder, "baselines", runs)
-    report = _write_comparison(folder, rows)
-    say(f"report: {report}")
-    return report
+    by_first(_write_comparison)(folder, rows)
+    say(f"report: {folder / REPORT}")
+    return folder / REPORT
 
 
-def _write_comparison(folder: Path, rows: list[Row]) -> Path:
+def _write_comparison(folder: Path, rows: list[Row]) -> None:
     """``report.md``, ``comparison.json``, ``comparison.csv`` and ``curves.png`` of these runs."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     reference = "cascade" if "cascade" in names else names[0]
@@ -93,7 +95,7 @@ def _write_comparison(folder: Path, rows: list[Row]) -> Path:
         "of training, of one run: not of all that were made to choose a rate. Validation has chosen epochs, stages "
         "and runs; each run measured test once.",
     ]
-    return write_report(folder, parts)
+    write_report(folder, parts)
 
 
 def _what(name: str) -> str:

@@ -23,6 +23,7 @@ from cascade_fast.records import Final, FinetuneResults, RunResults
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.runtime.console import say
 from cascade_fast.runtime.files import read_json, write_json
+from cascade_fast.runtime.processes import by_first, processes
 from cascade_fast.runtime.run_folder import CONFIG, RESULTS, read_any_results
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.kind import find_base_for_stages
@@ -64,11 +65,12 @@ def train_all(
         InputError: a base that cannot be had or copied, a device that is not there, or a folder that holds something
             else; before any training.
     """
-    for settings in {(c.stage_kind, c.layers_per_stage): c for _, c, _ in runs}.values():
-        find_base_for_stages(settings)
+    with processes().first_before_others():
+        for settings in {(c.stage_kind, c.layers_per_stage): c for _, c, _ in runs}.values():
+            find_base_for_stages(settings)
     computes = [Compute.choose(settings.device, settings.dtype) for _, settings, _ in runs]
-    open_folder(folder, command)
-    rows = []
+    by_first(open_folder)(folder, command)
+    these, rows = processes(), list[Row]()
     for number, ((name, settings, train), compute) in enumerate(zip(runs, computes, strict=True), 1):
         assert settings.out is not None
         out = Path(settings.out)
@@ -80,9 +82,10 @@ def train_all(
             train(settings)
         except NonFiniteLoss as error:  # its results and report have been written: it counts as it is
             say(f"  {error}")
+        these.wait()  # for the first process, which has written the results
         record = read_record(folder)
         peaks = record.get("peak_bytes", {})  # by run: those of another selection of runs stay
-        if measured:
+        if measured and these.first:
             peaks[out.name] = compute.peak_memory_bytes()
             write_json(folder / RECORD, {**record, "peak_bytes": peaks})
         rows += read_rows(out, name, peaks.get(out.name))

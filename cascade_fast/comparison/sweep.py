@@ -11,6 +11,8 @@ from cascade_fast.comparison.runs import Row, base_row, train_all
 from cascade_fast.comparison.tables import COLUMNS, runs_table, write_report, write_rows
 from cascade_fast.records import training_text
 from cascade_fast.runtime.console import say
+from cascade_fast.runtime.processes import by_first
+from cascade_fast.runtime.run_folder import REPORT
 from cascade_fast.settings import RunSettings
 
 
@@ -18,12 +20,12 @@ def run_sweep(folder: Path, grid: Sequence[RunSettings]) -> Path:
     """Trains what is not there yet, and compares; the path of the report."""
     rows = train_all(folder, "sweep", [("", settings, cascade.run_cascade) for settings in grid])
     rows = [row for row in rows if not row["merged"]]
-    report = _write_comparison(folder, rows, {run_name(settings): settings.to_dict() for settings in grid})
-    say(f"report: {report}")
-    return report
+    by_first(_write_comparison)(folder, rows, {run_name(settings): settings.to_dict() for settings in grid})
+    say(f"report: {folder / REPORT}")
+    return folder / REPORT
 
 
-def _write_comparison(folder: Path, rows: list[Row], asked: dict[str, dict[str, Any]]) -> Path:
+def _write_comparison(folder: Path, rows: list[Row], asked: dict[str, dict[str, Any]]) -> None:
     """``report.md``, ``comparison.json``, ``comparison.csv`` and ``sweep.png`` of these runs. ``asked``: the settings
     of each by its folder's name, as they were given: ``all`` layers where ``results.json`` has their number."""
     # A line for each criterion and whatever else differs; along a line, the hard ratio.
@@ -57,7 +59,7 @@ def _write_comparison(folder: Path, rows: list[Row], asked: dict[str, dict[str, 
         "Layers per token: the base's, and a stage's for the share of the validation tokens that entered it. Seconds "
         "are those of the base pass over all text (also where an earlier run had made it) and of the training steps.",
     ]
-    return write_report(folder, parts)
+    write_report(folder, parts)
 
 
 def _label(asked: dict[str, Any], names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from cascade_fast.comparison.runs import RECORD, Row, read_record
 from cascade_fast.runtime.console import format_count, markdown_table
 from cascade_fast.runtime.files import atomic_write_text, write_json
+from cascade_fast.runtime.run_folder import REPORT
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # what the tables show, in order: heading and format
     "name": ("run", str),
@@ -148,8 +149,6 @@ def runs_table(rows: Sequence[Row], columns: Sequence[str], *, mark_best: bool =
     return markdown_table([COLUMNS[name][0] for name in shown], lines)
 
 
-def write_report(folder: Path, parts: Sequence[str]) -> Path:
+def write_report(folder: Path, parts: Sequence[str]) -> None:
     """``report.md``: the parts, a blank line between them."""
-    path = folder / "report.md"
-    atomic_write_text(path, "\n\n".join(parts) + "\n")
-    return path
+    atomic_write_text(folder / REPORT, "\n\n".join(parts) + "\n")

@@ -26,6 +26,7 @@ from cascade_fast.losses import chunk_tokens, perplexity
 from cascade_fast.model.modeling import CascadeForCausalLM
 from cascade_fast.runtime.compute import sent, wait_for
 from cascade_fast.runtime.console import Progress
+from cascade_fast.runtime.processes import processes
 from cascade_fast.selection import select_hardest
 from cascade_fast.stages.kind import get_kind
 
@@ -97,6 +98,7 @@ def measure(
 
     Counting FLOPs slows the forward passes: take times from a run without it.
     """
+    these = processes()
     parts: list[tuple[Tensor, ...]] = []  # on the device until the end
     labelled, sequence = list[Tensor](), list[Tensor]()
     seconds, padding = 0.0, 0
@@ -104,7 +106,9 @@ def measure(
         layers = stack.enter_context(_counted_layers(model))
         progress = stack.enter_context(Progress(name, sequences.tokens))
         flops = stack.enter_context(_counter()) if count_flops else None
-        for some in sequences.batches(batch_tokens, equal=count_flops):
+        batches = list(sequences.batches(batch_tokens, equal=count_flops))
+        own = batches[these.part(len(batches))]
+        for some in own or batches[:1]:  # one that does not count, to have something to give the others
             padded = sequences.padded(some)
             labelled_BS = padded.labelled_BS
             input_BS, label_BS = (sent(of_BS, model.device) for of_BS in (padded.input_BS, padded.label_BS))
@@ -123,12 +127,16 @@ def measure(
             read = int(padded.real_BS.sum())
             padding += labelled_BS.numel() - read
             progress.advance(read)
-        total = None if flops is None else flops.get_total_flops()
+        total = 0 if flops is None else flops.get_total_flops()
     # Padding is read by the base alone.
     ran = layers[0] - padding * len(model.base.model.layers)
-    of_N = (torch.cat(tensors).cpu()[torch.cat(labelled)] for tensors in zip(*parts, strict=True))
-    loss_N, correct_N, exit_N, score_NE = of_N
-    return Measured(loss_N, correct_N, exit_N, score_NE, torch.cat(sequence), sequences.tokens, ran, total, seconds)
+    ran, total = these.sum_(torch.tensor([ran, total]) * bool(own)).tolist()
+    seconds = these.largest([round(seconds * 1e9)])[0] / 1e9 if these.several else seconds
+    of_N = [torch.cat(tensors).cpu()[torch.cat(labelled)] for tensors in zip(*parts, strict=True)]
+    of_all = (these.rows(t if own else t[:0]) for t in (*of_N, torch.cat(sequence)))
+    loss_N, correct_N, exit_N, score_NE, sequence_N = of_all
+    counted = total if count_flops else None
+    return Measured(loss_N, correct_N, exit_N, score_NE, sequence_N, sequences.tokens, ran, counted, seconds)
 
 
 def _judge(logits_BSV: Tensor, label_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from cascade_fast.planning.several import Several, plan_several, share_of_batch,
 from cascade_fast.planning.times import Time, base_pass_time, epoch_time
 from cascade_fast.runtime.compute import Compute, resident_bytes
 from cascade_fast.runtime.files import free_disk_bytes
+from cascade_fast.runtime.processes import Processes
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.kind import base_needs, with_layers
 
@@ -47,6 +48,15 @@ class RunPlan:
     @property
     def gpus(self) -> int:
         return 1 if self.several is None else self.several.gpus
+
+    def of_first(self, these: Processes) -> "RunPlan":
+        """With what the first process has settled: memory and disk, which it goes by, are not the same everywhere."""
+        kv, store, micro = these.of_first([self.settings.kv, self.settings.store, self.memory.micro_batch_tokens])
+        return dataclasses.replace(
+            self,
+            settings=dataclasses.replace(self.settings, kv=kv, store=store),
+            memory=dataclasses.replace(self.memory, micro_batch_tokens=micro),
+        )
 
     @property
     def fits(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cascade_fast.input_checks import InputError
+from cascade_fast.runtime.processes import processes
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,19 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def choose_device(asked: str) -> torch.device:
     """``asked``, or for ``auto`` a CUDA GPU when there is one. Raises InputError for a device that is not there."""
+    these = processes()
     if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and these.several:
+        asked = f"cuda:{these.local_rank}"
     try:
         device = torch.device(asked)
     except RuntimeError:
         raise InputError(f"device: {asked!r}; must be auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device: {asked!r}; must be auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and these.several and device.index != these.local_rank:
+        raise InputError(f"device: {asked!r}; with several processes each has its own GPU: leave out the number")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device: {asked!r}; this machine has {torch.cuda.device_count()} CUDA GPUs")
     return device

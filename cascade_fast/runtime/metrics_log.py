@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from cascade_fast.runtime.files import room_for
+from cascade_fast.runtime.processes import processes
 from cascade_fast.runtime.trackers import Trackers
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON record a line, appended and flushed. ``trackers`` are told each, too.
+    """``metrics.jsonl``: one JSON record a line, appended and flushed. ``trackers`` are told each, too. Of several
+    processes the first writes.
 
     ``size`` and ``truncate`` let a resumed run drop what came after its checkpoint, so that no epoch is told twice.
     """
@@ -20,6 +22,8 @@ class MetricsLog:
         self.trackers = Trackers()  # none
 
     def write(self, event: str, **fields: Any) -> None:
+        if not processes().first:
+            return
         record = {"event": event, "time": time.time(), **fields}
         line = json.dumps(record, allow_nan=False)
         with room_for(self.path, len(line)), self.path.open("a", encoding="utf-8") as file:
@@ -54,7 +58,7 @@ class MetricsLog:
 
     def truncate(self, size: int) -> None:
         """Keeps the whole lines among the first ``size`` bytes: a process may have died within the one after them."""
-        if not self.path.exists():
+        if not self.path.exists() or not processes().first:
             return
         with self.path.open("rb+") as file:
             kept = file.read(size)

@@ -5,16 +5,18 @@ there is torch.distributed: NCCL for tensors on GPUs, gloo for tensors on the ho
 """
 
 import datetime
+import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec
 
 from cascade_fast.input_checks import InputError
 
 TIMEOUT = datetime.timedelta(hours=12)  # of a wait for others; one that has died is noticed at once
+P = ParamSpec("P")
 FAILED = "cascade_fast/failed"  # counts the processes that have ended with an error
 
 
@@ -166,6 +168,19 @@ def end_processes() -> None:
         _these = ALONE
 
 
+def by_first(work: Callable[P, None]) -> Callable[P, None]:
+    """``work`` of the first process alone: once all have come to it, and before any goes on."""
+
+    @functools.wraps(work)
+    def called(*args: P.args, **kwargs: P.kwargs) -> None:
+        _these.wait()
+        if _these.first:
+            work(*args, **kwargs)
+        _these.wait()
+
+    return called
+
+
 def speaks() -> bool:
     """Whether messages are this process's to give; also before the processes have been started."""
     return (_these.rank if _these.several else _environment()[0]) == 0
@@ -188,6 +203,11 @@ def lost_another(error: BaseException) -> bool:
     text = str(error).lower()
     signs = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "timed out", "connection refused")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def started_count() -> int:
+    """How many processes the environment says have been started together."""
+    return _environment()[1]
 
 
 def _environment() -> tuple[int, int, int]:

@@ -39,6 +39,7 @@ from cascade_fast.runtime.files import (
     write_json,
 )
 from cascade_fast.runtime.metrics_log import MetricsLog
+from cascade_fast.runtime.processes import by_first, processes
 from cascade_fast.settings import RunSettings
 
 RUNS = Path("runs")
@@ -86,9 +87,10 @@ class RunFolder:
             InputError: the folder is something else, holds a run that may not be resumed (and how it differs), or
                 cannot be read.
         """
-        path = _choose(settings)
+        path = Path(processes().of_first(str(_choose(settings))))
         with _usable(path):
             found = _found(path, settings.resume, now)
+        processes().wait()  # nobody begins to write before all have seen what is there
         return cls(path, now if found is None else found, now=now, new=found is None)
 
     def open(self, *, kv: str | None) -> "RunFolder":
@@ -101,6 +103,11 @@ class RunFolder:
             InputError: it cannot be written, or is in use by another process. Nothing in it has been touched then.
         """
         self.record = dataclasses.replace(self.record, kv=kv)
+        self._open()
+        return self
+
+    @by_first
+    def _open(self) -> None:
         with _usable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
@@ -109,7 +116,6 @@ class RunFolder:
         except BaseException:
             self.__exit__()
             raise
-        return self
 
     def _acquire(self) -> None:
         file = self.path / LOCK
@@ -181,12 +187,14 @@ class RunFolder:
         path = self._result(number)
         return load_record(path, FinishedStage.from_dict).record if path.exists() else None
 
+    @by_first
     def write_stage_record(self, number: int, record: StageRecord, metrics_size: int) -> None:
         """Marks the stage as done; its checkpoints are no longer needed."""
         write_json(self._result(number), FinishedStage(record=record, metrics_size=metrics_size).to_dict())
         for file in self.training(number).glob("*.safetensors"):
             file.unlink()
 
+    @by_first
     def forget_stages(self, first: int, *, with_training: bool) -> None:
         """Removes what stages from ``first`` on have left; of the training of ``first`` itself only where asked to.
 
@@ -198,6 +206,7 @@ class RunFolder:
                 if number > first or (number == first and (with_training or parent != "training")):
                     shutil.rmtree(folder)
 
+    @by_first
     def drop_hidden(self, number: int) -> None:
         """Removes the hidden states that stage ``number`` has left, if there are any."""
         shutil.rmtree(self.path / "hidden" / f"stage-{number}", ignore_errors=True)
@@ -208,6 +217,7 @@ class RunFolder:
             return self.log.first_line_size()  # the start event
         return load_record(self._result(number - 1), FinishedStage.from_dict).metrics_size
 
+    @by_first
     def clean(self) -> None:
         for name in ("training", "hidden"):
             shutil.rmtree(self.path / name, ignore_errors=True)

@@ -190,7 +190,8 @@ def evaluate_exits(
     exit_N = torch.zeros(len(store), dtype=torch.int64)
     score_NP = torch.full((len(store), max(len(stages), 1)), torch.nan)
     score_NP[:, 0] = store["score"]
-    for first, end in _whole_sequences(store) if stages else ():
+    mine = _own_sequences(store) if stages else []
+    for first, end in mine:
         kind = get_kind(stages[0].stage.config.kind)
         stores = [store.part(slice(first, end))]
         token_K = torch.arange(first, end)  # where the tokens still on their way are
@@ -205,6 +206,8 @@ def evaluate_exits(
             if number < len(stages):
                 score_NP[token_K, number] = arrays["score"]
             stores.append(HiddenStore(store.folder, arrays, {**store.meta, "stage": number}))
+    if stages and processes().several:
+        loss_N, exit_N, score_NP = _of_all(mine, loss_N, exit_N, score_NP)
     labelled_J = store.labelled_index()
     results = (loss_N, exit_N, score_NP, store["loss"], store["sequence"], store["position"])
     return ExitEvaluation(*(of_N[labelled_J] for of_N in results))
@@ -218,8 +221,8 @@ def merged_losses(stage: Stage, store: HiddenStore, *, compute: Compute, recompu
     Every token of a base pass's store goes through the stage, those without a label, too: no token attends to what the
     base has left. Where all have a label that is :func:`evaluate_exits` with an open threshold.
     """
-    kind, losses = get_kind(stage.config.kind), []
-    for first, end in _whole_sequences(store):
+    kind, losses = get_kind(stage.config.kind), list[Tensor]()
+    for first, end in _own_sequences(store):
         tokens = kind.tokens([store.part(slice(first, end))], torch.arange(end - first), recompute)
         inputs, label_K = tokens.batch(torch.arange(tokens.units), compute.device)
         with compute.autocast():
@@ -229,7 +232,19 @@ def merged_losses(stage: Stage, store: HiddenStore, *, compute: Compute, recompu
         labelled_J = sent(labelled_K.nonzero().squeeze(1), compute.device)
         loss_J, _ = token_losses(normed_KD[labelled_J], stage.head, label_K[labelled_J], dtype=compute.dtype)
         losses.append(loss_J)
-    return torch.cat(losses).cpu()
+    return processes().rows(torch.cat(losses).cpu() if losses else torch.empty(0))
+
+
+def _own_sequences(store: HiddenStore) -> list[tuple[int, int]]:
+    """This process's part of :func:`_whole_sequences`."""
+    parts = list(_whole_sequences(store))
+    return parts[processes().part(len(parts))]
+
+
+def _of_all(mine: list[tuple[int, int]], *results: Tensor) -> list[Tensor]:
+    """What all processes have found, of every row: ``results`` are right in the rows ``mine`` of this one."""
+    rows = slice(mine[0][0], mine[-1][1]) if mine else slice(0)
+    return [processes().rows(of_N[rows]) for of_N in results]
 
 
 def _whole_sequences(store: HiddenStore) -> Iterator[tuple[int, int]]:

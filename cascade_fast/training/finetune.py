@@ -28,6 +28,7 @@ from cascade_fast.resume import fingerprint_differences, settings_differences
 from cascade_fast.runtime.compute import Compute, keep_freed_memory, peak_rss_bytes
 from cascade_fast.runtime.console import say
 from cascade_fast.runtime.files import clear_temporaries, is_temporary, load_tensors, save_tensors
+from cascade_fast.runtime.processes import by_first, processes
 from cascade_fast.runtime.run_folder import RESULTS, read_any_results, write_results
 from cascade_fast.runtime.transfer import Tensors, send, send_ahead
 from cascade_fast.settings import SPLITS, RunSettings
@@ -66,7 +67,8 @@ def finetune(settings: RunSettings, method: Method) -> Path:
     compute = Compute.choose(settings.device, settings.dtype)
     base = find_base(settings)
     tokenizer = base.tokenizer()
-    sequences = load_sequences(settings, tokenizer)
+    with processes().first_before_others():
+        sequences = load_sequences(settings, tokenizer)
     settings = sequences.settle(settings)
     fingerprints = {"base": base.fingerprint, "data": sequences.fingerprint()}
     if _finished(folder, method, settings, fingerprints):
@@ -131,9 +133,13 @@ def finetune(settings: RunSettings, method: Method) -> Path:
             general=_general(settings, len(tokens["general"]), before, after) if "general" in after else None,
         ),
     )
+    by_first(_write)(folder, results)
+    return folder
+
+
+def _write(folder: Path, results: FinetuneResults) -> None:
     (folder / BEST).unlink(missing_ok=True)
     write_results(folder, results)
-    return folder
 
 
 def _general(settings: RunSettings, tokens: int, before: dict[str, float], after: dict[str, float]) -> General:
@@ -251,9 +257,12 @@ class Finetune(Trainer):
         return self.end_with_best()
 
     def save_best(self) -> None:
+        if not self.these.first:
+            return
         self.writer.write(self._trained(), lambda snapshot: save_tensors(self.best, snapshot))
 
     def load_best(self) -> None:
+        self.these.wait()  # for the first process, which has written them
         best, _ = load_tensors(self.best)
         with torch.no_grad():
             for name, parameter in self._trained().items():

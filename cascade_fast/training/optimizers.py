@@ -12,6 +12,7 @@ from cascade_fast.input_checks import InputError
 from cascade_fast.settings import RunSettings
 from cascade_fast.training.adamw import AdamW
 from cascade_fast.training.adamw8bit import NESTED, AdamW8bit
+from cascade_fast.training.sharding import parts_like
 
 
 def build_optimizer(
@@ -27,7 +28,8 @@ def build_optimizer(
         InputError: bitsandbytes is needed and not installed.
     """
     if settings.optimizer == "adamw":
-        if device.type != "cpu" and ops.fused("adamw_", device):
+        # Parameters that are spread over processes are no plain tensors.
+        if device.type != "cpu" and ops.fused("adamw_", device) and settings.shard == "none":
             return AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
         return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     own = settings.optimizer == "adamw8bit" and ops.why_not("adamw8bit", device, "cuda") is None
@@ -82,7 +84,9 @@ def load_optimizer_tensors(
 ) -> None:
     """Puts back what :func:`optimizer_tensors` took out."""
     state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **values}.items():
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    spread = {key: parts_like(tensor, parameters[int(key.split(".", 1)[0])]) for key, tensor in tensors.items()}
+    for key, value in {**spread, **values}.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     saved = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}

@@ -16,6 +16,7 @@ from cascade_fast.model.configuration import cascade_config
 from cascade_fast.runtime.compute import Compute, release_memory
 from cascade_fast.runtime.console import say, working
 from cascade_fast.runtime.metrics_log import MetricsLog
+from cascade_fast.runtime.processes import processes
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.exits import ExitStage
 
@@ -56,13 +57,13 @@ class PromptSamples:
 
     def before(self) -> None:
         """Before a stage is trained: says the base's, unless they have been said."""
-        if self.settings.sample_prompt and not self.of_base:
+        if self.settings.sample_prompt and not self.of_base and processes().first:
             self.of_base = self._continue([])
             self._say("the base", self.of_base)
 
     def after(self, stages: Sequence[ExitStage]) -> None:
         """After a stage that is kept: says those of ``stages``, which lie in the run's folder, and logs them."""
-        if not self.settings.sample_prompt:
+        if not (self.settings.sample_prompt and processes().first):
             return
         texts = self._continue(stages)
         self._say(f"the cascade with stage {len(stages)}", texts)

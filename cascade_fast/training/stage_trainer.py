@@ -15,11 +15,13 @@ from cascade_fast.runtime.compute import Compute, release_memory
 from cascade_fast.runtime.console import say
 from cascade_fast.runtime.files import load_tensors, save_tensors
 from cascade_fast.runtime.metrics_log import MetricsLog
+from cascade_fast.runtime.processes import processes
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.stage import Stage
 from cascade_fast.stages.tokens import StageTokens
 from cascade_fast.training.graphs import CudaRecorder, StepGraphs
 from cascade_fast.training.optimizers import load_optimizer_tensors, optimizer_tensors
+from cascade_fast.training.sharding import copy_whole, is_sharded, load_whole, sharded, whole_tensors
 from cascade_fast.training.trainer import EpochTotals, Trainer, TrainingHistory
 
 
@@ -70,9 +72,11 @@ class StageTrainer(Trainer):
         deadline: float | None = None,
         micro_batch_tokens: int | None = None,
     ) -> None:
-        graphs = settings.cuda_graph == "on"
+        graphs, self.stage = settings.cuda_graph == "on", stage
+        spread = settings.shard == "fsdp"
+        module: Any = sharded(stage, compute.device, processes()) if spread else stage.to(compute.device)
         super().__init__(
-            stage.to(compute.device),
+            module,
             train.in_buckets() if graphs else train,
             val,
             settings,
@@ -81,8 +85,8 @@ class StageTrainer(Trainer):
             compute=compute,
             deadline=deadline,
             micro_batch_tokens=micro_batch_tokens or settings.micro_batch_tokens,
-            decayed_only=stage.decayed_only(),
-            linears=stage.linears(),
+            decayed_only=module.decayed_only(),
+            linears=module.linears(),
         )
         if graphs:
             self.graphs = StepGraphs(self.step_on_tensors, self.optimizer, self.device, CudaRecorder(self.device))
@@ -100,7 +104,10 @@ class StageTrainer(Trainer):
         self._resume()
         with deferred_signals() as self.signals:
             self.run_epochs()
-        return self.end_with_best()
+        history = self.end_with_best()
+        if is_sharded(self.module):
+            copy_whole(self.module, self.stage.to(self.device))
+        return history
 
     def log_event(self, event: str, **fields: Any) -> None:
         self.log.write(event, stage=self.number, **fields)
@@ -113,9 +120,16 @@ class StageTrainer(Trainer):
         self.best_unsaved = True
 
     def load_best(self) -> None:
+        self.these.wait()  # for the first process, which has written them
         if self.history.best_epoch:
             release_memory()  # of the last steps
-            self.module.load_state_dict(load_tensors(self._best(self.history.best_epoch))[0])
+            self._load(load_tensors(self._best(self.history.best_epoch))[0])
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        if is_sharded(self.module):
+            load_whole(self.module, tensors)
+        else:
+            self.module.load_state_dict(tensors)
 
     def _best(self, epoch: int) -> Path:
         """The weights of an epoch that was the best so far. A checkpoint names the one it needs, so that one of an
@@ -129,6 +143,10 @@ class StageTrainer(Trainer):
         tensors = {f"stage.{name}": t for name, t in self.module.state_dict().items()}
         tensors |= {f"optimizer.{name}": t for name, t in optimizer.items()}
         tensors["totals"] = self.totals
+        if is_sharded(self.module):
+            tensors = whole_tensors(tensors, self.these)
+        if not self.these.first:
+            return
         state = {
             "epoch": self.epoch,
             "step": self.step,
@@ -164,7 +182,7 @@ class StageTrainer(Trainer):
         if found is None:
             return
         tensors, state = found
-        self.module.load_state_dict(_part(tensors, "stage"))
+        self._load(_part(tensors, "stage"))
         load_optimizer_tensors(self.optimizer, _part(tensors, "optimizer"), state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

@@ -16,7 +16,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,16 @@ from cascade_fast.losses import linear_cross_entropy, perplexity, token_losses
 from cascade_fast.records import Epoch
 from cascade_fast.runtime.compute import Compute, trim_host_memory, wait_for
 from cascade_fast.runtime.console import Progress, epoch_line, say
+from cascade_fast.runtime.processes import processes
 from cascade_fast.runtime.snapshots import SnapshotWriter
 from cascade_fast.settings import RunSettings
+from cascade_fast.training.batches import Batches
+from cascade_fast.training.data_parallel import not_yet, own_chunks, own_parts, replica
 from cascade_fast.training.graphs import StepGraphs
 from cascade_fast.training.half_weights import HalfWeights
 from cascade_fast.training.optimizers import build_optimizer, learning_rate, set_learning_rate
 from cascade_fast.training.scaler import FoldingScaler
+from cascade_fast.training.sharding import total_norm
 
 EVAL_TOKENS = 2048  # tokens of a forward pass without gradients
 LOG_STEPS = 50  # steps between looks at the loss, a line of the log each
@@ -47,30 +51,6 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
         self.exit_code = 128 + signal_number
-
-
-class Batches(Protocol):
-    """What a module is trained or measured on, by units: a token, or a sequence of them."""
-
-    batches_differ: bool  # in the shapes of what they hold
-
-    @property
-    def units(self) -> int: ...
-
-    def __len__(self) -> int:
-        """Tokens whose loss counts."""
-
-    def units_of(self, tokens: int) -> int:
-        """How many units hold about ``tokens`` tokens."""
-
-    def chunks(self, tokens: int) -> Sequence[Tensor]:
-        """All units in order, in parts of about ``tokens`` tokens."""
-
-    def count(self, picked: Tensor) -> int:
-        """How many tokens the units ``picked`` hold."""
-
-    def batches(self, picks: Sequence[Tensor], device: torch.device) -> Generator[tuple[Any, Tensor], None, None]:
-        """For each of ``picks``, some units: what the module is called with, and the labels ``(M,)``."""
 
 
 class EpochTotals(NamedTuple):
@@ -135,12 +115,16 @@ def epoch_order(n: int, *, seed: int, stage: int, epoch: int) -> Tensor:
 @torch.inference_mode()
 def validation_loss(module: Any, tokens: Batches, compute: Compute) -> float:
     """Mean cross-entropy over ``tokens``, in nats. ``module``: see :class:`Trainer`."""
+    these = processes()
+    own = own_chunks(tokens.chunks(EVAL_TOKENS), these, module)
     total = torch.zeros((), dtype=torch.float64, device=compute.device)
-    for inputs, label_M in tokens.batches(tokens.chunks(EVAL_TOKENS), compute.device):
+    batches = tokens.batches([chunk for chunk, _ in own], compute.device)
+    for (inputs, label_M), (_, counts) in zip(batches, own, strict=True):
         with compute.autocast():
             _, normed_MD = module(inputs)
-        total += token_losses(normed_MD, module.head, label_M, dtype=compute.dtype)[0].double().sum()
-    return total.item() / len(tokens)
+        if counts:
+            total += token_losses(normed_MD, module.head, label_M, dtype=compute.dtype)[0].double().sum()
+    return these.sum_(total).item() / len(tokens)
 
 
 class Trainer:
@@ -174,7 +158,7 @@ class Trainer:
     ) -> None:
         self.module, self.train, self.val, self.settings = module, train, val, settings
         self.name, self.number, self.compute, self.device = name, number, compute, compute.device
-        self.deadline = deadline
+        self.deadline, self.these = deadline, processes()
         self.decayed_only: list[Tensor] = list(decayed_only)
         without_gradient = {id(p) for p in self.decayed_only}
         # A tied one is there once; frozen ones are not.
@@ -183,12 +167,13 @@ class Trainer:
         self.scaler = FoldingScaler(self.device.type, enabled=compute.dtype == torch.float16)
         # On the CPU, clipped gradients are multiplied, not divided: runs keep their bits.
         folds = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        self.folds = self.device.type != "cpu" and folds
+        self.folds = self.device.type != "cpu" and folds and settings.shard == "none"
         self.batch_units = train.units_of(settings.batch_tokens)
         self.micro_batch_units = train.units_of(micro_batch_tokens or settings.batch_tokens)
         self.steps_per_epoch = math.ceil(train.units / self.batch_units)
-        one_pass = self.micro_batch_units >= self.batch_units
+        one_pass = self.micro_batch_units >= self.batch_units and not self.these.several
         self.halves = HalfWeights(linears, self.parameters, self.optimizer, compute.dtype, one_pass=one_pass)
+        self.replica = replica(module, self.these, self.decayed_only)
         self.ahead: Generator[tuple[Any, Tensor], None, None] | None = None  # batches of the rest of the epoch
         self.graphs: StepGraphs | None = None  # of steps that are recorded; a batch is one part then
         self.trims = self.device.type == "cpu" and train.batches_differ
@@ -231,13 +216,13 @@ class Trainer:
         """
         self.halves.refresh()  # of weights that were loaded
         with self.writer:
-            while not (self.history.stopped or self.signals):
+            while not (self.history.stopped or self._interrupted()):
                 if self._run_epoch():
                     self._end_epoch()
-                if self.signals or not self.history.stopped:  # when it is over, what came of it is written at once
+                if self._interrupted() or not self.history.stopped:  # else what came of it is written at once
                     self.save_checkpoint()
-        if self.signals:
-            raise Interrupted(self.signals[0])
+        if signal_number := self._interrupted():
+            raise Interrupted(signal_number)
 
     def end_with_best(self) -> TrainingHistory:
         """The module gets its best weights, unless it has them."""
@@ -254,7 +239,7 @@ class Trainer:
         saved = time.monotonic()
         self.epoch_started = saved - self.epoch_seconds
         self.module.train()
-        parts = [some for picked in batches[self.step :] for some in picked.split(self.micro_batch_units)]
+        parts = [some for picked in batches[self.step :] for some in self._own_parts(picked)[0]]
         title = f"{self.name} epoch {self.epoch}/{self.settings.epochs}"
         with self._ahead_of(parts), Progress(title, len(self.train)) as progress:
             progress.restart(self.epoch_tokens)
@@ -269,16 +254,27 @@ class Trainer:
                     if not self._look():
                         return False
                     progress.loss = self.recent_loss
-                if self.signals:
+                interrupted, late, due = self._agreed(time.monotonic() - saved)
+                if interrupted:
                     self._read_clock()
                     return False
-                if self.deadline is not None and time.monotonic() > self.deadline:
+                if late:
                     break
-                if time.monotonic() - saved > 60 * self.settings.checkpoint_minutes:
+                if due:
                     self._read_clock()
                     self.save_checkpoint()
                     saved = time.monotonic()
         return self._look()
+
+    def _agreed(self, since_saved: float = 0.0) -> list[int]:
+        """The signal that asks for an end, whether the time is up, and whether a checkpoint is due: the same for all
+        processes."""
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        due = since_saved > 60 * self.settings.checkpoint_minutes
+        return self.these.largest([self.signals[0] if self.signals else 0, late, due])
+
+    def _interrupted(self) -> int:
+        return self._agreed()[0]
 
     @contextlib.contextmanager
     def _ahead_of(self, parts: Sequence[Tensor]) -> Iterator[None]:
@@ -290,23 +286,27 @@ class Trainer:
             self.ahead.close()
             self.ahead = None
 
+    def _own_parts(self, picked: Tensor) -> tuple[Sequence[Tensor], bool]:
+        return own_parts(picked, self.micro_batch_units, self.these)
+
     def train_step(self, picked: Tensor) -> int:
         """One step of the optimizer on the units ``picked``, in an epoch the next ones; how many tokens they hold."""
         lr, tokens = self._learning_rate(self.step), self.train.count(picked)
-        parts = picked.split(self.micro_batch_units)
+        parts, counts = self._own_parts(picked)
         ahead = self.train.batches(parts, self.device) if self.ahead is None else self.ahead
         if self.graphs is not None:
             self.graphs.run(*next(ahead), tokens, lr)
             return tokens
         set_learning_rate(self.optimizer, lr)
         loss = torch.zeros((), device=self.device)
-        for inputs, label_M in itertools.islice(ahead, len(parts)):
-            part = self._loss(inputs, label_M)
-            if len(label_M) < tokens:
-                part = part * (len(label_M) / tokens)
-            self.scaler.scale(part).backward()
+        for number, (inputs, label_M) in enumerate(itertools.islice(ahead, len(parts)), 1):
+            with not_yet(self.replica, last=number == len(parts)):
+                part = self._loss(inputs, label_M)
+                if len(label_M) < tokens or not counts:
+                    part = part * (len(label_M) * counts / tokens)
+                self.scaler.scale(part).backward()
             loss += part.detach()
-        self._update(loss, tokens, lr)
+        self._update(self.these.sum_(loss), tokens, lr)
         return tokens
 
     def step_on_tensors(self, inputs: Any, label_M: Tensor, count: Tensor, lr: Tensor) -> None:
@@ -317,7 +317,7 @@ class Trainer:
 
     def _loss(self, inputs: Any, label_M: Tensor, count: Tensor | None = None) -> Tensor:
         with self.compute.autocast(), self.halves.in_use():
-            _, normed_MD = self.module(inputs)
+            _, normed_MD = self.replica(inputs)
         return linear_cross_entropy(normed_MD, self.module.head, label_M, dtype=self.compute.dtype, count=count)
 
     def _update(self, loss: Tensor, tokens: int | Tensor, lr: float | Tensor) -> None:
@@ -349,7 +349,7 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         if self.settings.grad_clip > 0 or self.scaler.is_enabled():
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = total_norm(gradients)
             if self.settings.grad_clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.grad_clip, norm)
         self.scaler.step(self.optimizer)  # float16 only: leaves a step with an infinite gradient out

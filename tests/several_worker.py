@@ -1,0 +1,41 @@
+"""Runs of several processes, one after the other: ``torchrun ... several_worker.py FILE``.
+
+FILE is a JSON list of settings. With ``stop_at`` the last process gets a SIGTERM in that step of the first stage.
+"""
+
+import contextlib
+import json
+import signal
+import sys
+from pathlib import Path
+
+from cascade_fast.cascade import run_cascade
+from cascade_fast.command_line import together
+from cascade_fast.runtime.processes import Processes
+from cascade_fast.settings import make_settings
+from cascade_fast.training.trainer import Interrupted, Trainer
+
+
+def main() -> None:
+    whole_step = Trainer.train_step
+    with together() as these:
+        for given in json.loads(Path(sys.argv[1]).read_text()):
+            Trainer.train_step = _stopping(whole_step, these, given.pop("stop_at", None))
+            with contextlib.suppress(Interrupted):
+                run_cascade(make_settings(given))
+
+
+def _stopping(whole_step, these: Processes, stop_at: int | None):
+    steps = [0]
+
+    def train_step(self, picked):
+        steps[0] += 1
+        if steps[0] == stop_at and these.rank == these.count - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return whole_step(self, picked)
+
+    return train_step
+
+
+if __name__ == "__main__":
+    main()

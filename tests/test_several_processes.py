@@ -1,0 +1,223 @@
+"""Several processes, started by torchrun, on gloo: they train what one does. Real processes; see several_worker.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cascade_fast.cascade import run_cascade
+from cascade_fast.runtime.files import load_tensors
+from cascade_fast.runtime.processes import ALONE, Processes
+from cascade_fast.runtime.run_folder import read_results
+from cascade_fast.settings import make_settings
+from cascade_fast.training.data_parallel import own_parts
+from cascade_fast.training.sharding import check_sharding
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ADAPTER = {"adapter": "lora", "lora_rank": 4, "lora_alpha": 8.0}
+RUNS = {
+    "append": {"preset": "warm", "num_stages": 2, "min_improvement": 0.0},
+    "look": {"stage_kind": "second-look", "hard_ratio": 0.6, "accept": "always", "num_stages": 2},
+    "adapters": {
+        "stage_kind": "second-look",
+        **ADAPTER,
+        "hard_ratio": 0.6,
+        "easy_tokens": "forward",
+        "num_stages": 1,
+        "accept": "always",
+    },
+    "8 bit": {"num_stages": 1, "optimizer": "adamw8bit", "micro_batch_tokens": 24, "grad_clip": 0.5},
+    "sharded": {"stage_kind": "second-look", "accept": "always", "num_stages": 1, "shard": "fsdp"},
+    "chats": {"num_stages": 1, "stage_kind": "second-look", **ADAPTER, "hard_ratio": 1.0},
+}
+SMALL = {"train_blocks": 30, "epochs": 1, "test_blocks": 8, "lr": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    # Each thread more would add in another order, and one port for all would be taken.
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return {**os.environ, "XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def _together(count: int, runs: list[dict], folder: Path, environment) -> str:
+    file = folder / f"{count}-{time.monotonic_ns()}.json"
+    file.write_text(json.dumps(runs))
+    worker = Path(__file__).with_name("several_worker.py")
+    command = [*TORCHRUN, "--nproc-per-node", str(count), str(worker), str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> Path:
+    """Rows of a question and an answer, of their own lengths; only the answer counts."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    counts = (" ".join(map(str, range(n % 7 + 1))) for n in range(200))
+    rows = [{"prompt": "count " + "na " * (n % 4), "completion": count} for n, count in enumerate(counts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base, tiny_data, answers, tmp_path_factory, environment) -> dict[str, Path]:
+    """``RUNS`` of one process, in the folder ``one``, of two, in ``two`` and again in ``again``."""
+    import torch
+    from conftest import _settings
+
+    folder = tmp_path_factory.mktemp("several")
+
+    def settings(name: str, where: str, **alone: str) -> dict:
+        of_kind = {}
+        if name == "chats":
+            of_kind = dict.fromkeys(("train_blocks", "val_blocks", "test_blocks"))
+            of_kind |= {"dataset": str(answers), "train_tokens": 900, "val_tokens": 200}
+        given = {
+            **_settings(tiny_base, tiny_data),
+            **SMALL,
+            **RUNS[name],
+            **of_kind,
+            **alone,
+            "out": str(folder / where / name),
+        }
+        return {key: value for key, value in given.items() if value is not None}
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name in RUNS:
+            run_cascade(make_settings(settings(name, "one", shard="none")))
+    finally:
+        torch.set_num_threads(threads)
+    runs = [settings(name, "two") for name in RUNS] + [settings("look", "again")]
+    said = _together(2, runs, folder, environment)
+    assert said.count("\npage: ") == len(runs)  # one of the two speaks
+    return {where: folder / where for where in ("one", "two", "again")}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_what_one_does(trained, name):
+    one, two = read_results(trained["one"] / name), read_results(trained["two"] / name)
+    assert len(one.stages) == RUNS[name]["num_stages"]
+    assert one.stages[0].accepted
+    for ours, theirs in zip(one.stages, two.stages, strict=True):
+        assert ours.threshold == pytest.approx(theirs.threshold, rel=1e-6)
+        assert (ours.train_hard, ours.val_hard, ours.accepted) == (theirs.train_hard, theirs.val_hard, theirs.accepted)
+        for mine, other in zip(ours.epochs, theirs.epochs, strict=True):
+            assert mine.train_loss == pytest.approx(other.train_loss, rel=1e-6)
+            assert mine.val_loss == pytest.approx(other.val_loss, rel=1e-6)
+    assert one.stages[0].threshold == two.stages[0].threshold  # of the base's scores: the same bits
+    assert one.final.all_token_test_ppl == pytest.approx(two.final.all_token_test_ppl, rel=1e-6)
+    shares = read_results(trained["one"] / name).final.exit_share
+    assert shares == pytest.approx(two.final.exit_share, abs=2e-3)
+
+
+def test_two_processes_are_the_same_each_time(trained):
+    of_two, again = (load_tensors(trained[w] / "look/stages/1/model.safetensors")[0] for w in ("two", "again"))
+    assert of_two.keys() == again.keys()
+    assert all((of_two[name] == again[name]).all() for name in of_two)
+
+
+def test_what_is_written_is_written_once(trained):
+    for name in RUNS:
+        one, two = trained["one"] / name, trained["two"] / name
+        files = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*")) for folder in (one, two)]
+        assert files[0] == files[1]
+        events = [[json.loads(line)["event"] for line in (f / "metrics.jsonl").open()] for f in (one, two)]
+        assert events[0] == events[1]
+
+
+def test_resumed_by_another_number_of_processes(tiny_settings, tmp_path, environment, monkeypatch):
+    """Two are interrupted, by a signal to one of them; one and three go on, the three with a stage spread over them."""
+    import shutil
+
+    import torch
+
+    monkeypatch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
+    settings = {**tiny_settings, **SMALL, "num_stages": 1, "resume": "auto"}
+    torch.set_num_threads(1)
+    run_cascade(make_settings({**settings, "out": str(tmp_path / "whole")}))
+    _together(2, [{**settings, "out": str(tmp_path / "stopped"), "stop_at": 5}], tmp_path, environment)
+    assert not (tmp_path / "stopped" / "results.json").exists()
+    shutil.copytree(tmp_path / "stopped", tmp_path / "three")
+    run_cascade(make_settings({**settings, "out": str(tmp_path / "stopped")}))
+    spread = {**settings, "shard": "fsdp", "out": str(tmp_path / "three")}
+    _together(3, [spread, {**spread, "out": str(tmp_path / "spread"), "stop_at": 5}], tmp_path, environment)
+    run_cascade(make_settings({**settings, "out": str(tmp_path / "spread")}))
+    whole = read_results(tmp_path / "whole").stages[0].epochs[0]
+    for name in ("stopped", "three", "spread"):
+        (found,) = read_results(tmp_path / name).stages[0].epochs
+        assert found.train_loss == pytest.approx(whole.train_loss, rel=1e-6)
+        assert found.val_loss == pytest.approx(whole.val_loss, rel=1e-6)
+        resumed = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open() if '"resume"' in line]
+        assert [(record["epoch"], record["step"]) for record in resumed] == [(1, 5)]
+
+
+def test_one_that_is_killed_ends_all(tiny_settings, tmp_path, environment):
+    settings = {**tiny_settings, "num_stages": 1, "epochs": 500, "patience": 500, "out": str(tmp_path / "run")}
+    flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    command = [*TORCHRUN, "--nproc-per-node", "2", "-m", "cascade_fast.train", *flags]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.exists() and '"epoch"' in log.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    lines = [line for line in output.splitlines() if "error: " in line]
+    assert lines == ["error: another process of this run is gone; the same command with --resume auto goes on"]
+    # What torchrun itself says of it comes after that.
+    assert "Traceback" not in output[: output.index(lines[0])]
+
+
+def test_a_mistake_is_one_line(tiny_base, tmp_path, environment):
+    text = ["--base", str(tiny_base), "--seq-len", "32", "--dataset", str(tmp_path / "no.jsonl")]
+    command = [*TORCHRUN, "--nproc-per-node", "2", "-m", "cascade_fast.train", *text]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: dataset: {str(tmp_path / 'no.jsonl')!r}; no such file or folder"
+    ]
+
+
+def test_a_command_of_one_process_says_so(monkeypatch, capsys):
+    from cascade_fast import generate
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert generate.main(["run", "text"]) == 2
+    assert "WORLD_SIZE: 2; this command runs in one process: start it without torchrun" in capsys.readouterr().err
+
+
+def test_what_cannot_be_spread_says_so(tiny_settings, tmp_path):
+    from cascade_fast.input_checks import InputError
+
+    with pytest.raises(InputError, match=r"shard: 'fsdp'; several processes are needed: start it with torchrun"):
+        run_cascade(make_settings({**tiny_settings, "shard": "fsdp", "out": str(tmp_path / "run")}))
+    assert not (tmp_path / "run").exists()
+    two = Processes(0, 2)
+    for wrong in ({"optimizer": "adamw8bit"}, {"stage_kind": "second-look", **ADAPTER}):
+        with pytest.raises(InputError, match=r"shard: .fsdp.; (optimizer|adapter)"):
+            check_sharding(make_settings({**tiny_settings, "shard": "fsdp", **wrong}), two)
+
+
+def test_parts_of_a_batch():
+    import torch
+
+    picked = torch.arange(10, 17)
+    parts = [own_parts(picked, 2, Processes(rank, 3)) for rank in range(3)]
+    assert [[some.tolist() for some in some_parts] for some_parts, _ in parts] == [
+        [[10, 11]], [[12, 13]], [[14, 15], [16]],
+    ]  # fmt: skip
+    assert all(counts for _, counts in parts)
+    few = [own_parts(picked[:1], 2, Processes(rank, 3)) for rank in range(3)]
+    assert [counts for _, counts in few] == [False, False, True]
+    assert all([some.tolist() for some in some_parts] == [[10]] for some_parts, _ in few)
+    assert own_parts(picked, 4, ALONE)[0][0].tolist() == [10, 11, 12, 13]
