@@ -45,11 +45,13 @@ def test_all_reduces_of_adapters_and_of_full_stages():
     assert adapters.stage_bytes == 16 * TRAINED
     assert adapters.fits_one
     parameters = Shape.from_settings(plans[1].settings, base).counts.parameters()
-    # Matrices have 16-bit gradients, norms float32.
-    assert full.gradient_bytes == pytest.approx(2 * parameters, rel=1e-3)
+    assert full.gradient_bytes == 4 * parameters  # what several GPUs add up is float32
     assert full.gradient_bytes > 80 * adapters.gradient_bytes
     assert not full.fits_one
     assert full.sharded_bytes == full.stage_bytes / 8 > 10 * GIB
+    assert not plans[1].fits
+    sharded = make_plan(make_settings({**settings, "adapter": "none", "shard": "fsdp"}), base, DEVICES["h100"], gpus=8)
+    assert sharded.fits
 
 
 def test_beyond_one_machine_the_slower_of_link_and_network_counts():

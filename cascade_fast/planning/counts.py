@@ -97,17 +97,18 @@ def optimizer_bytes(shape: Shape, optimizer: str) -> float:
     return 8 * small + (trained - small) * (2 + 8 / 256)
 
 
-def gradient_bytes(settings: RunSettings, shape: Shape, width: int, micro: int, *, on_cpu: bool) -> float:
-    """Of a stage: float32, but of 16-bit copies of weights 16 bit."""
-    halves = has_half_weights(settings, shape, width, micro, on_cpu=on_cpu)
+def gradient_bytes(shape: Shape, width: int, *, halves: bool) -> float:
+    """Of a stage: float32, but of 16-bit copies of weights 16 bit, where there are any (``halves``)."""
     return 4.0 * shape.counts.trained() - ((4.0 - width) * shape.counts.trained_matrices() if halves else 0.0)
 
 
-def has_half_weights(settings: RunSettings, shape: Shape, width: int, micro: int, *, on_cpu: bool) -> bool:
+def has_half_weights(
+    settings: RunSettings, shape: Shape, width: int, micro: int, *, on_cpu: bool, gpus: int = 1
+) -> bool:
     """Whether linear layers multiply with 16-bit copies of their weights: see training/half_weights.py. ``micro``:
-    tokens of a forward and backward pass."""
+    tokens of a forward and backward pass. Gradients of several GPUs add up in float32."""
     trained = shape.counts.frozen() == 0 and settings.optimizer == "adamw"
-    return trained and not on_cpu and width == 2 and micro >= settings.batch_tokens
+    return trained and not on_cpu and width == 2 and micro >= settings.batch_tokens and gpus == 1
 
 
 def saved_activation_bytes(shape: Shape, width: int, *, on_cpu: bool = True) -> int:

@@ -126,6 +126,7 @@ def memory_plan(
     fused_attention: bool = True,
     process_bytes: int = PROCESS_BYTES,
     labelled_share: float = 1.0,
+    gpus: int = 1,
 ) -> MemoryPlan:
     """The plan of a run with ``settings`` on a base with transformers' configuration ``base_config``.
 
@@ -137,12 +138,13 @@ def memory_plan(
         fused_attention: False where SDPA holds all attention scores in float32 (grouped queries below sm_80).
         process_bytes: resident set before a base is loaded (CPU).
         labelled_share: of the tokens.
+        gpus: that train together; ``settings.batch_tokens`` are one's.
     """
     micro = settings.micro_batch_tokens or settings.batch_tokens
     micro = min(micro, settings.batch_tokens)
     if memory_bytes is not None and settings.micro_batch_tokens is None:
         micro = micro_batch_tokens(
-            settings, base_config, memory_bytes, dtype=dtype, on_cpu=on_cpu, labelled_share=labelled_share
+            settings, base_config, memory_bytes, dtype=dtype, on_cpu=on_cpu, labelled_share=labelled_share, gpus=gpus
         )
     shape, width = Shape.from_settings(settings, base_config, labelled_share), dtype.itemsize
     process = {"process": float(process_bytes)} if on_cpu else {}
@@ -150,7 +152,7 @@ def memory_plan(
     # What the base pass leaves of the base, all at once.
     kept = shape.counts.head * width + kept_layer_bytes(shape, settings.base_quantization, width)
     base = _base_phase(settings, shape, width, fused_attention, on_cpu)
-    step = _training_phase(settings, shape, width, micro, on_cpu)
+    step = _training_phase(settings, shape, width, micro, on_cpu, gpus)
     phases = [base, step]
     if on_cpu:
         phases.append(_keeping_phase(step, shape))
@@ -207,22 +209,25 @@ def _base_phase(settings: RunSettings, shape: Shape, width: int, fused_attention
     return Phase("base pass", on_cpu, {"base weights": weights, "states kept": 3 * n * s.hidden_size * width}, passing)
 
 
-def _training_phase(settings: RunSettings, shape: Shape, width: int, micro: int, on_cpu: bool) -> Phase:
-    s = shape.stage
-    phase = Phase("training", on_cpu, {"stage weights (float32)": 4.0 * shape.counts.parameters()})
+def _training_phase(settings: RunSettings, shape: Shape, width: int, micro: int, on_cpu: bool, gpus: int) -> Phase:
+    s, spread = shape.stage, gpus if settings.shard == "fsdp" else 1
+    phase = Phase("training", on_cpu, {"stage weights (float32)": 4.0 * shape.counts.parameters() / spread})
+    if spread > 1:  # one is used while the next one comes
+        phase.lasting["layers gathered (float32)"] = 2 * 4.0 * shape.counts.parameters() / s.layers
     if on_cpu and settings.num_stages > 1:  # beside a GPU they wait in the host's memory
         phase.lasting["earlier stages (float32)"] = _earlier_stage_bytes(settings, shape)
     if on_cpu or not settings.optimizer.startswith("paged"):
-        phase.lasting[f"optimizer state ({settings.optimizer})"] = optimizer_bytes(shape, settings.optimizer)
+        phase.lasting[f"optimizer state ({settings.optimizer})"] = optimizer_bytes(shape, settings.optimizer) / spread
     if not on_cpu:
         phase.lasting |= _read_by_gpu(settings, shape, width, micro)
-    gradients = gradient_bytes(settings, shape, width, micro, on_cpu=on_cpu)
+    halves = has_half_weights(settings, shape, width, micro, on_cpu=on_cpu, gpus=gpus)
+    gradients = gradient_bytes(shape, width, halves=halves) / spread
     own_head = 4.0 * shape.counts.head if s.head == "own" else 0.0
     activations: float = micro * (
         s.layers * saved_activation_bytes(shape, width, on_cpu=on_cpu) + 4 * 4 * s.hidden_size
     )
     casts = _cast_bytes(shape, width)  # kept for the backward pass
-    if has_half_weights(settings, shape, width, micro, on_cpu=on_cpu):
+    if halves:
         phase.lasting["weights in the compute dtype"] = casts
         casts = 0.0
     logits = _logit_bytes(shape, width, on_cpu=on_cpu)
@@ -392,6 +397,7 @@ def micro_batch_tokens(
     dtype: torch.dtype,
     on_cpu: bool = False,
     labelled_share: float = 1.0,
+    gpus: int = 1,
 ) -> int:
     """Tokens to run through a stage at once so that training fits in ``memory_bytes``.
 
@@ -405,7 +411,7 @@ def micro_batch_tokens(
     reserved = PROCESS_BYTES if on_cpu else CONTEXT_BYTES
 
     def fits(micro: int) -> bool:
-        return _training_phase(settings, shape, dtype.itemsize, micro, on_cpu).needed + reserved <= memory_bytes
+        return _training_phase(settings, shape, dtype.itemsize, micro, on_cpu, gpus).needed + reserved <= memory_bytes
 
     parts = math.ceil(batch / bound)
     if fits(math.ceil(batch / parts)):
@@ -427,6 +433,6 @@ def largest_batch_tokens(
     while low < high:
         middle = (low + high + 1) // 2
         whole = dataclasses.replace(settings, batch_tokens=middle, micro_batch_tokens=None)
-        phase = _training_phase(whole, shape, dtype.itemsize, middle, on_cpu)
+        phase = _training_phase(whole, shape, dtype.itemsize, middle, on_cpu, gpus=1)
         low, high = (middle, high) if phase.needed + reserved <= memory_bytes else (low, middle - 1)
     return low

@@ -21,7 +21,7 @@ from cascade_fast.planning.several import Several, plan_several, share_of_batch,
 from cascade_fast.planning.times import Time, base_pass_time, epoch_time
 from cascade_fast.runtime.compute import Compute, resident_bytes
 from cascade_fast.runtime.files import free_disk_bytes
-from cascade_fast.runtime.processes import Processes
+from cascade_fast.runtime.processes import Processes, processes
 from cascade_fast.settings import RunSettings
 from cascade_fast.stages.kind import base_needs, with_layers
 
@@ -119,6 +119,7 @@ def make_plan(
             fused_attention=device.fused_attention,
             process_bytes=max(PROCESS_BYTES, resident_bytes()),
             labelled_share=labelled_share,
+            gpus=gpus,
         )
 
     memory = planned(settings.store)
@@ -128,7 +129,7 @@ def make_plan(
         chosen = "device" if fits and on_gpu.micro_batch_tokens == memory.micro_batch_tokens else "host"
         memory, settings = on_gpu if chosen == "device" else memory, dataclasses.replace(settings, store=chosen)
     share = share_of_text(share_of_batch(settings, gpus), gpus)
-    epoch = epoch_time(share, base_config, device, memory.micro_batch_tokens, labelled_share)
+    epoch = epoch_time(share, base_config, device, memory.micro_batch_tokens, labelled_share, gpus)
     several = None
     if gpus > 1:
         several = plan_several(settings, base_config, device, memory, gpus, labelled_share)
@@ -153,7 +154,8 @@ def plan_run(
         settings = dataclasses.replace(settings, kv=kv)
     train = sequences.splits["train"]
     share = train.labels / train.tokens
-    plan = make_plan(settings, base.config, this_machine(compute), free_disk_bytes(cache), share)
+    gpus = processes().count
+    plan = make_plan(settings, base.config, this_machine(compute), free_disk_bytes(cache), share, gpus)
     passed = pass_folder(base, sequences, plan.settings, base_needs(plan.settings), compute, cache)
     check_disk(plan.memory.disk, out=out, base_pass=passed)
     return plan

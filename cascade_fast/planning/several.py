@@ -74,8 +74,7 @@ def plan_several(
 ) -> Several:
     """``settings``: of the run; ``memory``: one GPU's plan."""
     shape, width = Shape.from_settings(settings, base_config, labelled_share), device.dtype.itemsize
-    one, micro = share_of_batch(settings, gpus), memory.micro_batch_tokens
-    gradients = gradient_bytes(one, shape, width, micro, on_cpu=device.on_cpu)
+    gradients = gradient_bytes(shape, width, halves=False)
     stage = 4.0 * shape.counts.parameters() + gradients + optimizer_bytes(shape, settings.optimizer)
     tokens = hard_count(settings.hard_ratio, round(settings.expected_tokens("train") * labelled_share))
     return Several(

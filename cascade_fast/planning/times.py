@@ -98,11 +98,12 @@ def tokens_with_logits(settings: RunSettings, shape: Shape, tokens: int, train_t
 
 
 def epoch_time(
-    settings: RunSettings, base_config: Any, device: Device, micro: int, labelled_share: float = 1.0
+    settings: RunSettings, base_config: Any, device: Device, micro: int, labelled_share: float = 1.0, gpus: int = 1
 ) -> Time:
     """An epoch of stage 1 over its hard tokens, ``micro`` of them at once, without validation.
 
-    ``labelled_share``: of the training tokens, among which it takes them.
+    ``labelled_share``: of the training tokens, among which it takes them. ``gpus``: that train together; ``settings``
+    have one's share.
     """
     shape, width = Shape.from_settings(settings, base_config, labelled_share), device.dtype.itemsize
     s, trained = shape.stage, shape.counts.trained()
@@ -113,7 +114,7 @@ def epoch_time(
     frozen = shape.counts.matrices() - learning
     flops: float = tokens * shape.step_flops(settings)
     step_bytes = trained * (28 if settings.optimizer == "adamw" else 16)  # weights, gradient, state: read and written
-    halves = has_half_weights(settings, shape, width, micro, on_cpu=device.on_cpu)
+    halves = has_half_weights(settings, shape, width, micro, on_cpu=device.on_cpu, gpus=gpus)
     if settings.grad_clip > 0:  # a norm; on the CPU a pass that clips as well
         step_bytes += trained * (12 if device.on_cpu else width if halves else 4)
     part_bytes: float = learning * 3 * width + 2 * shape.counts.head * width  # weights twice, a gradient
