@@ -76,8 +76,13 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
 
+# GPUS=2: a training by two of them beside one's, too.
+GPUS ?= 1
 bench-gpu: $(VENV)/.dev
 	$(PY) -m benchmarks.gpu $(ARGS)
+ifneq ($(GPUS),1)
+	$(PY) -m benchmarks.several --device cuda --processes $(GPUS) --preset lora
+endif
 
 check-cuda: $(VENV)/.dev
 	$(PY) tools/check_cuda.py

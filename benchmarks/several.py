@@ -134,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="pydoc", help="text to train on, as the trainer takes it")
     parser.add_argument("--preset", default="second-look", help="of the trainer (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the trainings; cuda: a GPU each")
     parser.add_argument("--processes", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=10**8, help="scores to select from (default: %(default)s)")
     parser.add_argument("--hard-ratio", type=float, default=0.9, help="of the selection (default: %(default)s)")
@@ -151,8 +152,8 @@ def main() -> None:
     if not args.runs_only:
         result |= measure_selection(args.tokens, args.hard_ratio, args.rounds, args.processes)
     if not args.select_only:
-        flags = ["--device", "cpu", "--dataset", args.dataset, "--preset", args.preset, *args.flags]
-        result |= {"flags": [Path(args.dataset).name, args.preset, *args.flags], **measure_runs(flags, args.processes)}
+        flags = ["--device", args.device, "--dataset", args.dataset, "--preset", args.preset, *args.flags]
+        result |= {"device": args.device, "flags": [Path(args.dataset).name, args.preset, *args.flags], **measure_runs(flags, args.processes)}
     for name, value in result.items():
         print(f"{name}: {value}")
     result = {"environment": {**common.environment(), "threads": 1, "processes": args.processes}, **result}

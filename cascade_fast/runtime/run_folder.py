@@ -40,6 +40,7 @@ from cascade_fast.runtime.files import (
 )
 from cascade_fast.runtime.metrics_log import MetricsLog
 from cascade_fast.runtime.processes import by_first, processes
+from cascade_fast.runtime.shared_folder import check_shared
 from cascade_fast.settings import RunSettings
 
 RUNS = Path("runs")
@@ -104,6 +105,11 @@ class RunFolder:
         """
         self.record = dataclasses.replace(self.record, kv=kv)
         self._open()
+        try:
+            check_shared(self.path, "out", "--out")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     @by_first

@@ -26,7 +26,7 @@ def check_shared(folder: Path, setting: str, move: str) -> None:
     if not these.several:
         return
     token = these.of_first(secrets.token_hex(8))
-    path = folder / f".seen-by-all-{token}"
+    path = folder / f".tmp{token[:6]}"  # as a temporary file, should it stay
     if these.first:
         atomic_write_text(path, token)
     these.wait()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cascade_fast.input_checks import InputError
 from cascade_fast.runtime.compute import Compute
+from cascade_fast.runtime.processes import processes
 from cascade_fast.settings import RunSettings
 
 MOST_GRAPHS = 32  # each keeps a batch on the GPU; further sizes run as they are
@@ -32,6 +33,7 @@ def check_graphs(settings: RunSettings, compute: Compute, micro_batch_tokens: in
     if settings.cuda_graph != "on":
         return
     reasons = {
+        f"{processes().count} processes; must be one": processes().several,
         f"device: {str(compute.device)!r}; must be a GPU": compute.device.type != "cuda",
         f"optimizer: {settings.optimizer!r}; must be adamw": settings.optimizer != "adamw",
         f"a batch of {settings.batch_tokens} tokens in parts of {micro_batch_tokens}; must be one, as with a smaller "
