@@ -153,7 +153,8 @@ def main() -> None:
         result |= measure_selection(args.tokens, args.hard_ratio, args.rounds, args.processes)
     if not args.select_only:
         flags = ["--device", args.device, "--dataset", args.dataset, "--preset", args.preset, *args.flags]
-        result |= {"device": args.device, "flags": [Path(args.dataset).name, args.preset, *args.flags], **measure_runs(flags, args.processes)}
+        result |= {"device": args.device, "flags": [Path(args.dataset).name, args.preset, *args.flags]}
+        result |= measure_runs(flags, args.processes)
     for name, value in result.items():
         print(f"{name}: {value}")
     result = {"environment": {**common.environment(), "threads": 1, "processes": args.processes}, **result}
