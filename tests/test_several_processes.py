@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from cascade_fast.cascade import run_cascade
+from cascade_fast.input_checks import InputError
+from cascade_fast.runtime import processes as processes_module
 from cascade_fast.runtime.files import load_tensors
 from cascade_fast.runtime.processes import ALONE, Processes
 from cascade_fast.runtime.run_folder import read_results
@@ -192,8 +195,6 @@ def test_a_command_of_one_process_says_so(monkeypatch, capsys):
 
 
 def test_what_cannot_be_spread_says_so(tiny_settings, tmp_path):
-    from cascade_fast.input_checks import InputError
-
     with pytest.raises(InputError, match=r"shard: 'fsdp'; several processes are needed: start it with torchrun"):
         run_cascade(make_settings({**tiny_settings, "shard": "fsdp", "out": str(tmp_path / "run")}))
     assert not (tmp_path / "run").exists()
@@ -201,6 +202,42 @@ def test_what_cannot_be_spread_says_so(tiny_settings, tmp_path):
     for wrong in ({"optimizer": "adamw8bit"}, {**LOOK, **ADAPTER}):
         with pytest.raises(InputError, match=r"shard: .fsdp.; (optimizer|adapter)"):
             check_sharding(make_settings({**tiny_settings, "shard": "fsdp", **wrong}), two)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8, 1)),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, (5, 8, 1)),
+        ({"SLURM_NTASKS": "8"}, (0, 1, 0)),  # a shell that salloc has opened
+    ],
+)
+def test_the_environment_of_torchrun_and_srun(monkeypatch, given, found):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert processes_module._environment() == found
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR: not set; with several processes it names the machine"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two'; in the environment, must be a number"),
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"},
+            "MASTER_ADDR: not set; with several processes it names the machine of the first one",
+        ),
+    ],
+)
+def test_processes_that_cannot_find_each_other(monkeypatch, given, message):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=re.escape(message)):
+        processes_module.start_processes()
 
 
 def test_parts_of_a_batch():

@@ -143,6 +143,7 @@ def start_processes() -> Processes:
     rank, count, local_rank = _environment()
     if count == 1 or _these.several:
         return _these
+    _say_where()
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -190,7 +191,12 @@ def by_first(work: Callable[P, None]) -> Callable[P, None]:
 
 def speaks() -> bool:
     """Whether messages are this process's to give; also before the processes have been started."""
-    return (_these.rank if _these.several else _environment()[0]) == 0
+    if _these.several:
+        return _these.first
+    try:
+        return _environment()[0] == 0
+    except InputError:  # which is about to be said
+        return True
 
 
 def first_to_fail() -> bool:
@@ -218,25 +224,35 @@ def started_count() -> int:
 
 
 def _environment() -> tuple[int, int, int]:
-    """Rank, count and local rank: of torchrun and ``accelerate launch``, or of srun.
-
-    Raises:
-        InputError: half of it is missing.
-    """
-    given = os.environ
+    """Rank, count and local rank, as torchrun and ``accelerate launch`` say, or srun; of one alone 0, 1, 0."""
     if _stays_alone:
         return 0, 1, 0
-    if "RANK" in given or int(given.get("WORLD_SIZE", "1")) > 1:
-        missing = [n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in given]
-        if missing and given.get("WORLD_SIZE") != "1":
-            raise InputError(f"{missing[0]}: not set; torchrun sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT")
-        rank, count = int(given.get("RANK", "0")), int(given["WORLD_SIZE"])
-        return rank, count, int(given.get("LOCAL_RANK", rank))
-    if "SLURM_STEP_ID" in given and int(given.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in given:
+    if "WORLD_SIZE" in os.environ:
+        rank = _number("RANK", 0)
+        return rank, _number("WORLD_SIZE", 1), _number("LOCAL_RANK", rank)
+    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:  # else a shell that waits for srun
+        return _number("SLURM_PROCID", 0), _number("SLURM_NTASKS", 1), _number("SLURM_LOCALID", 0)
+    return 0, 1, 0
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isascii() or not text.isdigit():
+        raise InputError(f"{name}: {text!r}; in the environment, must be a number")
+    return int(text)
+
+
+def _say_where() -> None:
+    """Of processes that srun has started: where the first one is; torchrun says it by itself.
+
+    Raises:
+        InputError: nobody says it.
+    """
+    given = os.environ
+    if "WORLD_SIZE" not in given:
         if given.get("SLURM_NNODES", "1") == "1":
             given.setdefault("MASTER_ADDR", "127.0.0.1")
-        if "MASTER_ADDR" not in given:
-            raise InputError("MASTER_ADDR: not set; with srun on several machines it names the first one")
-        given.setdefault("MASTER_PORT", str(20000 + int(given.get("SLURM_JOB_ID", "0")) % 10000))
-        return int(given["SLURM_PROCID"]), int(given["SLURM_NTASKS"]), int(given.get("SLURM_LOCALID", "0"))
-    return 0, 1, 0
+        given.setdefault("MASTER_PORT", str(20000 + _number("SLURM_JOB_ID", 0) % 10000))
+    for name, what in (("MASTER_ADDR", "the machine"), ("MASTER_PORT", "a free port")):
+        if name not in given:
+            raise InputError(f"{name}: not set; with several processes it names {what} of the first one")
