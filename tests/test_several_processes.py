@@ -44,7 +44,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 
 def _together(count: int, runs: list[dict], folder: Path, environment) -> str:
-    file = folder / f"{count}-{time.monotonic_ns()}.json"
+    file = folder / f"runs-{count}.json"
     file.write_text(json.dumps(runs))
     worker = Path(__file__).with_name("several_worker.py")
     command = [*TORCHRUN, "--nproc-per-node", str(count), str(worker), str(file)]
@@ -97,6 +97,16 @@ def trained(tiny_base, tiny_data, answers, tmp_path_factory, environment) -> dic
     said = _together(2, runs, folder, environment)
     assert said.count("\npage: ") == len(runs)  # one of the two speaks
     return {where: folder / where for where in ("one", "two", "again")}
+
+
+def test_gradients_are_summed_once_a_step(trained):
+    """Also where a batch runs in several parts. One bucket holds all of these small gradients."""
+    sums = dict(zip(RUNS, json.loads((trained["two"].parent / "runs-2.sums").read_text()), strict=False))
+    for name in ("append", "look", "adapters", "8 bit"):
+        log = [json.loads(line) for line in (trained["two"] / name / "metrics.jsonl").open()]
+        last = {(event["stage"], event["epoch"]): event["step"] for event in log if event["event"] == "steps"}
+        assert sums[name] == sum(last.values()) > 0
+    assert sums["sharded"] == 0  # FSDP has its own
 
 
 @pytest.mark.parametrize("name", RUNS)
