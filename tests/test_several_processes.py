@@ -1,5 +1,6 @@
 """Several processes, started by torchrun, on gloo: they train what one does. Real processes; see several_worker.py."""
 
+import itertools
 import json
 import os
 import re
@@ -30,7 +31,7 @@ RUNS = {
     "look": {**LOOK, "hard_ratio": 0.6, "accept": "always", "num_stages": 2},
     "adapters": {**LOOK, **ADAPTER, "hard_ratio": 0.6, "easy_tokens": "forward", "num_stages": 1, "accept": "always"},
     "8 bit": {"num_stages": 1, "optimizer": "adamw8bit", "micro_batch_tokens": 24, "grad_clip": 0.5},
-    "sharded": {**LOOK, "accept": "always", "num_stages": 1, "shard": "fsdp"},
+    "sharded": {**LOOK, "accept": "always", "num_stages": 1, "shard": "fsdp", "micro_batch_tokens": 40},
     "chats": {**LOOK, **ADAPTER, "num_stages": 1, "hard_ratio": 1.0},
 }
 SMALL = {"train_blocks": 30, "epochs": 1, "test_blocks": 8, "lr": 1e-3}
@@ -251,15 +252,14 @@ def test_processes_that_cannot_find_each_other(monkeypatch, given, message):
 
 
 def test_parts_of_a_batch():
+    """As many for all of them; each unit counts once."""
     import torch
 
-    picked = torch.arange(10, 17)
-    parts = [own_parts(picked, 2, Processes(rank, 3)) for rank in range(3)]
-    assert [[some.tolist() for some in some_parts] for some_parts, _ in parts] == [
-        [[10, 11]], [[12, 13]], [[14, 15], [16]],
-    ]  # fmt: skip
-    assert all(counts for _, counts in parts)
-    few = [own_parts(picked[:1], 2, Processes(rank, 3)) for rank in range(3)]
-    assert [counts for _, counts in few] == [False, False, True]
-    assert all([some.tolist() for some in some_parts] == [[10]] for some_parts, _ in few)
-    assert own_parts(picked, 4, ALONE)[0][0].tolist() == [10, 11, 12, 13]
+    for units, most, count in itertools.product((1, 2, 6, 7), (1, 2, 3, 10), (1, 2, 3)):
+        picked = torch.arange(10, 10 + units)
+        shares = [own_parts(picked, most, Processes(rank, count)) for rank in range(count)]
+        assert len({len(parts) for parts in shares}) == 1
+        counted = [some for parts in shares for some, counts in parts if counts]
+        assert torch.equal(torch.cat(counted), picked)
+        assert all(1 <= len(some) <= most for parts in shares for some, _ in parts)
+    assert [some.tolist() for some, _ in own_parts(torch.arange(7), 4, ALONE)] == [[0, 1, 2, 3], [4, 5, 6]]

@@ -55,9 +55,10 @@ def own_chunks(chunks: Sequence[Tensor], these: Processes, module: Any) -> list[
     return own
 
 
-def own_parts(picked: Tensor, most: int, these: Processes) -> tuple[Sequence[Tensor], bool]:
-    """This process's units of a batch's, ``most`` at a time; and whether they count. Where there are fewer units than
-    processes some run one that does not: all have to come to the sum."""
+def own_parts(picked: Tensor, most: int, these: Processes) -> list[tuple[Tensor, bool]]:
+    """This process's units of a batch's, ``most`` at a time, and whether they count. All processes have as many parts,
+    as all have to come to the sum; where one has fewer units, it runs some that do not count."""
     own = picked[these.part(len(picked))]
-    counts = len(own) > 0
-    return (own if counts else picked[:1]).split(most), counts
+    parts = [(some, True) for some in own.split(most) if len(some)]
+    largest_share = -(-len(picked) // these.count)
+    return parts + [(picked[:1], False)] * (-(-largest_share // most) - len(parts))

@@ -239,7 +239,7 @@ class Trainer:
         saved = time.monotonic()
         self.epoch_started = saved - self.epoch_seconds
         self.module.train()
-        parts = [some for picked in batches[self.step :] for some in self._own_parts(picked)[0]]
+        parts = [some for picked in batches[self.step :] for some, _ in self._own_parts(picked)]
         title = f"{self.name} epoch {self.epoch}/{self.settings.epochs}"
         with self._ahead_of(parts), Progress(title, len(self.train)) as progress:
             progress.restart(self.epoch_tokens)
@@ -286,20 +286,21 @@ class Trainer:
             self.ahead.close()
             self.ahead = None
 
-    def _own_parts(self, picked: Tensor) -> tuple[Sequence[Tensor], bool]:
+    def _own_parts(self, picked: Tensor) -> list[tuple[Tensor, bool]]:
         return own_parts(picked, self.micro_batch_units, self.these)
 
     def train_step(self, picked: Tensor) -> int:
         """One step of the optimizer on the units ``picked``, in an epoch the next ones; how many tokens they hold."""
         lr, tokens = self._learning_rate(self.step), self.train.count(picked)
-        parts, counts = self._own_parts(picked)
-        ahead = self.train.batches(parts, self.device) if self.ahead is None else self.ahead
+        parts = self._own_parts(picked)
+        ahead = self.ahead or self.train.batches([some for some, _ in parts], self.device)
         if self.graphs is not None:
             self.graphs.run(*next(ahead), tokens, lr)
             return tokens
         set_learning_rate(self.optimizer, lr)
         loss = torch.zeros((), device=self.device)
-        for number, (inputs, label_M) in enumerate(itertools.islice(ahead, len(parts)), 1):
+        coming = itertools.islice(ahead, len(parts))
+        for number, ((_, counts), (inputs, label_M)) in enumerate(zip(parts, coming, strict=True), 1):
             with not_yet(self.replica, last=number == len(parts)):
                 part = self._loss(inputs, label_M)
                 if len(label_M) < tokens or not counts:
