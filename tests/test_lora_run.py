@@ -184,8 +184,8 @@ def test_it_is_the_run_whose_base_pass_kept_keys_and_values(look_settings, tmp_p
 def _as_if_labels_were_missing():
     from cascade_fast.planning.plan import make_plan
 
-    return lambda settings, base_config, device, disk_bytes, share: make_plan(
-        settings, base_config, device, disk_bytes, 0.99
+    return lambda settings, base_config, device, disk_bytes, _share, gpus: make_plan(
+        settings, base_config, device, disk_bytes, 0.99, gpus
     )
 
 

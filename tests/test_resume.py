@@ -17,8 +17,8 @@ from run_faults import differences, epochs_told
 def settings(tiny_base, tiny_data):
     # Every step ends in a checkpoint, so that a kill may fall anywhere, into the writing of one too.
     return [
-        "--base", str(tiny_base), "--dataset", str(tiny_data), "--seq-len", "32", "--train-blocks", "60",
-        "--val-blocks", "8", "--layers-per-stage", "2", "--epochs", "3", "--batch-tokens", "32", "--lr", "3e-3",
+        "--base", str(tiny_base), "--dataset", str(tiny_data), "--seq-len", "32", "--train-blocks", "40",
+        "--val-blocks", "8", "--layers-per-stage", "2", "--epochs", "2", "--batch-tokens", "32", "--lr", "3e-3",
         "--dtype", "float32", "--device", "cpu", "--num-stages", "2", "--checkpoint-minutes", "0.0000001", 
         "--min-improvement", "0", "--patience", "3",
     ]  # fmt: skip
