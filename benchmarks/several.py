@@ -116,17 +116,18 @@ def measure_run(count: int, flags: list[str]) -> dict[str, Any]:
     }
 
 
-def measure_runs(flags: list[str], count: int) -> dict[str, Any]:
-    one, several = measure_run(1, flags), measure_run(count, flags)
+def measure_runs(flags: list[str], count: int, rounds: int) -> dict[str, Any]:
+    """By turns; medians of the rounds' ratios."""
+    pairs = [(measure_run(1, flags), measure_run(count, flags)) for _ in range(rounds)]
 
     def spent(run: dict[str, Any]) -> float:
         return float(run["base_pass_seconds"] + sum(run["stage_seconds"]))
 
     return {
-        f"speedup_{count}": spent(one) / spent(several),
-        f"wall_speedup_{count}": one["wall_seconds"] / several["wall_seconds"],
-        "same_thresholds": one["selected"] == several["selected"],
-        "runs": {"1": one, str(count): several},
+        f"speedup_{count}": statistics.median(spent(one) / spent(several) for one, several in pairs),
+        f"wall_speedup_{count}": statistics.median(one["wall_seconds"] / sev["wall_seconds"] for one, sev in pairs),
+        "same_thresholds": all(one["selected"] == several["selected"] for one, several in pairs),
+        "runs": [{"1": one, str(count): several} for one, several in pairs],
     }
 
 
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=10**8, help="scores to select from (default: %(default)s)")
     parser.add_argument("--hard-ratio", type=float, default=0.9, help="of the selection (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed selections (default: %(default)s)")
+    parser.add_argument("--run-rounds", type=int, default=3, help="trainings of each (default: %(default)s)")
     parser.add_argument("--select-only", action="store_true", help="leave the trainings out")
     parser.add_argument("--runs-only", action="store_true", help="leave the selection out")
     parser.add_argument("--json", type=Path, help="write the result to this file")
@@ -154,7 +156,7 @@ def main() -> None:
     if not args.select_only:
         flags = ["--device", args.device, "--dataset", args.dataset, "--preset", args.preset, *args.flags]
         result |= {"device": args.device, "flags": [Path(args.dataset).name, args.preset, *args.flags]}
-        result |= measure_runs(flags, args.processes)
+        result |= measure_runs(flags, args.processes, args.run_rounds)
     for name, value in result.items():
         print(f"{name}: {value}")
     result = {"environment": {**common.environment(), "threads": 1, "processes": args.processes}, **result}
