@@ -65,38 +65,24 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def _make(settings: RunSettings, shard: tuple[int, int] | None) -> None:
     # Imported here: a mistake in the flags is answered before torch is loaded.
-    import dataclasses
-
     from cascade_fast.base.base_pass import base_pass, make_shard, pass_folder
-    from cascade_fast.base.general_text import load_general
-    from cascade_fast.base.model import cache_folder, check_cache
-    from cascade_fast.base.texts import load_sequences
+    from cascade_fast.base.model import cache_folder
+    from cascade_fast.inputs import read_inputs
     from cascade_fast.planning.devices import this_machine
     from cascade_fast.planning.plan import make_plan
-    from cascade_fast.runtime.compute import Compute, keep_freed_memory, release_memory
-    from cascade_fast.runtime.console import say, working
+    from cascade_fast.runtime.compute import Compute
+    from cascade_fast.runtime.console import say
     from cascade_fast.runtime.files import free_disk_bytes
     from cascade_fast.runtime.processes import processes
-    from cascade_fast.stages.kind import base_needs, find_base_for_stages, with_layers
+    from cascade_fast.stages.kind import base_needs
     from cascade_fast.training.messages import say_base_pass
 
-    these = processes()
     compute = Compute.choose(settings.device, settings.dtype)
-    if compute.device.type == "cpu":
-        keep_freed_memory()
-    check_cache(settings)
-    with working("finding the base and reading its weights, for its fingerprint"), these.first_before_others():
-        base = find_base_for_stages(settings)
-    settings = with_layers(settings, base.config)
-    tokenizer = base.tokenizer()
-    with working("reading the text and making tokens of it"), these.first_before_others():
-        sequences = load_sequences(settings, tokenizer)
-        sequences = dataclasses.replace(sequences, general=load_general(settings, tokenizer))
-    settings = sequences.settle(settings)
-    release_memory()  # of tokenization
+    inputs = read_inputs(settings, compute)
+    settings, base, sequences = inputs.settings, inputs.base, inputs.sequences
     train, cache = sequences.splits["train"], cache_folder(settings)
     plan = make_plan(settings, base.config, this_machine(compute), free_disk_bytes(cache), train.labels / train.tokens)
-    plan = plan.of_first(these)
+    plan = plan.of_first(processes())
     if shard is not None and plan.settings.kv != settings.kv:
         raise InputError("kv: auto; depends on the machine, and all shards must be made alike: store or recompute")
     needs = base_needs(plan.settings)

@@ -4,7 +4,6 @@ The algorithm is :meth:`CascadeRun.train`; what surrounds it stands below it, wh
 ``training/messages.py`` and ``runtime/run_folder.py``.
 """
 
-import dataclasses
 import functools
 import time
 from dataclasses import dataclass, field
@@ -14,13 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from cascade_fast.base.base_pass import BasePass, base_pass
-from cascade_fast.base.general_text import load_general
 from cascade_fast.base.hidden_store import HiddenStore
-from cascade_fast.base.model import BaseModel, cache_folder, check_cache
+from cascade_fast.base.model import BaseModel, cache_folder
 from cascade_fast.base.sequences import Sequences
 from cascade_fast.base.shards import store_of_all
-from cascade_fast.base.texts import load_sequences
 from cascade_fast.criteria import get_criterion
+from cascade_fast.inputs import read_inputs
 from cascade_fast.model.configuration import finished_run_config
 from cascade_fast.planning.ledger import compute_ledger, matmul_rate, stage_work
 from cascade_fast.planning.memory import MemoryPlan
@@ -38,7 +36,7 @@ from cascade_fast.records import (
 )
 from cascade_fast.reporting.heat_map import heat_map, write_heat_map
 from cascade_fast.reporting.report import write_report
-from cascade_fast.runtime.compute import Compute, keep_freed_memory, peak_rss_bytes, release_memory
+from cascade_fast.runtime.compute import Compute, peak_rss_bytes, release_memory
 from cascade_fast.runtime.console import Progress, format_count, say, working
 from cascade_fast.runtime.files import DamagedFile, write_json
 from cascade_fast.runtime.machine import describe_machine, package_versions
@@ -56,13 +54,13 @@ from cascade_fast.stages.exits import (
     evaluate_exits,
     hardest_of_store,
 )
-from cascade_fast.stages.kind import StageKind, base_needs, find_base_for_stages, get_kind, with_layers
+from cascade_fast.stages.kind import StageKind, base_needs, get_kind
 from cascade_fast.stages.outcome import measure_outcome
 from cascade_fast.stages.stage import Stage
 from cascade_fast.stages.tokens import Recompute, StageTokens
 from cascade_fast.training.graphs import check_graphs
 from cascade_fast.training.messages import say_base_pass, say_stage, say_start, say_summary
-from cascade_fast.training.prompt_samples import PromptSamples, check_prompts
+from cascade_fast.training.prompt_samples import PromptSamples
 from cascade_fast.training.sharding import check_sharding
 from cascade_fast.training.stage_trainer import StageTrainer
 from cascade_fast.training.trainer import NON_FINITE_LOSS, TIME_IS_UP, NonFiniteLoss, TrainingHistory
@@ -389,22 +387,11 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     """
     started = time.monotonic()
     deadline = None if settings.max_minutes is None else started + 60 * settings.max_minutes
-    compute = Compute.choose(settings.device, settings.dtype)
-    if compute.device.type == "cpu":
-        keep_freed_memory()
-    check_cache(settings)
+    these, compute = processes(), Compute.choose(settings.device, settings.dtype)
     check_trackers(settings.report_to)
-    these = processes()
-    with working("finding the base and reading its weights, for its fingerprint"), these.first_before_others():
-        base = find_base_for_stages(settings)
-    settings = with_layers(settings, base.config)
-    tokenizer = base.tokenizer()
-    check_prompts(settings, base, tokenizer)
-    with working("reading the text and making tokens of it"), these.first_before_others():
-        sequences = load_sequences(settings, tokenizer)
-        sequences = dataclasses.replace(sequences, general=load_general(settings, tokenizer))
-    settings = sequences.settle(settings)
-    release_memory()  # of tokenization
+    check_sharding(settings, these)
+    inputs = read_inputs(settings, compute)
+    settings, base, sequences = inputs.settings, inputs.base, inputs.sequences
     record = RunRecord(
         settings=settings.to_dict(),
         fingerprints={"base": base.fingerprint, "data": sequences.fingerprint()},
@@ -415,7 +402,6 @@ def run_cascade(settings: RunSettings) -> RunFolder:
     plan = None if folder.finished else plan_run(settings, base, sequences, compute, folder.path, folder.record.kv)
     if plan is not None:
         check_graphs(settings, compute, plan.memory.micro_batch_tokens)
-        check_sharding(settings, these)
         plan = plan.of_first(these)
     with folder.open(kv=folder.record.kv if plan is None else plan.settings.kv):
         if plan is None or folder.finished:
@@ -436,7 +422,7 @@ def run_cascade(settings: RunSettings) -> RunFolder:
         run = CascadeRun(settings, folder, base, passed, compute, log, deadline, micro, chats)
         run.train()
         with working("measuring validation and test, and writing the report"):
-            results, tokens = run.results(started, plan.memory), run.heat_map(sequences.splits["val"], tokenizer)
+            results, tokens = run.results(started, plan.memory), run.heat_map(sequences.splits["val"], inputs.tokenizer)
             if these.first:
                 write_json(folder.config, finished_run_config(folder.record, results, base, run.stages))
                 write_heat_map(folder.path, tokens)

@@ -85,11 +85,11 @@ def _evaluate(asked: argparse.Namespace, these: Processes) -> int:
     from cascade_fast.runtime.compute import dtype_name
     from cascade_fast.runtime.console import say
 
-    with these.first_before_others():
-        model, tokenizer = load_model(asked.run, device=asked.device, dtype=asked.dtype, base_path=asked.base_path)
     text = {name: value for name in TEXT_FLAGS if (value := getattr(asked, name)) is not None}
     which = {"split": asked.split, "dataset": asked.dataset, "seq_len": asked.seq_len, "limit": asked.blocks}
-    sequences, source = evaluation_text(model.config, tokenizer, **which, **text)
+    with these.first_before_others():
+        model, tokenizer = load_model(asked.run, device=asked.device, dtype=asked.dtype, base_path=asked.base_path)
+        sequences, source = evaluation_text(model.config, tokenizer, **which, **text)
     if asked.sweep_threshold is not None and len(model.stages) == 0:
         raise InputError("sweep_threshold: this cascade kept no stage, so there is no threshold to move")
     of = evaluation.describe_text(sequences)

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 # before it.
 ORDER = [
     "input_checks", "presets", "settings", "records", "resume", "ops", "runtime", "losses", "selection", "criteria",
-    "hard_token_gather", "base", "stages", "planning", "model", "auto_classes", "reporting", "training", "cascade",
-    "comparison", "command_line", "commands",
+    "hard_token_gather", "base", "stages", "planning", "model", "auto_classes", "reporting", "training", "inputs",
+    "cascade", "comparison", "command_line", "commands",
 ]  # fmt: skip
 COMMANDS = {
     "train", "base_pass", "data", "generate", "evaluate", "plan", "report", "sweep", "baselines", "env", "harness",

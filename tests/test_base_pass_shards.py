@@ -1,13 +1,11 @@
 """The base pass in shards, of several processes or of jobs: the same files as one process writes."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from test_ragged import ragged_texts
+from torchrun import torchrun
 
 from cascade_fast import base_pass as command
 from cascade_fast import ops, train
@@ -236,15 +234,9 @@ def test_a_training_uses_the_shards_of_jobs(capsys, flags, tmp_path):
     assert capsys.readouterr().out.count("base pass: reused, ") == 2
 
 
-def _torchrun(*arguments):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    more = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(start, env={**os.environ, **more}, capture_output=True, text=True, timeout=300)
-
-
 def test_two_processes_make_the_pass_of_one(flags, tmp_path, monkeypatch):
     monkeypatch.setitem(fill_store.TOKENS_AT_ONCE, "cpu", 2048)  # as in the processes
-    done = _torchrun("-m", "cascade_fast.base_pass", *flags, "--train-blocks", "160")
+    done = torchrun(2, "-m", "cascade_fast.base_pass", *flags, "--train-blocks", "160")
     assert done.returncode == 0, done.stderr
     several = _files(tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("shards"))
@@ -291,7 +283,7 @@ end_processes()
 def test_two_processes_fill_one_store_and_notice_folders_that_are_not_the_same(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    done = _torchrun(str(script), str(tmp_path))
+    done = torchrun(2, str(script), str(tmp_path))
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         said = (tmp_path / f"error-{rank}").read_text()

@@ -1,13 +1,11 @@
 """Hard tokens selected by several processes: those of one, whatever the parts."""
 
-import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torchrun import torchrun
 
 from cascade_fast.runtime.processes import Processes
 from cascade_fast.selection import NonFiniteScores, Selection, select_hardest
@@ -139,9 +137,6 @@ end_processes()
 def test_processes_select_what_one_does(count, tmp_path):
     script = tmp_path / "same_selection.py"
     script.write_text(SCRIPT)
-    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*started, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    done = torchrun(count, str(script))
     assert done.returncode == 0, done.stderr
     assert f"same {count}" in done.stdout

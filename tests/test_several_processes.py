@@ -6,11 +6,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from torchrun import TORCHRUN, environment, torchrun
 
 from cascade_fast.cascade import run_cascade
 from cascade_fast.input_checks import InputError
@@ -22,7 +22,6 @@ from cascade_fast.settings import make_settings
 from cascade_fast.training.data_parallel import own_parts
 from cascade_fast.training.sharding import check_sharding
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ADAPTER = {"adapter": "lora", "lora_rank": 4, "lora_alpha": 8.0}
 # Not auto, which goes by how fast the machine is at the moment.
 LOOK = {"stage_kind": "second-look", "kv": "recompute"}
@@ -38,18 +37,14 @@ SMALL = {"train_blocks": 30, "epochs": 1, "test_blocks": 8, "lr": 1e-3}
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    # Each thread more would add in another order, and one port for all would be taken.
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return {**os.environ, "XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
 
 
-def _together(count: int, runs: list[dict], folder: Path, environment) -> str:
+def _together(count: int, runs: list[dict], folder: Path, cache: str) -> str:
     file = folder / f"runs-{count}.json"
     file.write_text(json.dumps(runs))
-    worker = Path(__file__).with_name("several_worker.py")
-    command = [*TORCHRUN, "--nproc-per-node", str(count), str(worker), str(file)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = torchrun(count, str(Path(__file__).with_name("several_worker.py")), str(file), XDG_CACHE_HOME=cache)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -65,7 +60,7 @@ def answers(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_base, tiny_data, answers, tmp_path_factory, environment) -> dict[str, Path]:
+def trained(tiny_base, tiny_data, answers, tmp_path_factory, cache) -> dict[str, Path]:
     """``RUNS`` of one process, in the folder ``one``, of two, in ``two`` and again in ``again``."""
     import torch
     from conftest import _settings
@@ -95,7 +90,7 @@ def trained(tiny_base, tiny_data, answers, tmp_path_factory, environment) -> dic
     finally:
         torch.set_num_threads(threads)
     runs = [settings(name, "two") for name in RUNS] + [settings("look", "again")]
-    said = _together(2, runs, folder, environment)
+    said = _together(2, runs, folder, cache)
     assert said.count("\npage: ") == len(runs)  # one of the two speaks
     return {where: folder / where for where in ("one", "two", "again")}
 
@@ -142,22 +137,22 @@ def test_what_is_written_is_written_once(trained):
         assert events[0] == events[1]
 
 
-def test_resumed_by_another_number_of_processes(tiny_settings, tmp_path, environment, monkeypatch):
+def test_resumed_by_another_number_of_processes(tiny_settings, tmp_path, cache, monkeypatch):
     """Two are interrupted, by a signal to one of them; one and three go on, the three with a stage spread over them."""
     import shutil
 
     import torch
 
-    monkeypatch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
     settings = {**tiny_settings, **SMALL, "num_stages": 1, "resume": "auto"}
     torch.set_num_threads(1)
     run_cascade(make_settings({**settings, "out": str(tmp_path / "whole")}))
-    _together(2, [{**settings, "out": str(tmp_path / "stopped"), "stop_at": 5}], tmp_path, environment)
+    _together(2, [{**settings, "out": str(tmp_path / "stopped"), "stop_at": 5}], tmp_path, cache)
     assert not (tmp_path / "stopped" / "results.json").exists()
     shutil.copytree(tmp_path / "stopped", tmp_path / "three")
     run_cascade(make_settings({**settings, "out": str(tmp_path / "stopped")}))
     spread = {**settings, "shard": "fsdp", "out": str(tmp_path / "three")}
-    _together(3, [spread, {**spread, "out": str(tmp_path / "spread"), "stop_at": 5}], tmp_path, environment)
+    _together(3, [spread, {**spread, "out": str(tmp_path / "spread"), "stop_at": 5}], tmp_path, cache)
     run_cascade(make_settings({**settings, "out": str(tmp_path / "spread")}))
     whole = read_results(tmp_path / "whole").stages[0].epochs[0]
     for name in ("stopped", "three", "spread"):
@@ -168,11 +163,11 @@ def test_resumed_by_another_number_of_processes(tiny_settings, tmp_path, environ
         assert [(record["epoch"], record["step"]) for record in resumed] == [(1, 5)]
 
 
-def test_one_that_is_killed_ends_all(tiny_settings, tmp_path, environment):
+def test_one_that_is_killed_ends_all(tiny_settings, tmp_path, cache):
     settings = {**tiny_settings, "num_stages": 1, "epochs": 500, "patience": 500, "out": str(tmp_path / "run")}
     flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    command = [*TORCHRUN, "--nproc-per-node", "2", "-m", "cascade_fast.train", *flags]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command, where = [*TORCHRUN, "2", "-m", "cascade_fast.train", *flags], environment(XDG_CACHE_HOME=cache)
+    process = subprocess.Popen(command, env=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = tmp_path / "run" / "metrics.jsonl"
     while not (log.exists() and '"epoch"' in log.read_text()):
         assert process.poll() is None, process.communicate()[0]
@@ -187,10 +182,9 @@ def test_one_that_is_killed_ends_all(tiny_settings, tmp_path, environment):
     assert "Traceback" not in output[: output.index(lines[0])]
 
 
-def test_a_mistake_is_one_line(tiny_base, tmp_path, environment):
+def test_a_mistake_is_one_line(tiny_base, tmp_path, cache):
     text = ["--base", str(tiny_base), "--seq-len", "32", "--dataset", str(tmp_path / "no.jsonl")]
-    command = [*TORCHRUN, "--nproc-per-node", "2", "-m", "cascade_fast.train", *text]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = torchrun(2, "-m", "cascade_fast.train", *text, XDG_CACHE_HOME=cache)
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         f"error: dataset: {str(tmp_path / 'no.jsonl')!r}; no such file or folder"
     ]

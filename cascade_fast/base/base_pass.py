@@ -3,8 +3,8 @@
 Per token it keeps what the stage reads (the residual stream before the final norm, or the last hidden state; for a
 second look the residual stream before the layers it copies, and their keys and values), the difficulty score, a second
 one of training tokens where they are chosen by another criterion and, where they are needed, the loss of the base's
-logits. Logits are never all in memory, and are not computed at all for training
-tokens unless the criterion needs them. Layers in between are not kept.
+logits. Logits are never all in memory, and are not computed at all for training tokens unless a criterion needs them.
+Layers in between are not kept.
 
 Sequences of about one length run together, padded on the right: under the base's causal mask no token sees padding, nor
 another text. A token without a label has no score and no loss (both NaN); it is kept only where others attend to it.
@@ -124,7 +124,10 @@ def _stored_pass(
             return found
         if these.first and not any(folder.glob(f"*/{SHARDS}")):  # jobs may be at work on shards
             clear_temporaries(folder)
-        passed = _read_all(base, sequences, settings, needs, compute, folder, meta)
+        splits = _split_stores(sequences, settings, needs, compute, folder, meta)
+        for split in splits.values():
+            split.begin()
+        passed = _read_all(base, splits, needs, compute, folder, all_enter=_all_enter(needs, sequences))
         release_memory()  # of the base, which nobody needs any more
         if these.first:
             numbers = {name: getattr(passed, name) for name in NUMBERS}
@@ -257,18 +260,10 @@ def _split_stores(
 
 
 def _read_all(
-    base: BaseModel,
-    sequences: SplitSequences,
-    settings: RunSettings,
-    needs: BaseNeeds,
-    compute: Compute,
-    folder: Path,
-    meta: dict[str, Any],
+    base: BaseModel, splits: dict[str, SplitStore], needs: BaseNeeds, compute: Compute, folder: Path, *, all_enter: bool
 ) -> BasePass:
     """Runs the base over every split, and over other text."""
-    these, splits = processes(), _split_stores(sequences, settings, needs, compute, folder, meta)
-    for split in splits.values():
-        split.begin()
+    these = processes()
     with Progress("base pass", sum(split.tokens for split in splits.values())) as progress:
         with working("loading the base"):
             model = base.load(compute.device, compute.dtype)
@@ -280,7 +275,7 @@ def _read_all(
             save_tensors(folder / HEAD, tensors)
         these.wait()
         parameters = model.num_parameters()  # numel() of a 4-bit weight counts bytes, not numbers
-        seconds, all_enter = progress.seconds(), _all_enter(needs, sequences)
+        seconds = progress.seconds()
         return _base_pass(
             stores, load_tensors(folder / HEAD)[0], parameters, seconds, reused=False, all_enter=all_enter
         )

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,12 +33,12 @@ def replica(module: nn.Module, these: Processes, without_gradient: Iterable[Tens
     return made
 
 
-def _sum(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum(_state, bucket):  # type: ignore[no-untyped-def]  # a build of torch without torch.distributed lacks the types
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
 
 
-def not_yet(module: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
+def sums_with(module: Any, *, last: bool) -> contextlib.AbstractContextManager[Any]:
     """Around forward and backward of a part of a batch: gradients are summed over processes with the last one."""
     if is_sharded(module):
         module.set_requires_gradient_sync(last)

@@ -29,7 +29,7 @@ from cascade_fast.runtime.processes import processes
 from cascade_fast.runtime.snapshots import SnapshotWriter
 from cascade_fast.settings import RunSettings
 from cascade_fast.training.batches import Batches
-from cascade_fast.training.data_parallel import not_yet, own_chunks, own_parts, replica
+from cascade_fast.training.data_parallel import own_chunks, own_parts, replica, sums_with
 from cascade_fast.training.graphs import StepGraphs
 from cascade_fast.training.half_weights import HalfWeights
 from cascade_fast.training.optimizers import build_optimizer, learning_rate, set_learning_rate
@@ -301,7 +301,7 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         coming = itertools.islice(ahead, len(parts))
         for number, ((_, counts), (inputs, label_M)) in enumerate(zip(parts, coming, strict=True), 1):
-            with not_yet(self.replica, last=number == len(parts)):
+            with sums_with(self.replica, last=number == len(parts)):
                 part = self._loss(inputs, label_M)
                 if len(label_M) < tokens or not counts:
                     part = part * (len(label_M) * counts / tokens)
