@@ -11,7 +11,7 @@ from second_look_cases import HOW, copied_stage
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from cascade_fast import cascade
+from cascade_fast import inputs
 from cascade_fast.base.base_pass import base_pass
 from cascade_fast.base.hidden_store import HiddenStore
 from cascade_fast.base.model import find_base
@@ -45,7 +45,7 @@ def ragged_texts(count: int = 120, seed: int = 0) -> list[TokenText]:
 @pytest.fixture
 def ragged(tiny_settings, monkeypatch):
     """Settings of a run on such texts."""
-    monkeypatch.setattr(cascade, "load_sequences", lambda settings, _: split_texts(ragged_texts(), settings))
+    monkeypatch.setattr(inputs, "load_sequences", lambda settings, _: split_texts(ragged_texts(), settings))
     return {**tiny_settings, **SIZES, "store_dtype": "float32", "accept": "always", "hard_ratio": 0.5}
 
 
