@@ -5,12 +5,16 @@ from typing import Any
 from cascade_fast import auto_classes
 
 __version__ = "0.1.0"
-__all__ = ["CascadeConfig", "CascadeForCausalLM", "HardTokenGather", "RunSettings", "make_settings", "run_cascade"]
+__all__ = [
+    "CascadeConfig", "CascadeForCausalLM", "HardTokenGather", "HardTokenNeighbors", "RunSettings", "make_settings",
+    "run_cascade",
+]  # fmt: skip
 
 _HOMES = {
     "CascadeConfig": "model.configuration",
     "CascadeForCausalLM": "model.modeling",
     "HardTokenGather": "hard_token_gather",
+    "HardTokenNeighbors": "model.neighbors",
     "RunSettings": "settings",
     "make_settings": "settings",
     "run_cascade": "cascade",

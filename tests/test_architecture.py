@@ -27,7 +27,7 @@ ORDER = [
 ]  # fmt: skip
 COMMANDS = {
     "train", "base_pass", "data", "generate", "evaluate", "plan", "report", "sweep", "baselines", "env", "harness",
-    "export",
+    "export", "neighbors",
 }  # fmt: skip
 SOURCES = sorted((ROOT / "cascade_fast").rglob("*.py"))
 

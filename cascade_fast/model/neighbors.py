@@ -1,0 +1,365 @@
+"""Hard tokens ask the training text what came next in the places most like theirs: a nearest-neighbor language model.
+
+Every labelled token of the training text is kept as a pair: what the model's own layer says of the text up to it (the
+key), and the token that followed (the label). A hard token's prediction is then
+
+    (1 - g) * p_model + g * p_neighbors,    p_neighbors(y) ~ sum over the k nearest keys with label y of exp(s / T)
+
+with ``s`` the cosine of query and key. The share ``g`` depends on how near the nearest is and how much the neighbors
+agree. It, and ``T``, are fitted on validation text: four numbers. Easy tokens ask nobody, as in the cascade.
+
+Sources: kNN-LM (Khandelwal et al., arXiv 1911.00172), queries for some tokens only (He et al., arXiv 2109.04212),
+keys from a layer's feed-forward input (both).
+
+Shape legend: N tokens, K hard tokens among them, M kept tokens, E hidden size, V vocabulary, C tokens of a chunk,
+X neighbors of a token.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, normalize
+
+from cascade_fast.base.sequences import Sequences
+from cascade_fast.criteria import token_entropy
+from cascade_fast.hard_token_gather import HardTokenGather
+from cascade_fast.input_checks import InputError
+from cascade_fast.losses import perplexity
+from cascade_fast.runtime.compute import sent
+from cascade_fast.runtime.console import Progress
+from cascade_fast.runtime.files import DamagedFile, load_tensors, new_folder, read_json, save_tensors, write_json
+from cascade_fast.selection import select_hardest
+
+FOLDER = "neighbors"  # beside a model's weights
+DEPTH = 0.8  # of the model's layers: the keys' layer. Of 30 layers: 24, the best of 24 and 29 on validation
+SEARCH_BYTES = 2**26  # of similarities at once
+NO_NEIGHBOR = 1e-30  # probability of a label that no neighbor has, where its logarithm is taken
+
+
+@dataclass(frozen=True)
+class NeighborsConfig:
+    """What is settled of a lookup.
+
+    Attributes:
+        layer: of the model, whose feed-forward input is a token's key.
+        threshold: a token is hard iff minus the entropy of the model's logits, in nats, is at or below.
+        neighbors: how many are asked, at most.
+        temperature: ``T`` of the cosines.
+        gate: ``g = sigmoid(gate[0] + gate[1] * cosine of the nearest + gate[2] * mass of the nearest's label)``.
+    """
+
+    layer: int
+    threshold: float
+    neighbors: int
+    temperature: float = 0.05
+    gate: tuple[float, float, float] = (-3.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class ReadTokens:
+    """Labelled tokens that a model has read.
+
+    Attributes:
+        state_NE: what its layer says of the text up to each, in the model's dtype, on the CPU.
+        label_N: int64.
+        log_p_N: float32, of the label.
+        score_N: float32, minus the entropy.
+        sequence_N: int64, number of the token's sequence.
+    """
+
+    state_NE: Tensor
+    label_N: Tensor
+    log_p_N: Tensor
+    score_N: Tensor
+    sequence_N: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The neighbors of K tokens, nearest first: cosines ``(K, X)`` float32 and labels ``(K, X)`` int64."""
+
+    cosine_KX: Tensor
+    label_KX: Tensor
+
+    def weights(self, temperature: Tensor | float) -> Tensor:
+        """``(K, X)``, of sum one a token."""
+        return (self.cosine_KX / temperature).softmax(-1)
+
+    def gate(self, weight_KX: Tensor, gate_3: Tensor) -> Tensor:
+        """``(K,)``: the logit of the share that the neighbors get."""
+        nearest_K1 = self.label_KX[:, :1]
+        mass_K = (weight_KX.detach() * (self.label_KX == nearest_K1)).sum(-1)
+        return gate_3[0] + gate_3[1] * self.cosine_KX[:, 0] + gate_3[2] * mass_K
+
+
+class HardTokenNeighbors(nn.Module):
+    """What hard tokens look up. A module without parameters to train, for any causal model of transformers.
+
+    >>> neighbors = HardTokenNeighbors.from_pretrained("my-model")
+    >>> neighbors.attach(model)  # its logits are the mixture from now on, in generate(), too
+    >>> neighbors.detach()
+
+    Args:
+        config: what is settled.
+        key_ME: ``(M, E)`` unit vectors, bfloat16 or float32.
+        label_M: ``(M,)`` int32 or int64, the tokens that followed, in [0, V).
+        mean_E, scale_E: ``(E,)`` float32: a state ``x`` is asked for as ``(x - mean) * scale``, brought to length one.
+
+    Raises:
+        ValueError: shapes that do not match, or no key.
+    """
+
+    def __init__(
+        self, config: NeighborsConfig, key_ME: Tensor, label_M: Tensor, mean_E: Tensor, scale_E: Tensor
+    ) -> None:
+        super().__init__()
+        (m, e) = key_ME.shape
+        if m == 0 or label_M.shape != (m,) or mean_E.shape != (e,) or scale_E.shape != (e,):
+            shapes = [tuple(t.shape) for t in (key_ME, label_M, mean_E, scale_E)]
+            raise ValueError(f"keys, labels, mean, scale: {shapes}; must be (M, E), (M,), (E,), (E,) with M >= 1")
+        self.config = config
+        for name, tensor in (("key_ME", key_ME), ("label_M", label_M.long()), ("mean_E", mean_E), ("scale_E", scale_E)):
+            self.register_buffer(name, tensor, persistent=False)
+        self.gather = HardTokenGather(threshold=config.threshold, criterion="entropy")
+        self._hooks: list[Any] = []
+
+    def search(self, state_KE: Tensor) -> Found:
+        """The nearest of the kept tokens, ``min(config.neighbors, M)`` of them. Exact: every key is compared."""
+        key_ME, label_M = self.get_buffer("key_ME"), self.get_buffer("label_M")
+        most = min(self.config.neighbors, len(key_ME))
+        query_KE = self._unit(state_KE).to(key_ME.dtype)
+        cosines, labels = [query_KE.new_empty(0, most).float()], [label_M.new_empty(0, most)]
+        for query_CE in query_KE.split(max(1, SEARCH_BYTES // (4 * len(key_ME)))):
+            cosine_CX, nearest_CX = (query_CE @ key_ME.T).float().topk(most, dim=-1)
+            cosines.append(cosine_CX)
+            labels.append(label_M[nearest_CX])
+        return Found(torch.cat(cosines), torch.cat(labels))
+
+    def _unit(self, state_KE: Tensor) -> Tensor:
+        return normalize((state_KE.float() - self.get_buffer("mean_E")) * self.get_buffer("scale_E"), dim=-1)
+
+    @torch.no_grad()
+    def forward(self, state_NE: Tensor, logits_NV: Tensor) -> Tensor:
+        """The logits, those of hard tokens replaced by log-probabilities of the mixture.
+
+        Args:
+            state_NE: ``(N, E)`` or ``(B, S, E)``, input of the layer's feed-forward part, float.
+            logits_NV: ``(N, V)`` or ``(B, S, V)``, float32, float16 or bfloat16, of the same tokens.
+
+        Returns:
+            Shape and dtype of ``logits_NV``, which is not modified.
+        """
+        hard = self.gather(state_NE, state_NE, logits=logits_NV)
+        if not len(hard.index_K):
+            return logits_NV
+        found = self.search(hard.hidden_KD)
+        logits_KV = logits_NV.flatten(0, -2)[hard.index_K]
+        weight_KX = found.weights(self.config.temperature)
+        gate_K = found.gate(weight_KX, weight_KX.new_tensor(self.config.gate))
+        p_KV = logits_KV.new_zeros(logits_KV.shape, dtype=torch.float32)
+        p_KV.scatter_add_(1, found.label_KX, weight_KX)
+        mixed_KV = _mixed(gate_K[:, None], logits_KV.float().log_softmax(-1), p_KV)
+        return hard.scatter(mixed_KV.to(logits_NV.dtype), into=logits_NV)
+
+    @torch.no_grad()
+    def log_p(self, read: ReadTokens) -> tuple[Tensor, Tensor]:
+        """Of every token's label under the mixture, ``(N,)`` float32, and which are hard, ``(K,)`` int64. What
+        :meth:`forward` gives, without the vocabulary."""
+        hard_K = (read.score_N <= self.config.threshold).nonzero().squeeze(1)
+        found = self.search(read.state_NE[hard_K].to(self.get_buffer("key_ME").device))
+        temperature, gate_3 = torch.tensor(self.config.temperature), torch.tensor(self.config.gate)
+        log_p_K = _log_p(_on_cpu(found), read, hard_K, temperature, gate_3)
+        return read.log_p_N.index_copy(0, hard_K, log_p_K), hard_K
+
+    # --- a model that uses it -----------------------------------------------------------------------------------------
+
+    def attach(self, model: Any) -> Self:
+        """From now on ``model``, a causal model of transformers, gives the mixture's logits (and loss).
+
+        Raises:
+            ValueError: attached already, or a model without such a layer or of another hidden size or vocabulary.
+        """
+        if self._hooks:
+            raise ValueError("model: these neighbors are attached to a model already; detach() them first")
+        part = _feed_forward(model, self.config.layer)
+        self._check(model.config)
+        self.to(model.device)
+        state = list[Tensor]()
+
+        def keep(_part: nn.Module, args: tuple[Any, ...]) -> None:
+            state[:] = [args[0]]
+
+        def mix(_model: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            if isinstance(output, tuple):
+                raise ValueError("return_dict: False; must be True for a model with neighbors attached")
+            if output.loss is not None and kwargs.get("labels") is None:
+                raise ValueError("labels: must be given by name to a model with neighbors attached")
+            kept = kwargs.get("logits_to_keep", 0)  # as transformers' models take it
+            state_BSE = state.pop()[:, slice(-kept, None) if isinstance(kept, int) else kept]
+            output.logits = self(state_BSE, output.logits)
+            if output.loss is not None:
+                output.loss = model.loss_function(output.logits, kwargs["labels"], vocab_size=model.config.vocab_size)
+            return output
+
+        self._hooks = [part.register_forward_pre_hook(keep), model.register_forward_hook(mix, with_kwargs=True)]
+        return self
+
+    def _check(self, of: Any) -> None:
+        size, largest = self.get_buffer("key_ME").shape[1], int(self.get_buffer("label_M").max())
+        if of.hidden_size != size or of.vocab_size <= largest:
+            raise ValueError(
+                f"model: hidden size {of.hidden_size}, vocabulary {of.vocab_size}; the neighbors are of a model with "
+                f"{size} and more than {largest}"
+            )
+
+    def detach(self) -> None:
+        """The model is as it was."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Into the subfolder ``neighbors``, which must not be there. Raises InputError."""
+        to = Path(folder) / FOLDER
+        check_free(to)
+        tensors = {"keys": self.get_buffer("key_ME"), "labels": self.get_buffer("label_M").int()}
+        tensors |= {"mean": self.get_buffer("mean_E"), "scale": self.get_buffer("scale_E")}
+        with new_folder(to, size=self.bytes) as temporary:
+            save_tensors(temporary / "neighbors.safetensors", tensors)
+            write_json(temporary / "neighbors.json", dataclasses.asdict(self.config))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Of what :meth:`save_pretrained` has written. Raises DamagedFile."""
+        where = Path(folder) / FOLDER
+        names = [field.name for field in dataclasses.fields(NeighborsConfig)]
+        content = read_json(where / "neighbors.json", needs=names)
+        tensors, _ = load_tensors(where / "neighbors.safetensors")
+        config = NeighborsConfig(**{name: content[name] for name in names} | {"gate": tuple(content["gate"])})
+        try:
+            return cls(config, *(tensors[name] for name in ("keys", "labels", "mean", "scale")))
+        except (KeyError, ValueError) as error:
+            raise DamagedFile(f"{str(where / 'neighbors.safetensors')!r} is damaged: {error}") from error
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.buffers())
+
+
+def check_free(to: Path) -> None:
+    """Raises InputError where a model has neighbors."""
+    if to.exists():
+        raise InputError(f"MODEL: {str(to.parent)!r}; has neighbors already: remove {str(to)!r} first")
+
+
+def _mixed(gate: Tensor, log_p: Tensor, p_neighbors: Tensor) -> Tensor:
+    """Log of ``(1 - g) p + g p_neighbors``, ``g = sigmoid(gate)``."""
+    return torch.logaddexp(logsigmoid(-gate) + log_p, logsigmoid(gate) + p_neighbors.clamp(min=NO_NEIGHBOR).log())
+
+
+def _log_p(found: Found, read: ReadTokens, of_K: Tensor, temperature: Tensor, gate_3: Tensor) -> Tensor:
+    weight_KX = found.weights(temperature)
+    p_K = (weight_KX * (found.label_KX == read.label_N[of_K, None])).sum(-1)
+    return _mixed(found.gate(weight_KX, gate_3), read.log_p_N[of_K], p_K)
+
+
+def _on_cpu(found: Found) -> Found:
+    return Found(found.cosine_KX.cpu(), found.label_KX.cpu())
+
+
+def _feed_forward(model: Any, layer: int) -> nn.Module:
+    layers = getattr(model.get_decoder(), "layers", None) if hasattr(model, "get_decoder") else None
+    if layers is None or not all(hasattr(one, "mlp") for one in layers):
+        raise ValueError(f"model: {type(model).__name__}; must have decoder layers with a part 'mlp'")
+    if not 0 <= layer < len(layers):
+        raise ValueError(f"layer: {layer}; must be in [0, {len(layers)})")
+    return layers[layer].mlp
+
+
+# --- making it --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def read_tokens(model: Any, sequences: Sequences, layer: int, *, batch_tokens: int = 1024, name: str) -> ReadTokens:
+    """Every labelled token of ``sequences`` in the model, a causal one of transformers. Padding is on the right, so
+    that no token sees it."""
+    caught: list[Tensor] = []
+    hook = _feed_forward(model, layer).register_forward_pre_hook(lambda _part, args: caught.append(args[0]))
+    parts = []
+    try:
+        with Progress(name, sequences.tokens) as progress:
+            for some in sequences.batches(batch_tokens):
+                padded = sequences.padded(some)
+                input_BS, real_BS = (sent(t, model.device) for t in (padded.input_BS, padded.labelled_BS))
+                logits_NV = model(input_BS, use_cache=False).logits[real_BS]
+                label_N = sent(padded.label_BS, model.device)[real_BS]
+                log_p_N = -nn.functional.cross_entropy(logits_NV.float(), label_N, reduction="none")
+                number_N = torch.arange(len(sequences))[some, None].expand_as(padded.labelled_BS)[padded.labelled_BS]
+                state_NE = caught.pop()[real_BS]
+                parts.append((*(t.cpu() for t in (state_NE, label_N, log_p_N, -token_entropy(logits_NV))), number_N))
+                progress.advance(int(padded.real_BS.sum()))
+    finally:
+        hook.remove()
+    return ReadTokens(*(torch.cat(of).clone() for of in zip(*parts, strict=True)))
+
+
+def fit_neighbors(
+    kept: ReadTokens, validation: ReadTokens, *, layer: int, hard_ratio: float = 0.7, neighbors: int = 256
+) -> HardTokenNeighbors:
+    """Neighbors of the training tokens ``kept``: temperature and gate are those under which the labels of the hard
+    tokens of ``validation``, the share ``hard_ratio`` with the highest entropy, are likeliest.
+
+    Raises:
+        ValueError: no tokens, ``hard_ratio`` outside (0, 1], ``neighbors`` below 1.
+    """
+    if neighbors < 1:
+        raise ValueError(f"neighbors: {neighbors}; must be at least 1")
+    selection = select_hardest(validation.score_N, hard_ratio)
+    state_ME = kept.state_NE.to(torch.float32, copy=True)
+    mean_E, scale_E = state_ME.mean(0), 1 / state_ME.std(0, correction=0).clamp(min=1e-6)
+    key_ME = normalize(state_ME.sub_(mean_E).mul_(scale_E), dim=-1).bfloat16()
+    config = NeighborsConfig(layer, selection.threshold, neighbors)
+    of = HardTokenNeighbors(config, key_ME, kept.label_N, mean_E, scale_E)
+    hard_K = selection.index_K
+    found = of.search(validation.state_NE[hard_K])
+    log_temperature, gate_3 = torch.tensor(config.temperature).log(), torch.tensor(config.gate)
+    fitted = [log_temperature.requires_grad_(), gate_3.requires_grad_()]
+    optimizer = torch.optim.LBFGS(fitted, max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = -_log_p(found, validation, hard_K, log_temperature.exp(), gate_3).mean()
+        value = value + 1e-4 * gate_3.square().sum()  # where nothing is found the gate would go to minus infinity
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    always, per_cosine, per_mass = gate_3.tolist()
+    settled = dataclasses.replace(config, temperature=log_temperature.exp().item(), gate=(always, per_cosine, per_mass))
+    return HardTokenNeighbors(settled, key_ME, kept.label_N, mean_E, scale_E)
+
+
+def cross_fitted(kept: ReadTokens, validation: ReadTokens, **how: Any) -> Tensor:
+    """Log-probabilities of validation's labels, ``(N,)``, each half of its sequences by what was fitted on the other:
+    not flattered by the fit."""
+    log_p_N = torch.empty_like(validation.log_p_N)
+    for half in (0, 1):
+        fits = validation.sequence_N % 2 == half
+        if not fits.any() or fits.all():
+            raise ValueError("validation: one sequence; must be two at least")
+        of = fit_neighbors(kept, _rows(validation, fits), **how)
+        log_p_N[~fits] = of.log_p(_rows(validation, ~fits))[0]
+    return log_p_N
+
+
+def _rows(read: ReadTokens, of_N: Tensor) -> ReadTokens:
+    return ReadTokens(*(getattr(read, field.name)[of_N] for field in dataclasses.fields(ReadTokens)))
+
+
+def perplexity_of(log_p_N: Tensor) -> float:
+    return perplexity(-log_p_N.double().mean().item())
