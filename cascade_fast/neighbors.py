@@ -13,7 +13,7 @@ from cascade_fast.settings import DTYPES
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cascade_fast.neighbors",
-        description="Keep what an exported model's layer says of every training token, so that hard tokens can look up "
+        description="Keep what an exported model's layers say of every training token, so that hard tokens can look up "
         "what came next in the places most like theirs. Written into MODEL/neighbors.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -22,7 +22,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="folder that the run was exported to (cascade_fast.export)")
     parser.add_argument("--hard-ratio", type=float, default=0.7, metavar="X", help="share of tokens that look up")
     parser.add_argument("--neighbors", type=int, default=256, metavar="N", help="kept tokens that a hard one asks")
-    parser.add_argument("--layer", type=int, metavar="N", help="whose input is compared (default: 0.8 of the layers)")
     parser.add_argument("--batch-tokens", type=int, default=1024, metavar="N", help="tokens of a forward pass")
     parser.add_argument("--device", default="auto", metavar="TEXT", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="compute dtype")
@@ -61,14 +60,14 @@ def _run(asked: argparse.Namespace) -> int:
         config = CascadeConfig.from_pretrained(asked.run)
     compute = Compute.choose(asked.device, asked.dtype)
     model, tokenizer = _load(asked.model, compute)
-    layer = round(ours.DEPTH * model.config.num_hidden_layers) if asked.layer is None else asked.layer
+    layers = ours.default_layers(model)
 
     def read(split: str) -> Any:
         sequences, _ = evaluation_text(config, tokenizer, split=split)
-        return ours.read_tokens(model, sequences, layer, batch_tokens=asked.batch_tokens, name=f"reading {split}")
+        return ours.read_tokens(model, sequences, layers, batch_tokens=asked.batch_tokens, name=f"reading {split}")
 
     kept, validation = read("train"), read("val")
-    how = {"layer": layer, "hard_ratio": asked.hard_ratio, "neighbors": asked.neighbors}
+    how: dict[str, Any] = {"layers": layers, "hard_ratio": asked.hard_ratio, "neighbors": asked.neighbors}
     of = ours.fit_neighbors(kept, validation, **how)
     of.save_pretrained(asked.model)
     test = read("test")

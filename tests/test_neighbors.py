@@ -22,8 +22,9 @@ from cascade_fast.model.neighbors import HardTokenNeighbors, NeighborsConfig, fi
 from cascade_fast.runtime.files import DamagedFile
 from cascade_fast.settings import make_settings
 
-LAYER = 1
-CONFIG = NeighborsConfig(LAYER, threshold=-3.0, neighbors=5, temperature=0.1, gate=(-0.5, 0.3, 0.2))
+LAYERS = (1, 2)
+KEY = 12
+CONFIG = NeighborsConfig(LAYERS, threshold=-3.0, neighbors=5, temperature=0.1, gate=(-0.5, 0.3, 0.2))
 
 
 @pytest.fixture
@@ -33,21 +34,22 @@ def model(tmp_path):
 
 
 def some_neighbors(model, config=CONFIG, kept=40) -> HardTokenNeighbors:
-    e, v = model.config.hidden_size, model.config.vocab_size
+    e, v = 2 * model.config.hidden_size, model.config.vocab_size
     label_M = torch.randint(0, v, (kept,))
     return HardTokenNeighbors(
-        config, normalize(torch.randn(kept, e), dim=-1), label_M, torch.randn(e) / 5, torch.rand(e) + 0.5
+        config, normalize(torch.randn(kept, KEY), dim=-1), label_M, torch.randn(e) / 5, torch.randn(e, KEY)
     )
 
 
 def states_of(model, ids):
-    """What goes into the layer's feed-forward part, without a hook: from the hidden states."""
-    layer, hidden = model.model.layers[LAYER], model(ids, output_hidden_states=True).hidden_states[LAYER]
-    places = torch.arange(ids.shape[1])[None]
-    attended, _ = layer.self_attn(
-        layer.input_layernorm(hidden), position_embeddings=model.model.rotary_emb(hidden, places), attention_mask=None
-    )
-    return layer.post_attention_layernorm(hidden + attended)
+    """What goes into the layers' feed-forward parts, without a hook: from the hidden states."""
+    states, places = [], torch.arange(ids.shape[1])[None]
+    for number in LAYERS:
+        layer, hidden = model.model.layers[number], model(ids, output_hidden_states=True).hidden_states[number]
+        angles = model.model.rotary_emb(hidden, places)
+        attended, _ = layer.self_attn(layer.input_layernorm(hidden), position_embeddings=angles, attention_mask=None)
+        states.append(layer.post_attention_layernorm(hidden + attended))
+    return torch.cat(states, dim=-1)
 
 
 def expected(of: HardTokenNeighbors, state_E, logits_V) -> torch.Tensor:
@@ -55,8 +57,8 @@ def expected(of: HardTokenNeighbors, state_E, logits_V) -> torch.Tensor:
     p_V = logits_V.double().softmax(-1)
     if -(p_V * p_V.log()).sum() < -of.config.threshold:
         return p_V
-    query_E = normalize((state_E.double() - of.mean_E) * of.scale_E, dim=-1)
-    cosine_M = of.key_ME.double() @ query_E
+    query_P = normalize((state_E.double() - of.mean_E) @ of.projection_EP.double(), dim=-1)
+    cosine_M = of.key_MP.double() @ query_P
     nearest = sorted(range(len(cosine_M)), key=lambda i: -cosine_M[i])[: of.config.neighbors]
     weights = torch.stack([(cosine_M[i] / of.config.temperature).exp() for i in nearest])
     found_V = torch.zeros_like(p_V)
@@ -75,7 +77,7 @@ class TestMixture:
         logits, states = model(ids).logits, states_of(model, ids)
         entropy = token_entropy(logits)
         config = dataclasses.replace(CONFIG, threshold=-entropy.sort().values[47:49].mean().item())  # of 96
-        of = HardTokenNeighbors(config, of.key_ME, of.label_M, of.mean_E, of.scale_E)
+        of = HardTokenNeighbors(config, of.key_MP, of.label_M, of.mean_E, of.projection_EP)
         found = of(states, logits).flatten(0, 1)
         rows = zip(states.flatten(0, 1), logits.flatten(0, 1), strict=True)
         probabilities = torch.stack([expected(of, *row) for row in rows])
@@ -86,10 +88,10 @@ class TestMixture:
 
     def test_no_token_is_hard(self, model):
         of, logits = some_neighbors(model, dataclasses.replace(CONFIG, threshold=-100.0)), torch.randn(2, 3, 400)
-        assert of(torch.randn(2, 3, model.config.hidden_size), logits) is logits
+        assert of(torch.randn(2, 3, 2 * model.config.hidden_size), logits) is logits
 
     def test_in_parts_it_finds_the_same(self, model, monkeypatch):
-        of, state = some_neighbors(model), torch.randn(7, model.config.hidden_size)
+        of, state = some_neighbors(model), torch.randn(7, 2 * model.config.hidden_size)
         whole = of.search(state)
         monkeypatch.setattr(neighbors, "SEARCH_BYTES", 4 * 40 * 3)
         parts = of.search(state)
@@ -134,14 +136,14 @@ class TestAttached:
         with pytest.raises(ValueError, match="return_dict: False"):
             model(text_ids(), return_dict=False)
         of.detach()
-        with pytest.raises(ValueError, match=r"layer: 3; must be in \[0, 3\)"):
-            some_neighbors(model, dataclasses.replace(CONFIG, layer=3)).attach(model)
+        with pytest.raises(ValueError, match=r"layers: \(1, 3\); must be in \[0, 3\)"):
+            some_neighbors(model, dataclasses.replace(CONFIG, layers=(1, 3))).attach(model)
         with pytest.raises(ValueError, match="hidden size"):
-            HardTokenNeighbors(CONFIG, torch.ones(2, 8), torch.ones(2), torch.ones(8), torch.ones(8)).attach(model)
+            HardTokenNeighbors(CONFIG, torch.ones(2, 4), torch.ones(2), torch.ones(8), torch.ones(8, 4)).attach(model)
         with pytest.raises(ValueError, match="Linear; must have decoder layers"):
             of.attach(torch.nn.Linear(2, 2))
-        with pytest.raises(ValueError, match=r"keys, labels, mean, scale: \[\(0, 8\)"):
-            HardTokenNeighbors(CONFIG, torch.ones(0, 8), torch.ones(0), torch.ones(8), torch.ones(8))
+        with pytest.raises(ValueError, match=r"keys, labels, mean, projection: \[\(0, 4\)"):
+            HardTokenNeighbors(CONFIG, torch.ones(0, 4), torch.ones(0), torch.ones(8), torch.ones(8, 4))
 
 
 def sequences(count: int, start: int) -> Sequences:
@@ -155,7 +157,7 @@ def sequences(count: int, start: int) -> Sequences:
 
 class TestMaking:
     def test_labelled_tokens_are_read_in_their_context(self, model):
-        read = read_tokens(model, sequences(5, 0), LAYER, batch_tokens=90, name="reading")
+        read = read_tokens(model, sequences(5, 0), LAYERS, batch_tokens=90, name="reading")
         assert len(read.label_N) == sequences(5, 0).labels
         with torch.no_grad():
             of, row = sequences(5, 0), 0
@@ -168,23 +170,23 @@ class TestMaking:
                 torch.testing.assert_close(read.state_NE[rows], states)
                 assert set(read.sequence_N[rows].tolist()) == {number}
                 row = rows.stop
-        assert not model.model.layers[LAYER].mlp._forward_pre_hooks
+        assert not any(layer.mlp._forward_pre_hooks for layer in model.model.layers)
 
     def test_the_fit_gains_where_the_text_comes_again_and_little_is_asked_where_it_does_not(self, model):
-        kept, again = (read_tokens(model, sequences(12, 0), LAYER, name="reading") for _ in range(2))
-        of = fit_neighbors(kept, again, layer=LAYER, hard_ratio=0.5, neighbors=8)
+        kept, again = (read_tokens(model, sequences(12, 0), LAYERS, name="reading") for _ in range(2))
+        of = fit_neighbors(kept, again, layers=LAYERS, hard_ratio=0.5, neighbors=8)
         log_p_N, hard_K = of.log_p(again)
         assert len(hard_K) == pytest.approx(0.5 * len(log_p_N), abs=1)
         assert log_p_N[hard_K].mean() > again.log_p_N[hard_K].mean() + 1  # a random model, that looks up every answer
         easy = torch.ones(len(log_p_N), dtype=torch.bool).index_fill(0, hard_K, False)
         assert torch.equal(log_p_N[easy], again.log_p_N[easy])
         nonsense = dataclasses.replace(kept, label_N=torch.zeros_like(kept.label_N))  # a token that never follows
-        beside = fit_neighbors(nonsense, again, layer=LAYER, hard_ratio=0.5, neighbors=8)
+        beside = fit_neighbors(nonsense, again, layers=LAYERS, hard_ratio=0.5, neighbors=8)
         assert beside.log_p(again)[0].mean() == pytest.approx(again.log_p_N.mean().item(), abs=0.01)
 
     def test_log_p_is_forward_s_and_the_fit_is_the_same_twice(self, model):
-        kept, other = (read_tokens(model, sequences(8, at), LAYER, name="reading") for at in (0, 400))
-        one, two = (fit_neighbors(kept, other, layer=LAYER) for _ in range(2))
+        kept, other = (read_tokens(model, sequences(8, at), LAYERS, name="reading") for at in (0, 400))
+        one, two = (fit_neighbors(kept, other, layers=LAYERS) for _ in range(2))
         assert one.config == two.config
         of = sequences(8, 400)
         ids = of.ids(0).long()[None]
@@ -194,26 +196,33 @@ class TestMaking:
         first = other.sequence_N == 0
         torch.testing.assert_close(one.log_p(other)[0][first], found[of.labelled(0)], rtol=1e-4, atol=1e-4)
 
+    def test_keys_keep_the_cosines_of_states_of_which_no_number_outweighs_the_others(self):
+        state = torch.randn(50, 12) * torch.logspace(-2, 2, 12) + 5  # fewer numbers than a key may have
+        standard = (state.double() - state.double().mean(0)) / state.double().std(0, correction=0)
+        key = neighbors._keys(state, *neighbors._principal(state)).double()
+        cosines = torch.nn.functional.cosine_similarity(standard[:, None], standard, dim=-1)
+        torch.testing.assert_close(key @ key.T, cosines, rtol=0, atol=1e-4)
+
     def test_cross_fitting_never_fits_what_it_measures(self, model):
-        kept, other = (read_tokens(model, sequences(8, at), LAYER, name="reading") for at in (0, 400))
-        found = neighbors.cross_fitted(kept, other, layer=LAYER)
+        kept, other = (read_tokens(model, sequences(8, at), LAYERS, name="reading") for at in (0, 400))
+        found = neighbors.cross_fitted(kept, other, layers=LAYERS)
         odd = other.sequence_N % 2 == 1
         changed = dataclasses.replace(other, label_N=torch.where(odd, other.label_N, 5))
-        assert torch.equal(neighbors.cross_fitted(kept, changed, layer=LAYER)[~odd], found[~odd]) is False
+        assert torch.equal(neighbors.cross_fitted(kept, changed, layers=LAYERS)[~odd], found[~odd]) is False
         assert (
-            fit_neighbors(kept, neighbors._rows(other, ~odd), layer=LAYER)
+            fit_neighbors(kept, neighbors._rows(other, ~odd), layers=LAYERS)
             .log_p(neighbors._rows(other, odd))[0]
             .equal(found[odd])
         )
         with pytest.raises(ValueError, match="one sequence; must be two"):
-            neighbors.cross_fitted(kept, neighbors._rows(other, other.sequence_N == 0), layer=LAYER)
+            neighbors.cross_fitted(kept, neighbors._rows(other, other.sequence_N == 0), layers=LAYERS)
 
     def test_bad_numbers(self, model):
-        kept = read_tokens(model, sequences(2, 0), LAYER, name="reading")
+        kept = read_tokens(model, sequences(2, 0), LAYERS, name="reading")
         with pytest.raises(ValueError, match="neighbors: 0; must be at least 1"):
-            fit_neighbors(kept, kept, layer=LAYER, neighbors=0)
+            fit_neighbors(kept, kept, layers=LAYERS, neighbors=0)
         with pytest.raises(ValueError, match=r"1\.5"):
-            fit_neighbors(kept, kept, layer=LAYER, hard_ratio=1.5)
+            fit_neighbors(kept, kept, layers=LAYERS, hard_ratio=1.5)
 
 
 class TestFiles:
@@ -222,7 +231,7 @@ class TestFiles:
         of.save_pretrained(tmp_path / "model")
         found = HardTokenNeighbors.from_pretrained(tmp_path / "model")
         assert found.config == of.config
-        state, logits = torch.randn(6, model.config.hidden_size), torch.randn(6, model.config.vocab_size)
+        state, logits = torch.randn(6, 2 * model.config.hidden_size), torch.randn(6, model.config.vocab_size)
         assert torch.equal(found(state, logits), of(state, logits))
         with pytest.raises(InputError, match="has neighbors already"):
             of.save_pretrained(tmp_path / "model")
@@ -260,7 +269,7 @@ def test_the_command(adapter_settings, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()} == before
 
     of = HardTokenNeighbors.from_pretrained(model)
-    assert (of.config.neighbors, of.config.layer) == (16, 2)  # of three layers
+    assert (of.config.neighbors, of.config.layers) == (16, (2,))  # of three
     found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     sequences = load_sequences(settings, AutoTokenizer.from_pretrained(model)).splits["test"]
     alone = mean_loss(found, sequences)

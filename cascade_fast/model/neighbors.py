@@ -1,22 +1,24 @@
 """Hard tokens ask the training text what came next in the places most like theirs: a nearest-neighbor language model.
 
-Every labelled token of the training text is kept as a pair: what the model's own layer says of the text up to it (the
-key), and the token that followed (the label). A hard token's prediction is then
+Every labelled token of the training text is kept as a pair: what two of the model's layers say of the text up to it
+(the key), and the token that followed (the label). A hard token's prediction is then
 
     (1 - g) * p_model + g * p_neighbors,    p_neighbors(y) ~ sum over the k nearest keys with label y of exp(s / T)
 
 with ``s`` the cosine of query and key. The share ``g`` depends on how near the nearest is and how much the neighbors
 agree. It, and ``T``, are fitted on validation text: four numbers. Easy tokens ask nobody, as in the cascade.
 
-Sources: kNN-LM (Khandelwal et al., arXiv 1911.00172), queries for some tokens only (He et al., arXiv 2109.04212),
-keys from a layer's feed-forward input (both).
+Sources: kNN-LM (Khandelwal et al., arXiv 1911.00172), whose keys are a layer's feed-forward input; queries for some
+tokens only, and principal components of the keys (He, Neubig and Berg-Kirkpatrick, arXiv 2109.04212).
 
-Shape legend: N tokens, K hard tokens among them, M kept tokens, E hidden size, V vocabulary, C tokens of a chunk,
-X neighbors of a token.
+Shape legend: N tokens, K hard tokens among them, M kept tokens, E a state's size: hidden size times layers, P a key's
+size, V vocabulary, C tokens of a chunk, X neighbors of a token.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,7 +37,9 @@ from cascade_fast.runtime.files import DamagedFile, load_tensors, new_folder, re
 from cascade_fast.selection import select_hardest
 
 FOLDER = "neighbors"  # beside a model's weights
-DEPTH = 0.8  # of the model's layers: the keys' layer. Of 30 layers: 24, the best of 24 and 29 on validation
+DEPTH = 0.8  # of the model's layers: where the first half of a key comes from; the other is from the last layer
+KEY_SIZE = 256  # principal components
+CHUNK = 4096  # tokens whose states are in float32 at once
 SEARCH_BYTES = 2**26  # of similarities at once
 NO_NEIGHBOR = 1e-30  # probability of a label that no neighbor has, where its logarithm is taken
 
@@ -45,14 +49,14 @@ class NeighborsConfig:
     """What is settled of a lookup.
 
     Attributes:
-        layer: of the model, whose feed-forward input is a token's key.
+        layers: of the model, whose feed-forward inputs side by side are a token's state.
         threshold: a token is hard iff minus the entropy of the model's logits, in nats, is at or below.
         neighbors: how many are asked, at most.
         temperature: ``T`` of the cosines.
         gate: ``g = sigmoid(gate[0] + gate[1] * cosine of the nearest + gate[2] * mass of the nearest's label)``.
     """
 
-    layer: int
+    layers: tuple[int, ...]
     threshold: float
     neighbors: int
     temperature: float = 0.05
@@ -64,7 +68,7 @@ class ReadTokens:
     """Labelled tokens that a model has read.
 
     Attributes:
-        state_NE: what its layer says of the text up to each, in the model's dtype, on the CPU.
+        state_NE: what the layers say of the text up to each, in the model's dtype, on the CPU.
         label_N: int64.
         log_p_N: float32, of the label.
         score_N: float32, minus the entropy.
@@ -105,49 +109,51 @@ class HardTokenNeighbors(nn.Module):
 
     Args:
         config: what is settled.
-        key_ME: ``(M, E)`` unit vectors, bfloat16 or float32.
+        key_MP: ``(M, P)`` unit vectors, bfloat16 or float32.
         label_M: ``(M,)`` int32 or int64, the tokens that followed, in [0, V).
-        mean_E, scale_E: ``(E,)`` float32: a state ``x`` is asked for as ``(x - mean) * scale``, brought to length one.
+        mean_E, projection_EP: ``(E,)`` and ``(E, P)`` float32: a state ``x`` is asked for as ``(x - mean) @
+            projection``, brought to length one.
 
     Raises:
         ValueError: shapes that do not match, or no key.
     """
 
     def __init__(
-        self, config: NeighborsConfig, key_ME: Tensor, label_M: Tensor, mean_E: Tensor, scale_E: Tensor
+        self, config: NeighborsConfig, key_MP: Tensor, label_M: Tensor, mean_E: Tensor, projection_EP: Tensor
     ) -> None:
         super().__init__()
-        (m, e) = key_ME.shape
-        if m == 0 or label_M.shape != (m,) or mean_E.shape != (e,) or scale_E.shape != (e,):
-            shapes = [tuple(t.shape) for t in (key_ME, label_M, mean_E, scale_E)]
-            raise ValueError(f"keys, labels, mean, scale: {shapes}; must be (M, E), (M,), (E,), (E,) with M >= 1")
+        (m, p), (e,) = key_MP.shape, mean_E.shape
+        if m == 0 or label_M.shape != (m,) or projection_EP.shape != (e, p) or e % len(config.layers):
+            shapes = [tuple(t.shape) for t in (key_MP, label_M, mean_E, projection_EP)]
+            raise ValueError(
+                f"keys, labels, mean, projection: {shapes}; must be (M, P), (M,), (E,), (E, P) with M >= 1"
+            )
         self.config = config
-        for name, tensor in (("key_ME", key_ME), ("label_M", label_M.long()), ("mean_E", mean_E), ("scale_E", scale_E)):
-            self.register_buffer(name, tensor, persistent=False)
+        self.register_buffer("key_MP", key_MP, persistent=False)
+        self.register_buffer("label_M", label_M.long(), persistent=False)
+        self.register_buffer("mean_E", mean_E, persistent=False)
+        self.register_buffer("projection_EP", projection_EP, persistent=False)
         self.gather = HardTokenGather(threshold=config.threshold, criterion="entropy")
         self._hooks: list[Any] = []
 
     def search(self, state_KE: Tensor) -> Found:
         """The nearest of the kept tokens, ``min(config.neighbors, M)`` of them. Exact: every key is compared."""
-        key_ME, label_M = self.get_buffer("key_ME"), self.get_buffer("label_M")
-        most = min(self.config.neighbors, len(key_ME))
-        query_KE = self._unit(state_KE).to(key_ME.dtype)
-        cosines, labels = [query_KE.new_empty(0, most).float()], [label_M.new_empty(0, most)]
-        for query_CE in query_KE.split(max(1, SEARCH_BYTES // (4 * len(key_ME)))):
-            cosine_CX, nearest_CX = (query_CE @ key_ME.T).float().topk(most, dim=-1)
+        key_MP, label_M = self.get_buffer("key_MP"), self.get_buffer("label_M")
+        most = min(self.config.neighbors, len(key_MP))
+        query_KP = _keys(state_KE, self.get_buffer("mean_E"), self.get_buffer("projection_EP")).to(key_MP.dtype)
+        cosines, labels = [query_KP.new_empty(0, most).float()], [label_M.new_empty(0, most)]
+        for query_CP in query_KP.split(max(1, SEARCH_BYTES // (4 * len(key_MP)))):
+            cosine_CX, nearest_CX = (query_CP @ key_MP.T).float().topk(most, dim=-1)
             cosines.append(cosine_CX)
             labels.append(label_M[nearest_CX])
         return Found(torch.cat(cosines), torch.cat(labels))
-
-    def _unit(self, state_KE: Tensor) -> Tensor:
-        return normalize((state_KE.float() - self.get_buffer("mean_E")) * self.get_buffer("scale_E"), dim=-1)
 
     @torch.no_grad()
     def forward(self, state_NE: Tensor, logits_NV: Tensor) -> Tensor:
         """The logits, those of hard tokens replaced by log-probabilities of the mixture.
 
         Args:
-            state_NE: ``(N, E)`` or ``(B, S, E)``, input of the layer's feed-forward part, float.
+            state_NE: ``(N, E)`` or ``(B, S, E)``, inputs of the layers' feed-forward parts side by side, float.
             logits_NV: ``(N, V)`` or ``(B, S, V)``, float32, float16 or bfloat16, of the same tokens.
 
         Returns:
@@ -170,7 +176,7 @@ class HardTokenNeighbors(nn.Module):
         """Of every token's label under the mixture, ``(N,)`` float32, and which are hard, ``(K,)`` int64. What
         :meth:`forward` gives, without the vocabulary."""
         hard_K = (read.score_N <= self.config.threshold).nonzero().squeeze(1)
-        found = self.search(read.state_NE[hard_K].to(self.get_buffer("key_ME").device))
+        found = self.search(read.state_NE[hard_K].to(self.get_buffer("key_MP").device))
         temperature, gate_3 = torch.tensor(self.config.temperature), torch.tensor(self.config.gate)
         log_p_K = _log_p(_on_cpu(found), read, hard_K, temperature, gate_3)
         return read.log_p_N.index_copy(0, hard_K, log_p_K), hard_K
@@ -185,13 +191,9 @@ class HardTokenNeighbors(nn.Module):
         """
         if self._hooks:
             raise ValueError("model: these neighbors are attached to a model already; detach() them first")
-        part = _feed_forward(model, self.config.layer)
-        self._check(model.config)
+        self._check(model)
         self.to(model.device)
-        state = list[Tensor]()
-
-        def keep(_part: nn.Module, args: tuple[Any, ...]) -> None:
-            state[:] = [args[0]]
+        states, hooks = _caught(model, self.config.layers)
 
         def mix(_model: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             if isinstance(output, tuple):
@@ -199,17 +201,19 @@ class HardTokenNeighbors(nn.Module):
             if output.loss is not None and kwargs.get("labels") is None:
                 raise ValueError("labels: must be given by name to a model with neighbors attached")
             kept = kwargs.get("logits_to_keep", 0)  # as transformers' models take it
-            state_BSE = state.pop()[:, slice(-kept, None) if isinstance(kept, int) else kept]
+            state_BSE = _taken(states)[:, slice(-kept, None) if isinstance(kept, int) else kept]
             output.logits = self(state_BSE, output.logits)
             if output.loss is not None:
                 output.loss = model.loss_function(output.logits, kwargs["labels"], vocab_size=model.config.vocab_size)
             return output
 
-        self._hooks = [part.register_forward_pre_hook(keep), model.register_forward_hook(mix, with_kwargs=True)]
+        self._hooks = [*hooks, model.register_forward_hook(mix, with_kwargs=True)]
         return self
 
-    def _check(self, of: Any) -> None:
-        size, largest = self.get_buffer("key_ME").shape[1], int(self.get_buffer("label_M").max())
+    def _check(self, model: Any) -> None:
+        check_layers(model, self.config.layers)
+        of, largest = model.config, int(self.get_buffer("label_M").max())
+        size = self.get_buffer("mean_E").shape[0] // len(self.config.layers)
         if of.hidden_size != size or of.vocab_size <= largest:
             raise ValueError(
                 f"model: hidden size {of.hidden_size}, vocabulary {of.vocab_size}; the neighbors are of a model with "
@@ -227,8 +231,8 @@ class HardTokenNeighbors(nn.Module):
         """Into the subfolder ``neighbors``, which must not be there. Raises InputError."""
         to = Path(folder) / FOLDER
         check_free(to)
-        tensors = {"keys": self.get_buffer("key_ME"), "labels": self.get_buffer("label_M").int()}
-        tensors |= {"mean": self.get_buffer("mean_E"), "scale": self.get_buffer("scale_E")}
+        tensors = {"keys": self.get_buffer("key_MP"), "labels": self.get_buffer("label_M").int()}
+        tensors |= {"mean": self.get_buffer("mean_E"), "projection": self.get_buffer("projection_EP")}
         with new_folder(to, size=self.bytes) as temporary:
             save_tensors(temporary / "neighbors.safetensors", tensors)
             write_json(temporary / "neighbors.json", dataclasses.asdict(self.config))
@@ -240,9 +244,10 @@ class HardTokenNeighbors(nn.Module):
         names = [field.name for field in dataclasses.fields(NeighborsConfig)]
         content = read_json(where / "neighbors.json", needs=names)
         tensors, _ = load_tensors(where / "neighbors.safetensors")
-        config = NeighborsConfig(**{name: content[name] for name in names} | {"gate": tuple(content["gate"])})
+        listed = {name: tuple(content[name]) for name in ("layers", "gate")}
+        config = NeighborsConfig(**{name: content[name] for name in names} | listed)
         try:
-            return cls(config, *(tensors[name] for name in ("keys", "labels", "mean", "scale")))
+            return cls(config, *(tensors[name] for name in ("keys", "labels", "mean", "projection")))
         except (KeyError, ValueError) as error:
             raise DamagedFile(f"{str(where / 'neighbors.safetensors')!r} is damaged: {error}") from error
 
@@ -272,24 +277,53 @@ def _on_cpu(found: Found) -> Found:
     return Found(found.cosine_KX.cpu(), found.label_KX.cpu())
 
 
-def _feed_forward(model: Any, layer: int) -> nn.Module:
+# --- states of a model ------------------------------------------------------------------------------------------------
+
+
+def default_layers(model: Any) -> tuple[int, ...]:
+    """The one at ``DEPTH`` of all, and the last."""
+    layers = model.config.num_hidden_layers
+    return tuple(dict.fromkeys((int(DEPTH * layers), layers - 1)))
+
+
+def check_layers(model: Any, numbers: Sequence[int]) -> None:
+    """Raises ValueError for a model of another kind, or without such layers."""
     layers = getattr(model.get_decoder(), "layers", None) if hasattr(model, "get_decoder") else None
     if layers is None or not all(hasattr(one, "mlp") for one in layers):
         raise ValueError(f"model: {type(model).__name__}; must have decoder layers with a part 'mlp'")
-    if not 0 <= layer < len(layers):
-        raise ValueError(f"layer: {layer}; must be in [0, {len(layers)})")
-    return layers[layer].mlp
+    if not numbers or not all(0 <= number < len(layers) for number in numbers):
+        raise ValueError(f"layers: {tuple(numbers)}; must be in [0, {len(layers)}), one at least")
+
+
+def _caught(model: Any, numbers: Sequence[int]) -> tuple[dict[int, Tensor], list[Any]]:
+    """Where a forward pass leaves what goes into the layers' feed-forward parts, ``(B, S, hidden size)``; the hooks."""
+    states: dict[int, Tensor] = dict.fromkeys(range(len(numbers)), torch.empty(0))
+
+    def catch(place: int, _part: nn.Module, args: tuple[Any, ...]) -> None:
+        states[place] = args[0]
+
+    parts = [model.get_decoder().layers[number].mlp for number in numbers]
+    return states, [part.register_forward_pre_hook(partial(catch, place)) for place, part in enumerate(parts)]
+
+
+def _taken(states: dict[int, Tensor]) -> Tensor:
+    """The states side by side, which are then free."""
+    state_BSE = torch.cat(list(states.values()), dim=-1)
+    states.update(dict.fromkeys(states, torch.empty(0)))
+    return state_BSE
 
 
 # --- making it --------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def read_tokens(model: Any, sequences: Sequences, layer: int, *, batch_tokens: int = 1024, name: str) -> ReadTokens:
+def read_tokens(
+    model: Any, sequences: Sequences, layers: Sequence[int], *, batch_tokens: int = 1024, name: str
+) -> ReadTokens:
     """Every labelled token of ``sequences`` in the model, a causal one of transformers. Padding is on the right, so
-    that no token sees it."""
-    caught: list[Tensor] = []
-    hook = _feed_forward(model, layer).register_forward_pre_hook(lambda _part, args: caught.append(args[0]))
+    that no token sees it. Raises ValueError as :func:`check_layers`."""
+    check_layers(model, layers)
+    states, hooks = _caught(model, layers)
     parts = []
     try:
         with Progress(name, sequences.tokens) as progress:
@@ -300,16 +334,22 @@ def read_tokens(model: Any, sequences: Sequences, layer: int, *, batch_tokens: i
                 label_N = sent(padded.label_BS, model.device)[real_BS]
                 log_p_N = -nn.functional.cross_entropy(logits_NV.float(), label_N, reduction="none")
                 number_N = torch.arange(len(sequences))[some, None].expand_as(padded.labelled_BS)[padded.labelled_BS]
-                state_NE = caught.pop()[real_BS]
+                state_NE = _taken(states)[real_BS]
                 parts.append((*(t.cpu() for t in (state_NE, label_N, log_p_N, -token_entropy(logits_NV))), number_N))
                 progress.advance(int(padded.real_BS.sum()))
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return ReadTokens(*(torch.cat(of).clone() for of in zip(*parts, strict=True)))
 
 
 def fit_neighbors(
-    kept: ReadTokens, validation: ReadTokens, *, layer: int, hard_ratio: float = 0.7, neighbors: int = 256
+    kept: ReadTokens,
+    validation: ReadTokens,
+    *,
+    layers: Sequence[int],
+    hard_ratio: float = 0.7,
+    neighbors: int = 256,
 ) -> HardTokenNeighbors:
     """Neighbors of the training tokens ``kept``: temperature and gate are those under which the labels of the hard
     tokens of ``validation``, the share ``hard_ratio`` with the highest entropy, are likeliest.
@@ -320,11 +360,11 @@ def fit_neighbors(
     if neighbors < 1:
         raise ValueError(f"neighbors: {neighbors}; must be at least 1")
     selection = select_hardest(validation.score_N, hard_ratio)
-    state_ME = kept.state_NE.to(torch.float32, copy=True)
-    mean_E, scale_E = state_ME.mean(0), 1 / state_ME.std(0, correction=0).clamp(min=1e-6)
-    key_ME = normalize(state_ME.sub_(mean_E).mul_(scale_E), dim=-1).bfloat16()
-    config = NeighborsConfig(layer, selection.threshold, neighbors)
-    of = HardTokenNeighbors(config, key_ME, kept.label_N, mean_E, scale_E)
+    mean_E, projection_EP = _principal(kept.state_NE)
+    parts = kept.state_NE.split(CHUNK)
+    key_MP = torch.cat([_keys(state_CE, mean_E, projection_EP).bfloat16() for state_CE in parts])
+    config = NeighborsConfig(tuple(layers), selection.threshold, neighbors)
+    of = HardTokenNeighbors(config, key_MP, kept.label_N, mean_E, projection_EP)
     hard_K = selection.index_K
     found = of.search(validation.state_NE[hard_K])
     log_temperature, gate_3 = torch.tensor(config.temperature).log(), torch.tensor(config.gate)
@@ -341,7 +381,28 @@ def fit_neighbors(
     optimizer.step(loss)
     always, per_cosine, per_mass = gate_3.tolist()
     settled = dataclasses.replace(config, temperature=log_temperature.exp().item(), gate=(always, per_cosine, per_mass))
-    return HardTokenNeighbors(settled, key_ME, kept.label_N, mean_E, scale_E)
+    return HardTokenNeighbors(settled, key_MP, kept.label_N, mean_E, projection_EP)
+
+
+def _keys(state_NE: Tensor, mean_E: Tensor, projection_EP: Tensor) -> Tensor:
+    """``(N, P)`` float32 unit vectors."""
+    return normalize((state_NE.float() - mean_E) @ projection_EP, dim=-1)
+
+
+def _principal(state_ME: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean, and the projection on the first principal components of the states, every number of which is brought
+    to variance one before: a few of a model's are a hundred times as large as the others."""
+    size, parts = state_ME.shape[1], state_ME.split(CHUNK)
+    sum_E, square_EE = torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
+    for state_CE in parts:
+        sum_E += state_CE.float().sum(0)
+    mean_E = (sum_E / len(state_ME)).float()
+    for state_CE in parts:
+        centred_CE = state_CE.float() - mean_E
+        square_EE += centred_CE.T @ centred_CE
+    scale_E = (square_EE.diagonal() / len(state_ME)).clamp(min=1e-12).rsqrt()
+    _, vector_EE = torch.linalg.eigh(square_EE * scale_E * scale_E[:, None])  # in ascending order
+    return mean_E, (scale_E[:, None] * vector_EE[:, -min(KEY_SIZE, size) :]).float()
 
 
 def cross_fitted(kept: ReadTokens, validation: ReadTokens, **how: Any) -> Tensor:
