@@ -68,9 +68,7 @@ def _run(asked: argparse.Namespace) -> int:
 
     kept, validation = read("train"), read("val")
     how: dict[str, Any] = {"layers": layers, "hard_ratio": asked.hard_ratio, "neighbors": asked.neighbors}
-    of = ours.fit_neighbors(kept, validation, **how)
-    of.save_pretrained(asked.model)
-    test = read("test")
+    of, test = ours.fit_neighbors(kept, validation, **how), read("test")
     test_log_p_N, hard_K = of.log_p(test)
     rows = {
         "validation": (validation.log_p_N, ours.cross_fitted(kept, validation, **how)),
@@ -79,6 +77,7 @@ def _run(asked: argparse.Namespace) -> int:
     for name, pair in rows.items():
         before, after = map(ours.perplexity_of, pair)
         say(f"{name}: perplexity {before:.4f} -> {after:.4f} with neighbors ({after / before - 1:+.2%})")
+    of.save_pretrained(asked.model)
     say(f"of test {len(hard_K) / len(test.label_N):.0%} are hard and look up; {len(kept.label_N):,} tokens are kept")
     say(f"wrote {Path(asked.model) / ours.FOLDER}: {of.bytes / 2**20:.1f} MiB")
     return 0
