@@ -67,6 +67,8 @@ def main() -> None:
                 if answer is not None:
                     del children[request["pid"]]
             print(json.dumps(answer), flush=True)
+    for child in children:  # nobody waits for them any more
+        os.kill(child, signal.SIGKILL)
 
 
 def _ended(child: int, files: list[Path], counter: mmap.mmap) -> dict | None:

@@ -81,7 +81,7 @@ class Forked:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def answer(self, timeout: float = 300) -> dict:
+    def answer(self, timeout: float = 600) -> dict:
         """What it left, once it has ended."""
         end = time.monotonic() + timeout
         while self.poll() is None:
@@ -91,7 +91,7 @@ class Forked:
             time.sleep(0.005)
         return self._answer
 
-    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
         answer = self.answer(timeout)
         return answer["out"], answer["err"]
 

@@ -27,7 +27,11 @@ def together(server: FaultServer, count: int, *argv: str | Path, **more: str) ->
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     started = [server.start(*argv, environment={**ENVIRONMENT, **where, **rank, **more}) for rank in ranks]
-    answers = [process.answer() for process in started]
+    try:
+        answers = [process.answer() for process in started]
+    finally:
+        for process in started:
+            process.kill()
     code = next((answer["code"] for answer in answers if answer["code"]), 0)
     out, err = ("".join(answer[name] for answer in answers) for name in ("out", "err"))
     return subprocess.CompletedProcess(argv, code, out, err)
