@@ -38,6 +38,10 @@ def _frozen():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    gc.unfreeze()  # else nanobind counts what is left as leaks
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

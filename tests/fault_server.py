@@ -69,6 +69,7 @@ def main() -> None:
             print(json.dumps(answer), flush=True)
     for child in children:  # nobody waits for them any more
         os.kill(child, signal.SIGKILL)
+    gc.unfreeze()  # else nanobind counts what is left as leaks
 
 
 def _ended(child: int, files: list[Path], counter: mmap.mmap) -> dict | None:
