@@ -1,5 +1,6 @@
 """Shared by all tests: offline, no cache of the user's is touched, and a tiny model with a tokenizer."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -27,6 +28,18 @@ def pytest_sessionstart(session):
 def _own_cache(tmp_path_factory, monkeypatch):
     """Converted models and base passes go to a folder of the test session."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """What is there before a file's tests, modules most of all, is not looked through again by every collection of
+    garbage: a run asks for five, and they would be most of its time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # else nanobind counts what is left as leaks
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,12 @@
 """Runs commands in forked children of one process that has everything imported: a command costs what it computes.
 
-Reads a request a line, JSON: ``argv`` (the command's name and its arguments), ``folder`` (file operations below it are
-counted), ``die_at`` (the process kills itself before its n-th file operation, from 1; null: never), ``die_when`` (a
-pattern: it kills itself before the first operation at which such a file is in the folder), ``fill_at`` (before its n-th
-file operation it fills the disk with a file ``ballast`` in the folder). Answers with a line:
-``code`` (negative: the signal), ``out``, ``err``, ``operations`` (how many there were).
+Reads a request a line, JSON, and answers each with a line. A request with ``argv`` starts a child and is answered with
+its ``pid``. ``argv``: a command's name, or the path of a script, and its arguments; ``environment``: variables to set
+first; ``folder``: file operations below it are counted (null: none); ``die_at``: the process kills itself before its
+n-th file operation, from 1 (null: never); ``die_when``: a pattern, it kills itself before the first operation at which
+such a file is in the folder; ``fill_at``: before its n-th file operation it fills the disk with a file ``ballast`` in
+the folder. A request with ``pid`` alone asks for what has become of that child: ``code`` (negative: the signal),
+``out``, ``err``, ``operations`` (how many there were), or null while it runs.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ import importlib
 import json
 import mmap
 import os
+import runpy
 import signal
 import sys
 import tempfile
@@ -24,14 +27,19 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 OPERATIONS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "os.utime", "shutil.rmtree"}
 
 
+# What commands import when they need it.
+ON_DEMAND = (
+    *(f"cascade_fast.{name}" for name in ("cascade", "model.modeling", "model.measuring", "base.texts")),
+    *(f"cascade_fast.{name}" for name in ("runtime.run_folder", "training.data_parallel", "training.sharding")),
+    *("matplotlib.backends.backend_agg", "matplotlib.figure", "torch.distributed.fsdp"),
+)
+
+
 def main() -> None:
-    commands = {
-        name: importlib.import_module(f"cascade_fast.{name}") for name in ("train", "evaluate", "generate", "report")
-    }
-    for name in ("cascade", "model.modeling", "model.measuring", "base.texts", "runtime.run_folder"):
-        importlib.import_module(f"cascade_fast.{name}")
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure  # noqa: F401
+    names = ("train", "evaluate", "generate", "report", "base_pass")
+    commands = {name: importlib.import_module(f"cascade_fast.{name}").main for name in names}
+    for name in ON_DEMAND:
+        importlib.import_module(name)
     import torch
     import transformers
 
@@ -42,24 +50,44 @@ def main() -> None:
     assert torch.get_num_threads() == 1, "children of a process with threads would hang"
     this_machine(Compute(torch.device("cpu"), torch.float32))  # half a second, once
     gc.freeze()  # what is imported is not looked through again by every collection in a child
-    counter = mmap.mmap(-1, 8)  # shared with the children
-    for line in sys.stdin:
-        request = json.loads(line)
-        counter[:] = bytes(8)
-        files = [Path(tempfile.gettempdir()) / f"{os.getpid()}.{name}" for name in ("out", "err")]
-        child = os.fork()
-        if child == 0:
-            _child(commands[request["argv"][0]].main, request, files, counter)
-        _, status = os.waitpid(child, 0)
-        answer = {
-            "code": os.waitstatus_to_exitcode(status),
-            "out": files[0].read_text(errors="replace"),
-            "err": files[1].read_text(errors="replace"),
-            "operations": int.from_bytes(counter[:], "little"),
-        }
-        for file in files:
-            file.unlink()
-        print(json.dumps(answer), flush=True)
+    children = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, line in enumerate(sys.stdin):
+            request = json.loads(line)
+            if "argv" in request:
+                files = [Path(folder) / f"{number}.{name}" for name in ("out", "err")]
+                counter = mmap.mmap(-1, 8)  # shared with the child
+                child = os.fork()
+                if child == 0:
+                    _child(commands, request, files, counter)
+                children[child] = files, counter
+                answer = {"pid": child}
+            else:
+                answer = _ended(request["pid"], *children[request["pid"]])
+                if answer is not None:
+                    del children[request["pid"]]
+            print(json.dumps(answer), flush=True)
+    for child in children:  # nobody waits for them any more
+        os.kill(child, signal.SIGKILL)
+    gc.unfreeze()  # else nanobind counts what is left as leaks
+
+
+def _ended(child: int, files: list[Path], counter: mmap.mmap) -> dict | None:
+    pid, status = os.waitpid(child, os.WNOHANG)
+    if pid == 0:
+        return None
+    out, err = (file.read_text(errors="replace") for file in files)
+    code, operations = os.waitstatus_to_exitcode(status), int.from_bytes(counter[:], "little")
+    return {"code": code, "out": out, "err": err, "operations": operations}
+
+
+def _run(commands: dict, argv: list[str]) -> int | None:
+    if argv[0] in commands:
+        return commands[argv[0]](argv[1:])
+    sys.argv = argv
+    sys.path.insert(0, os.path.dirname(argv[0]))
+    runpy.run_path(argv[0], run_name="__main__")
+    return 0
 
 
 def _fill_disk(path: str) -> None:
@@ -70,9 +98,26 @@ def _fill_disk(path: str) -> None:
                 os.write(descriptor, bytes(size))
 
 
-def _child(command, request, files, counter) -> None:
+def _child(commands, request, files, counter) -> None:
     for number, file in zip((1, 2), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(request["environment"])
+    if request["folder"] is not None:
+        _count_operations(request, counter)
+    code = 1
+    try:
+        code = _run(commands, request["argv"])
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+
+
+def _count_operations(request, counter) -> None:
     folder, die_at, die_when = os.path.abspath(request["folder"]), request["die_at"], request["die_when"]
     counting = threading.RLock()  # filling the disk is an operation, too
 
@@ -94,17 +139,6 @@ def _child(command, request, files, counter) -> None:
                 _fill_disk(os.path.join(folder, "ballast"))
 
     sys.addaudithook(hook)
-    code = 1
-    try:
-        code = command(request["argv"][1:])
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 if __name__ == "__main__":

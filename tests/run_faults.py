@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -21,7 +23,8 @@ class FaultServer:
     """``fault_server.py``, as a context manager."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        # One thread: the point is the bits, not the speed, and processes of many threads cannot be forked.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("fault_server.py"))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
@@ -34,20 +37,63 @@ class FaultServer:
         self.process.stdin.close()
         self.process.wait(timeout=60)
 
-    def run(
-        self,
-        folder: Path,
-        *argv: str,
-        die_at: int | None = None,
-        die_when: str | None = None,
-        fill_at: int | None = None,
-    ) -> dict:
-        command = [str(part) for part in argv]
-        faults = {"die_at": die_at, "die_when": die_when, "fill_at": fill_at}
-        request = {"argv": command, "folder": str(folder), **faults}
+    def ask(self, request: dict) -> dict | None:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
+
+    def start(
+        self,
+        *argv: str | Path,
+        folder: Path | None = None,
+        environment: dict[str, str] | None = None,
+        die_at: int | None = None,
+        die_when: str | None = None,
+        fill_at: int | None = None,
+    ) -> "Forked":
+        faults = {"folder": folder and str(folder), "die_at": die_at, "die_when": die_when, "fill_at": fill_at}
+        return Forked(self, {"argv": [str(part) for part in argv], "environment": environment or {}, **faults})
+
+    def run(self, folder: Path | None, *argv: str | Path, **faults) -> dict:
+        return self.start(*argv, folder=folder, **faults).answer()
+
+
+class Forked:
+    """A command in a process of its own, forked by the server; to be used as a ``subprocess.Popen``."""
+
+    def __init__(self, server: FaultServer, request: dict) -> None:
+        self.server, self.args = server, request["argv"]
+        self.pid, self._answer = server.ask(request)["pid"], None
+
+    @property
+    def returncode(self) -> int | None:
+        return self._answer and self._answer["code"]
+
+    def poll(self) -> int | None:
+        if self._answer is None:
+            self._answer = self.server.ask({"pid": self.pid})
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def answer(self, timeout: float = 600) -> dict:
+        """What it left, once it has ended."""
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.005)
+        return self._answer
+
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
+        answer = self.answer(timeout)
+        return answer["out"], answer["err"]
 
 
 def small_run(base: Path, folder: Path, kind: str, *more: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Runs of several processes, one after the other: ``torchrun ... several_worker.py FILE``.
+"""Runs of several processes, one after the other: ``several_worker.py FILE`` in each.
 
 FILE is a JSON list of settings. With ``stop_at`` the last process gets a SIGTERM in that step of the first stage. How
 often gradients were summed over the processes stands in ``FILE.sums``, a number for each run.

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from test_ragged import ragged_texts
-from torchrun import torchrun
+from torchrun import together
 
 from cascade_fast import base_pass as command
 from cascade_fast import ops, train
@@ -234,9 +234,9 @@ def test_a_training_uses_the_shards_of_jobs(capsys, flags, tmp_path):
     assert capsys.readouterr().out.count("base pass: reused, ") == 2
 
 
-def test_two_processes_make_the_pass_of_one(flags, tmp_path, monkeypatch):
+def test_two_processes_make_the_pass_of_one(server, flags, tmp_path, monkeypatch):
     monkeypatch.setitem(fill_store.TOKENS_AT_ONCE, "cpu", 2048)  # as in the processes
-    done = torchrun(2, "-m", "cascade_fast.base_pass", *flags, "--train-blocks", "160")
+    done = together(server, 2, "base_pass", *flags, "--train-blocks", "160")
     assert done.returncode == 0, done.stderr
     several = _files(tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("shards"))
@@ -280,10 +280,10 @@ end_processes()
 """
 
 
-def test_two_processes_fill_one_store_and_notice_folders_that_are_not_the_same(tmp_path):
+def test_two_processes_fill_one_store_and_notice_folders_that_are_not_the_same(server, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    done = torchrun(2, str(script), str(tmp_path))
+    done = together(server, 2, script, tmp_path)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         said = (tmp_path / f"error-{rank}").read_text()

@@ -56,9 +56,12 @@ def test_every_part_leaves_its_numbers(before, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_it_ends_with_one_line(tmp_path):
-    done = bench(to=tmp_path / "gpu.jsonl")
-    assert done.returncode == 2
-    assert done.stderr.startswith("benchmarks.gpu: ")
-    assert done.stderr.count("\n") == 1
+def test_without_a_gpu_it_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    from benchmarks import gpu
+
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--json", str(tmp_path / "gpu.jsonl")])
+    assert gpu.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("benchmarks.gpu: ")
+    assert said.count("\n") == 1
     assert not (tmp_path / "gpu.jsonl").exists()

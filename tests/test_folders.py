@@ -5,7 +5,6 @@ import fcntl
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 from run_faults import is_one_line, small_run
@@ -100,11 +99,12 @@ def test_a_file_is_the_lock_then(without_flock, tmp_path):
     acquire_lock(tmp_path / "run.lock", timeout=0).release()
 
 
-def test_a_lock_left_by_a_host_that_is_gone_is_named(tiny_base, tmp_path):
+def test_a_lock_left_by_a_host_that_is_gone_is_named(server, tiny_base, tmp_path):
     """In a process of its own: whether there is flock is asked once."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.lock").write_text("4711\nlost-host\n")
-    script = (
+    script = tmp_path / "train.py"
+    script.write_text(
         "import errno, fcntl, os, sys\n"
         "def refuse(*_): raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))\n"
         "fcntl.flock = refuse\n"
@@ -113,15 +113,14 @@ def test_a_lock_left_by_a_host_that_is_gone_is_named(tiny_base, tmp_path):
     )
     arguments = small_run(tiny_base, tmp_path, "append")[1:]
     (tmp_path / "cache" / "locks").mkdir(parents=True)
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
+    refused = server.run(None, script, *arguments)
+    assert is_one_line(refused), refused
+    line = refused["err"]
     assert "another process is training there (4711 lost-host)" in line
     assert f"if that process is gone, remove '{tmp_path / 'run' / 'run.lock'}'" in line
     (tmp_path / "run" / "run.lock").unlink()
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    done = server.run(None, script, *arguments)
+    assert (done["code"], done["err"]) == (0, ""), done
 
 
 # --- what is left and what is made ------------------------------------------------------------------------------------

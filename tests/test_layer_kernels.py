@@ -16,7 +16,6 @@ from cuda_cases import (
     mangled,
     moved,
     randn,
-    run_interpreted,
     wide,
 )
 from layer_kernel_cases import LAYOUTS, check_all, check_non_finite
@@ -216,12 +215,6 @@ class TestEmulatedCuda:
 
 def launcher(op):
     return pytest.importorskip("cascade_kernels.launchers").LAUNCHERS[op]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it would start")
-def test_interpreter():
-    pytest.importorskip("triton")
-    run_interpreted(__file__, "TestInterpretedTriton", 20)
 
 
 class TestInterpretedTriton:

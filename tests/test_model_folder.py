@@ -44,7 +44,10 @@ def _settings(run):
     [
         "import cascade_fast; from transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM; import cascade_fast",
-        "import cascade_fast.model.modeling; from transformers import AutoModelForCausalLM",
+        # As of most tests in this process.
+        pytest.param(
+            "import cascade_fast.model.modeling; from transformers import AutoModelForCausalLM", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_auto_classes_know_the_cascade_after_one_import(tiny_runs, imports):

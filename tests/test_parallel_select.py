@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torchrun import torchrun
+from torchrun import together
 
 from cascade_fast.runtime.processes import Processes
 from cascade_fast.selection import NonFiniteScores, Selection, select_hardest
@@ -134,9 +134,9 @@ end_processes()
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_select_what_one_does(count, tmp_path):
+def test_processes_select_what_one_does(server, count, tmp_path):
     script = tmp_path / "same_selection.py"
     script.write_text(SCRIPT)
-    done = torchrun(count, str(script))
+    done = together(server, count, script)
     assert done.returncode == 0, done.stderr
     assert f"same {count}" in done.stdout

@@ -21,7 +21,6 @@ from cuda_cases import (
     moved,
     needs_pretend_gpu,
     on_pretend_card,
-    run_interpreted,
 )
 from layer_op_cases import assert_rounded_once, bits_equal, head_rows, randn
 
@@ -218,12 +217,6 @@ class TestEmulatedCuda:
 
 def launcher(op):
     return pytest.importorskip("cascade_kernels.launchers").LAUNCHERS[op]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it would start")
-def test_interpreter():
-    pytest.importorskip("triton")
-    run_interpreted(__file__, "TestInterpretedTriton", 4)
 
 
 class TestInterpretedTriton:

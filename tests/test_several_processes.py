@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, on gloo: they train what one does. Real processes; see several_worker.py."""
+"""Several processes on gloo: they train what one does. Real processes; see several_worker.py."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from torchrun import TORCHRUN, environment, torchrun
+from torchrun import TORCHRUN, environment, together
 
 from cascade_fast.cascade import run_cascade
 from cascade_fast.input_checks import InputError
@@ -41,10 +41,11 @@ def cache(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("cache"))
 
 
-def _together(count: int, runs: list[dict], folder: Path, cache: str) -> str:
+def _together(server, count: int, runs: list[dict], folder: Path, cache: str) -> str:
     file = folder / f"runs-{count}.json"
     file.write_text(json.dumps(runs))
-    done = torchrun(count, str(Path(__file__).with_name("several_worker.py")), str(file), XDG_CACHE_HOME=cache)
+    worker = Path(__file__).with_name("several_worker.py")
+    done = together(server, count, worker, file, XDG_CACHE_HOME=cache)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -60,7 +61,7 @@ def answers(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_base, tiny_data, answers, tmp_path_factory, cache) -> dict[str, Path]:
+def trained(server, tiny_base, tiny_data, answers, tmp_path_factory, cache) -> dict[str, Path]:
     """``RUNS`` of one process, in the folder ``one``, of two, in ``two`` and again in ``again``."""
     import torch
     from conftest import _settings
@@ -90,7 +91,7 @@ def trained(tiny_base, tiny_data, answers, tmp_path_factory, cache) -> dict[str,
     finally:
         torch.set_num_threads(threads)
     runs = [settings(name, "two") for name in RUNS] + [settings("look", "again")]
-    said = _together(2, runs, folder, cache)
+    said = _together(server, 2, runs, folder, cache)
     assert said.count("\npage: ") == len(runs)  # one of the two speaks
     return {where: folder / where for where in ("one", "two", "again")}
 
@@ -137,7 +138,7 @@ def test_what_is_written_is_written_once(trained):
         assert events[0] == events[1]
 
 
-def test_resumed_by_another_number_of_processes(tiny_settings, tmp_path, cache, monkeypatch):
+def test_resumed_by_another_number_of_processes(server, tiny_settings, tmp_path, cache, monkeypatch):
     """Two are interrupted, by a signal to one of them; one and three go on, the three with a stage spread over them."""
     import shutil
 
@@ -147,12 +148,12 @@ def test_resumed_by_another_number_of_processes(tiny_settings, tmp_path, cache, 
     settings = {**tiny_settings, **SMALL, "num_stages": 1, "resume": "auto"}
     torch.set_num_threads(1)
     run_cascade(make_settings({**settings, "out": str(tmp_path / "whole")}))
-    _together(2, [{**settings, "out": str(tmp_path / "stopped"), "stop_at": 5}], tmp_path, cache)
+    _together(server, 2, [{**settings, "out": str(tmp_path / "stopped"), "stop_at": 5}], tmp_path, cache)
     assert not (tmp_path / "stopped" / "results.json").exists()
     shutil.copytree(tmp_path / "stopped", tmp_path / "three")
     run_cascade(make_settings({**settings, "out": str(tmp_path / "stopped")}))
     spread = {**settings, "shard": "fsdp", "out": str(tmp_path / "three")}
-    _together(3, [spread, {**spread, "out": str(tmp_path / "spread"), "stop_at": 5}], tmp_path, cache)
+    _together(server, 3, [spread, {**spread, "out": str(tmp_path / "spread"), "stop_at": 5}], tmp_path, cache)
     run_cascade(make_settings({**settings, "out": str(tmp_path / "spread")}))
     whole = read_results(tmp_path / "whole").stages[0].epochs[0]
     for name in ("stopped", "three", "spread"):
@@ -182,9 +183,10 @@ def test_one_that_is_killed_ends_all(tiny_settings, tmp_path, cache):
     assert "Traceback" not in output[: output.index(lines[0])]
 
 
-def test_a_mistake_is_one_line(tiny_base, tmp_path, cache):
+def test_a_mistake_is_one_line(server, tiny_base, tmp_path, cache):
     text = ["--base", str(tiny_base), "--seq-len", "32", "--dataset", str(tmp_path / "no.jsonl")]
-    done = torchrun(2, "-m", "cascade_fast.train", *text, XDG_CACHE_HOME=cache)
+    done = together(server, 2, "train", *text, XDG_CACHE_HOME=cache)
+    assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         f"error: dataset: {str(tmp_path / 'no.jsonl')!r}; no such file or folder"
     ]

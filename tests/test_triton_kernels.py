@@ -1,6 +1,6 @@
 """The Triton kernels, four ways: Triton's interpreter, a PTX emulator, ahead-of-time compilation, a real GPU.
 
-- ``test_interpreter`` runs ``TestInterpreter`` in a process of its own: kernels see TRITON_INTERPRET when defined.
+- ``test_interpreted.py`` runs ``TestInterpreter`` in a process of its own: kernels see TRITON_INTERPRET when defined.
 - ``TestEmulator`` runs the PTX compiled for sm_75 if the optional module ``ptxsim`` is on PYTHONPATH.
 - ``TestCompile`` compiles every variant in ``launchers.AOT``; sm_80 and sm_90 with ``-m slow``.
 - ``TestGpu`` needs a card: ``-m gpu``.
@@ -16,7 +16,6 @@ pytest.importorskip("triton")
 import loss_cases
 from cascade_kernels import scatter_rows, select_hard
 from cascade_kernels.launchers import AOT, LAUNCHERS
-from cuda_cases import run_interpreted
 from op_cases import special_scores
 from triton_cases import (
     assert_cosine_score,
@@ -51,11 +50,6 @@ def poisoned_empty(monkeypatch):
         return x.fill_(float("nan") if x.is_floating_point() else 77 if x.element_size() == 1 else 0x7BAD)
 
     monkeypatch.setattr(torch, "empty", filled)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it would start")
-def test_interpreter():
-    run_interpreted(__file__, "TestInterpreter", 60)
 
 
 @pytest.mark.usefixtures("poisoned_empty")
