@@ -25,9 +25,12 @@ def main() -> None:
     from pydoc_data.topics import topics
 
     compute = Compute.choose("cpu", "auto")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=compute.dtype).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=compute.dtype, trust_remote_code=False)
+    model.eval().requires_grad_(False)
     of = HardTokenNeighbors.from_pretrained(args.model)
-    tokens = AutoTokenizer.from_pretrained(args.model)("\n".join(topics.values()))["input_ids"][: 8 * 128]
+    tokens = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)("\n".join(topics.values()))[
+        "input_ids"
+    ][: 8 * 128]
     ids = torch.tensor(tokens).view(8, 128)
 
     def read() -> torch.Tensor:

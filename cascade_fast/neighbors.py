@@ -88,8 +88,8 @@ def _load(folder: str, compute: Any) -> tuple[Any, Any]:
 
     from cascade_fast.base.model import load_tokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute.dtype).to(compute.device).eval()
-    return model.requires_grad_(False), load_tokenizer(f"MODEL: {folder!r}", folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute.dtype, trust_remote_code=False)
+    return model.to(compute.device).eval().requires_grad_(False), load_tokenizer(f"MODEL: {folder!r}", folder)
 
 
 if __name__ == "__main__":

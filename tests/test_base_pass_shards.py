@@ -19,6 +19,7 @@ from cascade_fast.base.split_store import ranges
 from cascade_fast.base.splits import split_texts
 from cascade_fast.base.texts import load_sequences
 from cascade_fast.input_checks import InputError
+from cascade_fast.runtime import processes as processes_module
 from cascade_fast.runtime.compute import Compute
 from cascade_fast.settings import make_settings
 from cascade_fast.stages.kind import base_needs
@@ -28,6 +29,7 @@ RAGGED = {"train_blocks": None, "val_blocks": None, "train_tokens": 900, "val_to
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
+    monkeypatch.setattr(processes_module, "_stays_alone", False)  # a job with --shard ends with its process
     monkeypatch.setitem(fill_store.TOKENS_AT_ONCE, "cpu", 128)
 
 

@@ -107,7 +107,7 @@ def test_every_command_has_a_console_script():
     section = (ROOT / "pyproject.toml").read_text().split("[project.scripts]\n")[1].split("\n\n")[0]
     scripts = dict(re.findall(r'^(\S+) = "(\S+)"$', section, re.MULTILINE))
     commands = {p.stem for p in (ROOT / "cascade_fast").glob("*.py") if '__name__ == "__main__"' in p.read_text()}
-    assert len(commands) == 12
+    assert len(commands) == 13
     assert scripts == {f"cascade-fast-{name.replace('_', '-')}": f"cascade_fast.{name}:main" for name in commands}
     for target in scripts.values():
         module, function = target.split(":")
