@@ -41,6 +41,7 @@ DEPTH = 0.8  # of the model's layers: where the first half of a key comes from; 
 KEY_SIZE = 256  # principal components
 CHUNK = 4096  # tokens whose states are in float32 at once
 SEARCH_BYTES = 2**26  # of similarities at once
+SHRINK = 1e-6  # of the gate: weights above ten are of use, where only near copies of a text say anything
 NO_NEIGHBOR = 1e-30  # probability of a label that no neighbor has, where its logarithm is taken
 
 
@@ -374,7 +375,7 @@ def fit_neighbors(
     def loss() -> Tensor:
         optimizer.zero_grad()
         value = -_log_p(found, validation, hard_K, log_temperature.exp(), gate_3).mean()
-        value = value + 1e-4 * gate_3.square().sum()  # where nothing is found the gate would go to minus infinity
+        value = value + SHRINK * gate_3.square().sum()  # where nothing is found the gate would go to minus infinity
         value.backward()
         return value
 
