@@ -168,8 +168,11 @@ class HardTokenNeighbors(nn.Module):
         weight_KX = found.weights(self.config.temperature)
         gate_K = found.gate(weight_KX, weight_KX.new_tensor(self.config.gate))
         p_KV = logits_KV.new_zeros(logits_KV.shape, dtype=torch.float32)
-        p_KV.scatter_add_(1, found.label_KX, weight_KX)
-        mixed_KV = _mixed(gate_K[:, None], logits_KV.float().log_softmax(-1), p_KV)
+        p_KX = p_KV.scatter_add_(1, found.label_KX, weight_KX).gather(1, found.label_KX)
+        mixed_KV = logits_KV.float().log_softmax(-1)
+        mixed_KX = _mixed(gate_K[:, None], mixed_KV.gather(1, found.label_KX), p_KX)
+        # Few tokens of the vocabulary are a neighbor's label: of the others there is the model's part alone.
+        mixed_KV.add_(logsigmoid(-gate_K)[:, None]).scatter_(1, found.label_KX, mixed_KX)
         return hard.scatter(mixed_KV.to(logits_NV.dtype), into=logits_NV)
 
     @torch.no_grad()
