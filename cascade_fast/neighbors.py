@@ -47,9 +47,10 @@ def _check(asked: argparse.Namespace) -> None:
 
 def _run(asked: argparse.Namespace) -> int:
     _check(asked)
+    from cascade_fast.losses import perplexity
     from cascade_fast.model import neighbors as ours
     from cascade_fast.model.configuration import CascadeConfig
-    from cascade_fast.model.evaluation_text import evaluation_text
+    from cascade_fast.model.evaluation_text import splits_of_run
     from cascade_fast.model.loading import looking_for
     from cascade_fast.runtime.compute import Compute
     from cascade_fast.runtime.console import quiet_libraries, say
@@ -62,23 +63,27 @@ def _run(asked: argparse.Namespace) -> int:
     model, tokenizer = _load(asked.model, compute)
     layers = ours.default_layers(model)
 
-    def read(split: str) -> Any:
-        sequences, _ = evaluation_text(config, tokenizer, split=split)
-        return ours.read_tokens(model, sequences, layers, batch_tokens=asked.batch_tokens, name=f"reading {split}")
+    ours.check_layers(model, layers)
+    splits = splits_of_run(config, tokenizer)
 
-    kept, validation = read("train"), read("val")
-    how: dict[str, Any] = {"layers": layers, "hard_ratio": asked.hard_ratio, "neighbors": asked.neighbors}
-    of, test = ours.fit_neighbors(kept, validation, **how), read("test")
+    def read(split: str) -> Any:
+        how: dict[str, Any] = {"batch_tokens": asked.batch_tokens, "name": f"reading {split}"}
+        return ours.read_tokens(model, splits[split], layers, **how)
+
+    all_kept = ours.keep_tokens(read("train"), layers=layers, neighbors=asked.neighbors).to(model.device)
+    validation, test = read("val"), read("test")
+    of = all_kept.fitted(validation, asked.hard_ratio)
     test_log_p_N, hard_K = of.log_p(test)
     rows = {
-        "validation": (validation.log_p_N, ours.cross_fitted(kept, validation, **how)),
+        "validation": (validation.log_p_N, ours.cross_fitted(all_kept, validation, asked.hard_ratio)),
         "test": (test.log_p_N, test_log_p_N),
     }
     for name, pair in rows.items():
-        before, after = map(ours.perplexity_of, pair)
+        before, after = (perplexity(-log_p_N.double().mean().item()) for log_p_N in pair)
         say(f"{name}: perplexity {before:.4f} -> {after:.4f} with neighbors ({after / before - 1:+.2%})")
     of.save_pretrained(asked.model)
-    say(f"of test {len(hard_K) / len(test.label_N):.0%} are hard and look up; {len(kept.label_N):,} tokens are kept")
+    kept = len(of.get_buffer("label_M"))
+    say(f"of test {len(hard_K) / len(test.label_N):.0%} are hard and look up; {kept:,} tokens are kept")
     say(f"wrote {Path(asked.model) / ours.FOLDER}: {of.bytes / 2**20:.1f} MiB")
     return 0
 

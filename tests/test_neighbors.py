@@ -8,7 +8,7 @@ import torch
 from conftest import byte_tokenizer, english_texts, text_ids
 from export_cases import random_base
 from torch.nn.functional import normalize
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from cascade_fast import neighbors as command
 from cascade_fast.base.sequences import Sequences
@@ -18,7 +18,7 @@ from cascade_fast.criteria import token_entropy
 from cascade_fast.input_checks import InputError
 from cascade_fast.model import neighbors
 from cascade_fast.model.export import export
-from cascade_fast.model.neighbors import HardTokenNeighbors, NeighborsConfig, fit_neighbors, read_tokens
+from cascade_fast.model.neighbors import HardTokenNeighbors, NeighborsConfig, keep_tokens, read_tokens
 from cascade_fast.runtime.files import DamagedFile
 from cascade_fast.settings import make_settings
 
@@ -174,19 +174,19 @@ class TestMaking:
 
     def test_the_fit_gains_where_the_text_comes_again_and_little_is_asked_where_it_does_not(self, model):
         kept, again = (read_tokens(model, sequences(12, 0), LAYERS, name="reading") for _ in range(2))
-        of = fit_neighbors(kept, again, layers=LAYERS, hard_ratio=0.5, neighbors=8)
+        of = keep_tokens(kept, layers=LAYERS, neighbors=8).fitted(again, 0.5)
         log_p_N, hard_K = of.log_p(again)
         assert len(hard_K) == pytest.approx(0.5 * len(log_p_N), abs=1)
         assert log_p_N[hard_K].mean() > again.log_p_N[hard_K].mean() + 1  # a random model, that looks up every answer
         easy = torch.ones(len(log_p_N), dtype=torch.bool).index_fill(0, hard_K, False)
         assert torch.equal(log_p_N[easy], again.log_p_N[easy])
         nonsense = dataclasses.replace(kept, label_N=torch.zeros_like(kept.label_N))  # a token that never follows
-        beside = fit_neighbors(nonsense, again, layers=LAYERS, hard_ratio=0.5, neighbors=8)
+        beside = keep_tokens(nonsense, layers=LAYERS, neighbors=8).fitted(again, 0.5)
         assert beside.log_p(again)[0].mean() == pytest.approx(again.log_p_N.mean().item(), abs=0.01)
 
     def test_log_p_is_forward_s_and_the_fit_is_the_same_twice(self, model):
         kept, other = (read_tokens(model, sequences(8, at), LAYERS, name="reading") for at in (0, 400))
-        one, two = (fit_neighbors(kept, other, layers=LAYERS) for _ in range(2))
+        one, two = (keep_tokens(kept, layers=LAYERS).fitted(other) for _ in range(2))
         assert one.config == two.config
         of = sequences(8, 400)
         ids = of.ids(0).long()[None]
@@ -205,24 +205,20 @@ class TestMaking:
 
     def test_cross_fitting_never_fits_what_it_measures(self, model):
         kept, other = (read_tokens(model, sequences(8, at), LAYERS, name="reading") for at in (0, 400))
-        found = neighbors.cross_fitted(kept, other, layers=LAYERS)
-        odd = other.sequence_N % 2 == 1
-        changed = dataclasses.replace(other, label_N=torch.where(odd, other.label_N, 5))
-        assert torch.equal(neighbors.cross_fitted(kept, changed, layers=LAYERS)[~odd], found[~odd]) is False
-        assert (
-            fit_neighbors(kept, neighbors._rows(other, ~odd), layers=LAYERS)
-            .log_p(neighbors._rows(other, odd))[0]
-            .equal(found[odd])
-        )
-        with pytest.raises(ValueError, match="one sequence; must be two"):
-            neighbors.cross_fitted(kept, neighbors._rows(other, other.sequence_N == 0), layers=LAYERS)
+        of = keep_tokens(kept, layers=LAYERS)
+        found, odd = neighbors.cross_fitted(of, other), other.sequence_N % 2 == 1
+        for fits in (odd, ~odd):
+            alone = of.fitted(neighbors._rows(other, fits)).log_p(neighbors._rows(other, ~fits))[0]
+            assert torch.equal(found[~fits], alone)
+        with pytest.raises(InputError, match="one sequence; must be two"):
+            neighbors.cross_fitted(of, neighbors._rows(other, other.sequence_N == 0))
 
     def test_bad_numbers(self, model):
         kept = read_tokens(model, sequences(2, 0), LAYERS, name="reading")
         with pytest.raises(ValueError, match="neighbors: 0; must be at least 1"):
-            fit_neighbors(kept, kept, layers=LAYERS, neighbors=0)
+            keep_tokens(kept, layers=LAYERS, neighbors=0)
         with pytest.raises(ValueError, match=r"1\.5"):
-            fit_neighbors(kept, kept, layers=LAYERS, hard_ratio=1.5)
+            keep_tokens(kept, layers=LAYERS).fitted(kept, 1.5)
 
 
 class TestFiles:
@@ -283,6 +279,12 @@ def test_the_command(adapter_settings, tmp_path, capsys):
     kept = settings.train_blocks * settings.seq_len
     assert shares.endswith(f"are hard and look up; {kept:,} tokens are kept")
     assert wrote.startswith(f"wrote {model / 'neighbors'}: ")
+
+    other = tmp_path / "other"
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=300)).save_pretrained(other)
+    AutoTokenizer.from_pretrained(model).save_pretrained(other)
+    message = "error: model: GPT2LMHeadModel; must have decoder layers with a part 'mlp'\n"
+    assert run(capsys, tmp_path / "run", other)[::2] == (2, message)
 
     code, _, err = run(capsys, tmp_path / "run", model)
     assert (code, err) == (2, f"error: MODEL: {str(model)!r}; has neighbors already: remove "

@@ -8,7 +8,7 @@ from cascade_fast.base.texts import OF_ONE_DATASET, all_sequences, load_sequence
 from cascade_fast.input_checks import InputError
 from cascade_fast.model.configuration import CascadeConfig
 from cascade_fast.resume import RESUME_MAY_CHANGE, saved_settings
-from cascade_fast.settings import GENERAL, make_settings
+from cascade_fast.settings import GENERAL, RunSettings, make_settings
 
 
 def evaluation_text(
@@ -35,17 +35,7 @@ def evaluation_text(
     Raises:
         InputError: no such text, or none that is known; ``seq_len`` above the base's positions; no sequence.
     """
-    settings = {n: value for n, value in saved_settings(config.settings).items() if n not in RESUME_MAY_CHANGE}
-    if dataset is None and not config.settings:
-        raise InputError("dataset: not given, and this cascade does not know what it was trained on")
-    if seq_len is not None:
-        settings["seq_len"] = seq_len
-    if dataset is not None:
-        settings = {name: value for name, value in settings.items() if name not in OF_ONE_DATASET}
-        settings |= {"dataset": dataset, **text}
-    asked, longest = make_settings(settings), config.max_position_embeddings
-    if asked.seq_len > longest:
-        raise InputError(f"seq_len: {asked.seq_len}; the base has {longest} positions")
+    asked = _asked(config, seq_len, dataset, text)
     found: Sequences | None
     if dataset is not None:
         found, source = all_sequences(asked, tokenizer, limit), asked.dataset
@@ -56,3 +46,30 @@ def evaluation_text(
     if not found:
         raise InputError(f"split: {split!r}; the run has no such text")
     return found.first(limit), source
+
+
+def splits_of_run(config: CascadeConfig, tokenizer: Any) -> dict[str, Sequences]:
+    """``train``, ``val`` and ``test`` of the text that the cascade was trained on, read once. Raises InputError: it is
+    not known, or a split has no sequence."""
+    splits = load_sequences(_asked(config), tokenizer).splits
+    for name, found in splits.items():
+        if not found:
+            raise InputError(f"split: {name!r}; the run has no such text")
+    return splits
+
+
+def _asked(
+    config: CascadeConfig, seq_len: int | None = None, dataset: str | None = None, text: dict[str, Any] | None = None
+) -> RunSettings:
+    settings = {n: value for n, value in saved_settings(config.settings).items() if n not in RESUME_MAY_CHANGE}
+    if dataset is None and not config.settings:
+        raise InputError("dataset: not given, and this cascade does not know what it was trained on")
+    if seq_len is not None:
+        settings["seq_len"] = seq_len
+    if dataset is not None:
+        settings = {name: value for name, value in settings.items() if name not in OF_ONE_DATASET}
+        settings |= {"dataset": dataset, **(text or {})}
+    asked, longest = make_settings(settings), config.max_position_embeddings
+    if asked.seq_len > longest:
+        raise InputError(f"seq_len: {asked.seq_len}; the base has {longest} positions")
+    return asked

@@ -119,7 +119,7 @@ def measure(
             output = model(input_BS, **labels, thresholds=thresholds, output_exits=True, use_cache=False)
             wait_for(model.device)
             seconds += time.perf_counter() - started
-            loss_BS, correct_BS = _judge(output.logits, label_BS)
+            loss_BS, correct_BS = judge(output.logits, label_BS)
             results = (loss_BS, correct_BS, output.exits, output.scores)
             parts.append(tuple(of_BS.flatten(0, 1) for of_BS in results))
             labelled.append(labelled_BS.flatten())
@@ -139,12 +139,12 @@ def measure(
     return Measured(loss_N, correct_N, exit_N, score_NE, sequence_N, sequences.tokens, ran, counted, seconds)
 
 
-def _judge(logits_BSV: Tensor, label_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of every token, and whether its likeliest token is the label; float32 logits of a chunk at a time. Zero and
-    False where there is no label."""
+def judge(logits_BSV: Tensor, label_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of every token, ``(B, S)`` or ``(N,)`` as the labels, and whether its likeliest token is the label; float32
+    logits of a chunk at a time. Zero and False where there is no label."""
     losses, correct = [], []
     step = chunk_tokens(logits_BSV.shape[-1], torch.float32)
-    for logits_CV, label_C in zip(logits_BSV.flatten(0, 1).split(step), label_BS.flatten().split(step), strict=True):
+    for logits_CV, label_C in zip(logits_BSV.flatten(0, -2).split(step), label_BS.flatten().split(step), strict=True):
         losses.append(nn.functional.cross_entropy(logits_CV.float(), label_C, reduction="none"))
         correct.append(logits_CV.argmax(-1) == label_C)
     return torch.cat(losses).view(label_BS.shape), torch.cat(correct).view(label_BS.shape)

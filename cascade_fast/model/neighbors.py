@@ -30,11 +30,11 @@ from cascade_fast.base.sequences import Sequences
 from cascade_fast.criteria import token_entropy
 from cascade_fast.hard_token_gather import HardTokenGather
 from cascade_fast.input_checks import InputError
-from cascade_fast.losses import perplexity
+from cascade_fast.model.measuring import judge
 from cascade_fast.runtime.compute import sent
 from cascade_fast.runtime.console import Progress
 from cascade_fast.runtime.files import DamagedFile, load_tensors, new_folder, read_json, save_tensors, write_json
-from cascade_fast.selection import select_hardest
+from cascade_fast.selection import EVERY_TOKEN, select_hardest
 
 FOLDER = "neighbors"  # beside a model's weights
 DEPTH = 0.8  # of the model's layers: where the first half of a key comes from; the other is from the last layer
@@ -180,10 +180,46 @@ class HardTokenNeighbors(nn.Module):
         """Of every token's label under the mixture, ``(N,)`` float32, and which are hard, ``(K,)`` int64. What
         :meth:`forward` gives, without the vocabulary."""
         hard_K = (read.score_N <= self.config.threshold).nonzero().squeeze(1)
-        found = self.search(read.state_NE[hard_K].to(self.get_buffer("key_MP").device))
         temperature, gate_3 = torch.tensor(self.config.temperature), torch.tensor(self.config.gate)
-        log_p_K = _log_p(_on_cpu(found), read, hard_K, temperature, gate_3)
+        log_p_K = _log_p(self._found(read, hard_K), read, hard_K, temperature, gate_3)
         return read.log_p_N.index_copy(0, hard_K, log_p_K), hard_K
+
+    def _found(self, read: ReadTokens, of_K: Tensor) -> Found:
+        """On the CPU, wherever the keys are."""
+        found = self.search(sent(read.state_NE[of_K], self.get_buffer("key_MP").device))
+        return Found(found.cosine_KX.cpu(), found.label_KX.cpu())
+
+    def fitted(self, validation: ReadTokens, hard_ratio: float = 0.7) -> Self:
+        """The same tokens, with the temperature and the gate under which the labels of the hard tokens of
+        ``validation``, the share ``hard_ratio`` with the highest entropy, are likeliest.
+
+        Raises:
+            ValueError: no tokens, or ``hard_ratio`` outside (0, 1].
+        """
+        selection = select_hardest(validation.score_N, hard_ratio)
+        hard_K = selection.index_K
+        found = self._found(validation, hard_K)
+        log_temperature, gate_3 = torch.tensor(self.config.temperature).log(), torch.tensor(self.config.gate)
+        numbers = [log_temperature.requires_grad_(), gate_3.requires_grad_()]
+        optimizer = torch.optim.LBFGS(numbers, max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = -_log_p(found, validation, hard_K, log_temperature.exp(), gate_3).mean()
+            value = value + SHRINK * gate_3.square().sum()  # where nothing is found the gate would go to -infinity
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        always, per_cosine, per_mass = gate_3.tolist()
+        settled = NeighborsConfig(
+            self.config.layers,
+            selection.threshold,
+            self.config.neighbors,
+            log_temperature.exp().item(),
+            (always, per_cosine, per_mass),
+        )
+        return type(self)(settled, *self.buffers())
 
     # --- a model that uses it -----------------------------------------------------------------------------------------
 
@@ -191,10 +227,10 @@ class HardTokenNeighbors(nn.Module):
         """From now on ``model``, a causal model of transformers, gives the mixture's logits (and loss).
 
         Raises:
-            ValueError: attached already, or a model without such a layer or of another hidden size or vocabulary.
+            InputError: attached already, or a model without such a layer or of another hidden size or vocabulary.
         """
         if self._hooks:
-            raise ValueError("model: these neighbors are attached to a model already; detach() them first")
+            raise InputError("model: these neighbors are attached to a model already; detach() them first")
         self._check(model)
         self.to(model.device)
         states, hooks = _caught(model, self.config.layers)
@@ -219,7 +255,7 @@ class HardTokenNeighbors(nn.Module):
         of, largest = model.config, int(self.get_buffer("label_M").max())
         size = self.get_buffer("mean_E").shape[0] // len(self.config.layers)
         if of.hidden_size != size or of.vocab_size <= largest:
-            raise ValueError(
+            raise InputError(
                 f"model: hidden size {of.hidden_size}, vocabulary {of.vocab_size}; the neighbors are of a model with "
                 f"{size} and more than {largest}"
             )
@@ -277,10 +313,6 @@ def _log_p(found: Found, read: ReadTokens, of_K: Tensor, temperature: Tensor, ga
     return _mixed(found.gate(weight_KX, gate_3), read.log_p_N[of_K], p_K)
 
 
-def _on_cpu(found: Found) -> Found:
-    return Found(found.cosine_KX.cpu(), found.label_KX.cpu())
-
-
 # --- states of a model ------------------------------------------------------------------------------------------------
 
 
@@ -291,12 +323,12 @@ def default_layers(model: Any) -> tuple[int, ...]:
 
 
 def check_layers(model: Any, numbers: Sequence[int]) -> None:
-    """Raises ValueError for a model of another kind, or without such layers."""
+    """Raises InputError for a model of another kind, or without such layers."""
     layers = getattr(model.get_decoder(), "layers", None) if hasattr(model, "get_decoder") else None
     if layers is None or not all(hasattr(one, "mlp") for one in layers):
-        raise ValueError(f"model: {type(model).__name__}; must have decoder layers with a part 'mlp'")
+        raise InputError(f"model: {type(model).__name__}; must have decoder layers with a part 'mlp'")
     if not numbers or not all(0 <= number < len(layers) for number in numbers):
-        raise ValueError(f"layers: {tuple(numbers)}; must be in [0, {len(layers)}), one at least")
+        raise InputError(f"layers: {tuple(numbers)}; must be in [0, {len(layers)}), one at least")
 
 
 def _caught(model: Any, numbers: Sequence[int]) -> tuple[dict[int, Tensor], list[Any]]:
@@ -320,12 +352,12 @@ def _taken(states: dict[int, Tensor]) -> Tensor:
 # --- making it --------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read_tokens(
     model: Any, sequences: Sequences, layers: Sequence[int], *, batch_tokens: int = 1024, name: str
 ) -> ReadTokens:
     """Every labelled token of ``sequences`` in the model, a causal one of transformers. Padding is on the right, so
-    that no token sees it. Raises ValueError as :func:`check_layers`."""
+    that no token sees it. Raises InputError as :func:`check_layers`."""
     check_layers(model, layers)
     states, hooks = _caught(model, layers)
     parts = []
@@ -336,56 +368,27 @@ def read_tokens(
                 input_BS, real_BS = (sent(t, model.device) for t in (padded.input_BS, padded.labelled_BS))
                 logits_NV = model(input_BS, use_cache=False).logits[real_BS]
                 label_N = sent(padded.label_BS, model.device)[real_BS]
-                log_p_N = -nn.functional.cross_entropy(logits_NV.float(), label_N, reduction="none")
+                loss_N, _ = judge(logits_NV, label_N)
                 number_N = torch.arange(len(sequences))[some, None].expand_as(padded.labelled_BS)[padded.labelled_BS]
                 state_NE = _taken(states)[real_BS]
-                parts.append((*(t.cpu() for t in (state_NE, label_N, log_p_N, -token_entropy(logits_NV))), number_N))
+                parts.append((*(t.cpu() for t in (state_NE, label_N, -loss_N, -token_entropy(logits_NV))), number_N))
                 progress.advance(int(padded.real_BS.sum()))
     finally:
         for hook in hooks:
             hook.remove()
-    return ReadTokens(*(torch.cat(of).clone() for of in zip(*parts, strict=True)))
+    return ReadTokens(*(torch.cat(of) for of in zip(*parts, strict=True)))
 
 
-def fit_neighbors(
-    kept: ReadTokens,
-    validation: ReadTokens,
-    *,
-    layers: Sequence[int],
-    hard_ratio: float = 0.7,
-    neighbors: int = 256,
-) -> HardTokenNeighbors:
-    """Neighbors of the training tokens ``kept``: temperature and gate are those under which the labels of the hard
-    tokens of ``validation``, the share ``hard_ratio`` with the highest entropy, are likeliest.
-
-    Raises:
-        ValueError: no tokens, ``hard_ratio`` outside (0, 1], ``neighbors`` below 1.
-    """
+def keep_tokens(kept: ReadTokens, *, layers: Sequence[int], neighbors: int = 256) -> HardTokenNeighbors:
+    """Neighbors of the training tokens ``kept``, for every token and with nothing fitted: see
+    :meth:`HardTokenNeighbors.fitted`. Raises ValueError: ``neighbors`` below 1."""
     if neighbors < 1:
         raise ValueError(f"neighbors: {neighbors}; must be at least 1")
-    selection = select_hardest(validation.score_N, hard_ratio)
     mean_E, projection_EP = _principal(kept.state_NE)
     parts = kept.state_NE.split(CHUNK)
     key_MP = torch.cat([_keys(state_CE, mean_E, projection_EP).bfloat16() for state_CE in parts])
-    config = NeighborsConfig(tuple(layers), selection.threshold, neighbors)
-    of = HardTokenNeighbors(config, key_MP, kept.label_N, mean_E, projection_EP)
-    hard_K = selection.index_K
-    found = of.search(validation.state_NE[hard_K])
-    log_temperature, gate_3 = torch.tensor(config.temperature).log(), torch.tensor(config.gate)
-    fitted = [log_temperature.requires_grad_(), gate_3.requires_grad_()]
-    optimizer = torch.optim.LBFGS(fitted, max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = -_log_p(found, validation, hard_K, log_temperature.exp(), gate_3).mean()
-        value = value + SHRINK * gate_3.square().sum()  # where nothing is found the gate would go to minus infinity
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    always, per_cosine, per_mass = gate_3.tolist()
-    settled = dataclasses.replace(config, temperature=log_temperature.exp().item(), gate=(always, per_cosine, per_mass))
-    return HardTokenNeighbors(settled, key_MP, kept.label_N, mean_E, projection_EP)
+    config = NeighborsConfig(tuple(layers), EVERY_TOKEN, neighbors)
+    return HardTokenNeighbors(config, key_MP, kept.label_N, mean_E, projection_EP)
 
 
 def _keys(state_NE: Tensor, mean_E: Tensor, projection_EP: Tensor) -> Tensor:
@@ -409,22 +412,17 @@ def _principal(state_ME: Tensor) -> tuple[Tensor, Tensor]:
     return mean_E, (scale_E[:, None] * vector_EE[:, -min(KEY_SIZE, size) :]).float()
 
 
-def cross_fitted(kept: ReadTokens, validation: ReadTokens, **how: Any) -> Tensor:
+def cross_fitted(of: HardTokenNeighbors, validation: ReadTokens, hard_ratio: float = 0.7) -> Tensor:
     """Log-probabilities of validation's labels, ``(N,)``, each half of its sequences by what was fitted on the other:
-    not flattered by the fit."""
+    not flattered by the fit. Raises InputError: one sequence."""
     log_p_N = torch.empty_like(validation.log_p_N)
     for half in (0, 1):
-        fits = validation.sequence_N % 2 == half
-        if not fits.any() or fits.all():
-            raise ValueError("validation: one sequence; must be two at least")
-        of = fit_neighbors(kept, _rows(validation, fits), **how)
-        log_p_N[~fits] = of.log_p(_rows(validation, ~fits))[0]
+        fits_N = validation.sequence_N % 2 == half
+        if not fits_N.any() or fits_N.all():
+            raise InputError("validation: one sequence; must be two at least")
+        log_p_N[~fits_N] = of.fitted(_rows(validation, fits_N), hard_ratio).log_p(_rows(validation, ~fits_N))[0]
     return log_p_N
 
 
 def _rows(read: ReadTokens, of_N: Tensor) -> ReadTokens:
     return ReadTokens(*(getattr(read, field.name)[of_N] for field in dataclasses.fields(ReadTokens)))
-
-
-def perplexity_of(log_p_N: Tensor) -> float:
-    return perplexity(-log_p_N.double().mean().item())
