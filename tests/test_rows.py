@@ -172,7 +172,7 @@ def test_what_is_no_encoding(tmp_path, encoding):
         ("x.jsonl", '{"text": 1}'.encode("utf-16-le"), "utf-8", "--encoding utf-16-le"),
         ("x.txt", b"a\nb\0c", "utf-8", ", line 2: the character zero; it is no text"),
         ("x.txt", b"\x7fELF\x02\x01\x01\0\0\0", "latin-1", ", line 1: the character zero; it is no text"),
-        ("x.jsonl", gzip.compress(b'{"text": 1}\n'), "utf-8", " is packed with gzip; unpack it"),
+        ("x.jsonl", gzip.compress(b'{"text": 1}\n', mtime=0), "utf-8", " is packed with gzip; unpack it"),
         ("x.txt", b"PK\x03\x04abc", "latin-1", " is packed with zip; unpack it"),
     ],
 )
