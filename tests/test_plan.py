@@ -250,6 +250,25 @@ def test_this_machine_is_probed_unless_its_rates_are_given():
         find_device("abacus", "auto")
 
 
+@pytest.mark.parametrize(("rate", "largest"), [(1e15, 2048), (5e10, 1024), (1e9, 256)])
+def test_a_slow_device_is_probed_by_a_small_product(monkeypatch, rate, largest):
+    """A second passes with the first product, which loads libraries."""
+    clock, sizes = [0.0], []
+
+    def mm(a, b):
+        clock[0] += 2 * len(a) ** 3 / rate + (not sizes)
+        sizes.append(len(a))
+
+    monkeypatch.setattr(devices.torch, "mm", mm)
+    monkeypatch.setattr(devices.torch, "ones", lambda *shape, device, dtype: torch.empty(shape, device="meta"))
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(devices, "wait_for", lambda device: None)
+    monkeypatch.setattr(devices, "PROBE_SECONDS", 1e-5)
+    assert devices._probe_flops(torch.device("cuda"), torch.float16) == pytest.approx(rate)
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == largest
+
+
 def test_a_gpu_is_probed_with_many_calls_for_each_wait(monkeypatch):
     calls, waited = 0, []
 

@@ -20,6 +20,7 @@ from cascade_fast.runtime.compute import Compute, dtype_name, ram_bytes, wait_fo
 GPUS_A_MACHINE = 8
 PROBE_SECONDS = 0.2
 PROBE_QUEUE = 20  # calls that a GPU is given before the host waits for it
+PROBE_ENOUGH_SECONDS = 0.01  # of one product
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,15 @@ def this_machine(compute: Compute, *, probe: bool = True) -> Device:
 
 
 def _probe_flops(device: torch.device, dtype: torch.dtype) -> float:
-    size = 768 if device.type == "cpu" else 2048  # a smaller one ends before a fast GPU has got the next
-    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / _seconds(lambda: a @ b, device)
+    """Of a square product. On a GPU it is large, as a small one ends before a fast GPU has got the next; but where a
+    smaller one takes long already, that is enough: without units for its dtype the largest may take a minute."""
+    for size in (768,) if device.type == "cpu" else (256, 512, 1024, 2048):
+        a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+        product = functools.partial(torch.mm, a, b)
+        _once(product, device, 1)  # the first one loads libraries
+        if _once(product, device, 1) > PROBE_ENOUGH_SECONDS:
+            break
+    return 2 * size**3 / _seconds(product, device)
 
 
 def _probe_bandwidth(device: torch.device) -> float:
@@ -213,16 +220,16 @@ def _probe_bandwidth(device: torch.device) -> float:
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """Of one ``run``. A GPU gets many at once: otherwise launching one and waiting for it would be measured, too."""
     times = 1 if device.type == "cpu" else PROBE_QUEUE
-
-    def once() -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            run()
-        wait_for(device)
-        return (time.perf_counter() - start) / times
-
-    once()
+    _once(run, device, times)
     best, end = math.inf, time.perf_counter() + PROBE_SECONDS
     while time.perf_counter() < end:
-        best = min(best, once())
+        best = min(best, _once(run, device, times))
     return best
+
+
+def _once(run: Callable[[], object], device: torch.device, times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    wait_for(device)
+    return (time.perf_counter() - start) / times
